@@ -1,0 +1,27 @@
+"""Path, solver, box space, label space and keyed noise: torch and dfm_kernels, no framework."""
+
+from dfm_d2.core.box_flow import AGGREGATIONS, PREDICTIONS, BoxFlow
+from dfm_d2.core.box_space import BoxSpace
+from dfm_d2.core.label_space import LabelSpace
+from dfm_d2.core.noise import keyed_normal, keyed_uniform, stream_key
+from dfm_d2.core.path import CondOTPath, PathSample
+from dfm_d2.core.solver import ODESolver, SolverStep, Trajectory, endpoint_field, time_like, uniform_grid
+
+__all__ = [
+    "AGGREGATIONS",
+    "PREDICTIONS",
+    "BoxFlow",
+    "BoxSpace",
+    "CondOTPath",
+    "LabelSpace",
+    "ODESolver",
+    "PathSample",
+    "SolverStep",
+    "Trajectory",
+    "endpoint_field",
+    "keyed_normal",
+    "keyed_uniform",
+    "stream_key",
+    "time_like",
+    "uniform_grid",
+]

@@ -1,0 +1,65 @@
+"""How raw answers of predictors move boxes: the settings of dfm_kernels' box-flow update, in one place.
+
+Shapes: B images, N proposals, D predictors, K classes.
+"""
+
+from dataclasses import dataclass
+
+from dfm_kernels.reference import BoxFlowUpdate, box_flow_update, decode_endpoint
+from torch import Tensor
+
+PREDICTIONS = ("endpoint", "velocity")
+AGGREGATIONS = ("uniform", "confidence")
+
+
+@dataclass(frozen=True)
+class BoxFlow:
+    """Args:
+    signal_scale: s of the box space. box_weights: divide box deltas.
+    prediction: "endpoint" or "velocity", what a raw answer is. aggregation: "uniform" or "confidence".
+    """
+
+    signal_scale: float
+    box_weights: tuple[float, float, float, float] = (2.0, 2.0, 1.0, 1.0)
+    prediction: str = "endpoint"
+    aggregation: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {self.prediction!r}")
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {self.aggregation!r}")
+
+    def endpoint(self, x_t: Tensor, answer: Tensor, t: Tensor) -> Tensor:
+        """`x_1_hat` `(B, N, 4)` signal, not clamped, of one raw answer `(B, N, 4)` at `(x_t, t)`."""
+        return decode_endpoint(
+            x_t,
+            answer.to(x_t.dtype),
+            t,
+            signal_scale=self.signal_scale,
+            box_weights=self.box_weights,
+            prediction=self.prediction,
+        )
+
+    def update(
+        self,
+        x_t: Tensor,
+        answers: Tensor,
+        class_logits: Tensor,
+        t: Tensor,
+        t_next: Tensor,
+        image_sizes: Tensor,
+    ) -> BoxFlowUpdate:
+        """One Euler step along the aggregated velocity; see dfm_kernels.reference.box_flow_update."""
+        return box_flow_update(
+            x_t,
+            answers,
+            class_logits,
+            t,
+            t_next,
+            image_sizes,
+            signal_scale=self.signal_scale,
+            box_weights=self.box_weights,
+            prediction=self.prediction,
+            aggregation=self.aggregation,
+        )

@@ -1,0 +1,59 @@
+"""The linear (conditional optimal transport) path of flow matching (arXiv 2210.02747, eq. 22).
+
+Shapes: B samples; any trailing dimensions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from dfm_kernels.reference import euler_step, expand_t, path_sample, velocity_from_endpoint
+from torch import Tensor
+
+
+class PathSample(NamedTuple):
+    """One point of a path.
+
+    x_0: noise `(B, ...)`. x_1: data `(B, ...)`. t: `()` or `(B,)`.
+    x_t: `(1 - t) x_0 + t x_1`. dx_t: `x_1 - x_0`, the conditional velocity.
+    """
+
+    x_0: Tensor
+    x_1: Tensor
+    t: Tensor
+    x_t: Tensor
+    dx_t: Tensor
+
+
+class CondOTPath:
+    """`x_t = (1 - t) x_0 + t x_1`, from noise at t = 0 to data at t = 1."""
+
+    def sample(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
+        """The point of the path at `t`.
+
+        Args:
+            x_0, x_1: `(B, ...)`, one shape and one floating dtype.
+            t: `()` or `(B,)`, in [0, 1].
+
+        Raises:
+            ValueError: shapes or dtypes do not agree.
+        """
+        if x_0.shape != x_1.shape or x_0.dtype != x_1.dtype:
+            raise ValueError(
+                f"x_0 and x_1 must agree, got {tuple(x_0.shape)} {x_0.dtype} "
+                f"and {tuple(x_1.shape)} {x_1.dtype}"
+            )
+        t = torch.as_tensor(t, dtype=x_1.dtype, device=x_1.device)
+        x_t, dx_t = path_sample(x_0, x_1, t)
+        return PathSample(x_0=x_0, x_1=x_1, t=t, x_t=x_t, dx_t=dx_t)
+
+    def endpoint_to_velocity(self, x_1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """`v = (x_1_hat - x_t) / (1 - t)`, zero at t = 1."""
+        return velocity_from_endpoint(x_t, x_1_hat, t)
+
+    def velocity_to_endpoint(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """`x_1_hat = x_t + (1 - t) v`."""
+        return x_t + (1 - expand_t(t, x_t)) * velocity
+
+    def step(self, x_t: Tensor, x_1_hat: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """The point at `t_next` on the line from `x_t` at `t` to `x_1_hat` at 1."""
+        return euler_step(x_t, x_1_hat, t, t_next)

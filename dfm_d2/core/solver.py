@@ -1,0 +1,142 @@
+"""Explicit solvers of the flow's ordinary differential equation `dx/dt = v(x, t)` over a time grid.
+
+Shapes: B samples; any trailing dimensions. Static shapes, no host synchronisation.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from dfm_kernels.reference import euler_step, velocity_from_endpoint
+from torch import Tensor
+
+
+class SolverStep(NamedTuple):
+    """What a field answers at `(x_t, t)` for a step to `t_next`.
+
+    x_next: the Euler step's end. x_1_hat: the endpoint. velocity: `(x_1_hat - x_t) / (1 - t)`.
+    info: whatever else the field found there (class probabilities).
+    """
+
+    x_next: Tensor
+    x_1_hat: Tensor
+    velocity: Tensor
+    info: Any = None
+
+
+# (x_t, t, t_next) -> SolverStep; times are Python numbers, so that a field may choose by them who answers
+# without waiting for the device.
+Field = Callable[[Tensor, float, float], SolverStep]
+
+
+class Trajectory(NamedTuple):
+    """x: the answer `(B, ...)`. times: the grid. states: `x_t` at every time (empty unless asked for).
+
+    steps: the field's answer of every step (empty unless asked for). last: that of the last step.
+    """
+
+    x: Tensor
+    times: tuple[float, ...]
+    states: list[Tensor]
+    steps: list[SolverStep]
+    last: SolverStep
+
+
+def uniform_grid(num_steps: int) -> tuple[float, ...]:
+    """`0, 1/K, ..., 1`.
+
+    Raises:
+        ValueError: `num_steps` is not positive.
+    """
+    if num_steps < 1:
+        raise ValueError(f"a time grid needs at least one step, got {num_steps}")
+    return tuple(k / num_steps for k in range(num_steps)) + (1.0,)
+
+
+def check_grid(time_grid: Sequence[float]) -> tuple[float, ...]:
+    """The grid as floats.
+
+    Raises:
+        ValueError: fewer than two times, not strictly increasing, or outside [0, 1].
+    """
+    grid = tuple(float(t) for t in time_grid)
+    increasing = all(a < b for a, b in zip(grid, grid[1:]))
+    if len(grid) < 2 or not increasing or grid[0] < 0 or grid[-1] > 1:
+        raise ValueError(
+            f"a time grid is at least two strictly increasing times within [0, 1], got {list(time_grid)}"
+        )
+    return grid
+
+
+def time_like(x: Tensor, t: float) -> Tensor:
+    """`t` as a tensor `(B,)` on the device of `x` `(B, ...)`, without host synchronisation."""
+    return torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
+
+
+def endpoint_field(endpoint: Callable[[Tensor, Tensor], Tensor]) -> Field:
+    """A field made of a function `(x_t, t) -> x_1_hat`, t `(B,)`."""
+
+    def field(x_t: Tensor, t: float, t_next: float) -> SolverStep:
+        times, times_next = time_like(x_t, t), time_like(x_t, t_next)
+        x_1_hat = endpoint(x_t, times)
+        return SolverStep(
+            x_next=euler_step(x_t, x_1_hat, times, times_next),
+            x_1_hat=x_1_hat,
+            velocity=velocity_from_endpoint(x_t, x_1_hat, times),
+        )
+
+    return field
+
+
+class ODESolver:
+    """Euler or Heun from the first to the last time of a grid.
+
+    euler: `x += (t_next - t) / (1 - t) (x_1_hat - x)`.
+    heun: `x += (t_next - t) / 2 (v(x, t) + v(x_euler, t_next))`; its step to t = 1 is Euler, as there is no
+    velocity at t = 1.
+    """
+
+    METHODS = ("euler", "heun")
+
+    def __init__(self, method: str = "euler"):
+        if method not in self.METHODS:
+            raise ValueError(f"solver method must be one of {self.METHODS}, got {method!r}")
+        self.method = method
+
+    def sample(
+        self,
+        field: Field,
+        x_0: Tensor,
+        time_grid: Sequence[float],
+        *,
+        return_intermediates: bool = False,
+        after_step: Callable[[Tensor, SolverStep, float], Tensor] | None = None,
+    ) -> Trajectory:
+        """Integrate from `x_0`.
+
+        Args:
+            field: answers a SolverStep.
+            x_0: `(B, ...)`, the state at `time_grid[0]`.
+            time_grid: strictly increasing within [0, 1].
+            return_intermediates: keep the states and the field's answers.
+            after_step: `(x, step, t_next) -> x`, called after every step but the last (box renewal).
+
+        Raises:
+            ValueError: see check_grid.
+        """
+        grid = check_grid(time_grid)
+        x, states, steps = x_0, [x_0], []
+        for k in range(len(grid) - 1):
+            t, t_next = grid[k], grid[k + 1]
+            step = field(x, t, t_next)
+            if self.method == "heun" and t_next < 1:
+                correction = field(step.x_next, t_next, t_next)
+                x = x + (t_next - t) / 2 * (step.velocity + correction.velocity)
+            else:
+                x = step.x_next
+            if after_step is not None and k < len(grid) - 2:
+                x = after_step(x, step, t_next)
+            if return_intermediates:
+                states.append(x)
+                steps.append(step)
+        return Trajectory(x, grid, states if return_intermediates else [], steps, step)

@@ -1,0 +1,150 @@
+"""Path, solver, spaces and keyed noise."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfm_d2.core import (
+    BoxSpace,
+    CondOTPath,
+    LabelSpace,
+    ODESolver,
+    SolverStep,
+    endpoint_field,
+    keyed_normal,
+    stream_key,
+    uniform_grid,
+)
+
+DTYPES = [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [0.0, 0.37, 1.0])
+def test_endpoint_and_velocity_are_inverses(dtype, t):
+    x_0, x_1 = torch.randn(3, 7, 4, dtype=dtype), torch.randn(3, 7, 4, dtype=dtype)
+    path = CondOTPath()
+    sample = path.sample(x_0, x_1, torch.full((3,), t, dtype=dtype))
+    velocity = path.endpoint_to_velocity(x_1, sample.x_t, sample.t)
+    assert torch.isfinite(velocity).all()
+    torch.testing.assert_close(path.velocity_to_endpoint(velocity, sample.x_t, sample.t), x_1)
+    if t < 1:
+        torch.testing.assert_close(velocity, sample.dx_t)
+
+
+def test_path_refuses_what_does_not_agree():
+    with pytest.raises(ValueError, match="must agree"):
+        CondOTPath().sample(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(()))
+
+
+@pytest.mark.parametrize("method", ODESolver.METHODS)
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_constant_endpoint_is_reached_exactly(method, num_steps):
+    target = torch.randn(2, 3, 4)
+    field = endpoint_field(lambda x, t: target)
+    found = ODESolver(method).sample(field, torch.randn(2, 3, 4), uniform_grid(num_steps))
+    assert torch.equal(found.x, target)
+
+
+def _decay(x, t, t_next):
+    """dx/dt = -x, as a field."""
+    velocity = -x
+    return SolverStep(x + (t_next - t) * velocity, x + (1 - t) * velocity, velocity)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(method, order):
+    x_0 = torch.ones(1, 1, dtype=torch.float64)
+    errors = []
+    for num_steps in (20, 40):
+        # Up to t = 0.8: Heun's step to t = 1 is Euler by design.
+        grid = [0.8 * t for t in uniform_grid(num_steps)]
+        x = ODESolver(method).sample(_decay, x_0, grid).x
+        errors.append(abs(x.item() - math.exp(-0.8)))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
+def test_intermediates_and_renewal_hook():
+    seen = []
+
+    def after_step(x, step, t_next):
+        seen.append(t_next)
+        return x
+
+    field = endpoint_field(lambda x, t: torch.zeros_like(x))
+    found = ODESolver().sample(
+        field, torch.ones(1, 2), (0.0, 0.25, 1.0), return_intermediates=True, after_step=after_step
+    )
+    assert [s[0, 0].item() for s in found.states] == [1.0, 0.75, 0.0]
+    assert len(found.steps) == 2 and seen == [0.25]
+    plain = ODESolver().sample(field, torch.ones(1, 2), (0.0, 0.25, 1.0))
+    assert plain.states == [] and plain.steps == [] and torch.equal(plain.x, found.x)
+
+
+@pytest.mark.parametrize("grid", [[0.0], [0.0, 0.5, 0.5], [0.5, 0.2], [-0.1, 1.0], [0.0, 1.1]])
+def test_bad_grids_are_refused(grid):
+    with pytest.raises(ValueError, match="time grid"):
+        ODESolver().sample(_decay, torch.ones(1, 1), grid)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="euler.*heun.*'rk4'"):
+        ODESolver("rk4")
+
+
+@settings(deadline=None)
+@given(
+    boxes=st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=6),
+    size=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    scale=st.floats(0.1, 10),
+)
+def test_box_space_round_trip(boxes, size, scale):
+    height, width = size
+    corners = torch.tensor(boxes, dtype=torch.float64)
+    low, high = corners[:, :2], corners[:, 2:]
+    corners = torch.cat([torch.minimum(low, high), torch.maximum(low, high)], dim=1)
+    boxes_xyxy = corners * torch.tensor([width, height, width, height])
+    space, image_size = BoxSpace(scale), torch.tensor([height, width])
+    x = space.encode(boxes_xyxy, image_size)
+    assert x.abs().max() <= scale * (1 + 1e-9)
+    torch.testing.assert_close(space.decode(x, image_size), boxes_xyxy, rtol=1e-9, atol=1e-9 * max(size))
+
+
+def test_box_space_by_hand():
+    # The whole image is centre 0.5, size 1: signal (0, 0, s, s).
+    space = BoxSpace(2.0)
+    x = space.encode(torch.tensor([[0.0, 0.0, 60.0, 40.0]]), torch.tensor([40, 60]))
+    torch.testing.assert_close(x, torch.tensor([[0.0, 0.0, 2.0, 2.0]]))
+
+
+def test_label_space_reads_out_what_it_encodes():
+    space = LabelSpace.orthonormal(10, 16, seed=3, radius=4.0)
+    gram = space.embeddings @ space.embeddings.T
+    torch.testing.assert_close(gram, 16.0 * torch.eye(10), atol=1e-4, rtol=0)
+    labels = torch.arange(10)
+    torch.manual_seed(0)
+    assert torch.equal(space.decode(space.encode(labels) + 0.3 * torch.randn(10, 16)), labels)
+    assert torch.equal(LabelSpace.orthonormal(10, 16, seed=3).embeddings * 4, space.embeddings)
+    with pytest.raises(ValueError, match="at least as many dimensions"):
+        LabelSpace.orthonormal(17, 16)
+    with pytest.raises(ValueError, match="without zero rows"):
+        LabelSpace(torch.zeros(2, 3))
+    learned = LabelSpace(torch.randn(4, 8), learned=True)
+    assert learned.weight.requires_grad
+    torch.testing.assert_close(learned.embeddings.norm(dim=1), torch.ones(4))
+
+
+def test_keys_tell_apart_what_strings_would_confuse():
+    assert stream_key("a", 1) == stream_key("a", 1)
+    assert len({stream_key(1, 23), stream_key(12, 3), stream_key("1", 23), stream_key(123)}) == 4
+
+
+def test_noise_depends_on_its_own_key_alone():
+    keys = [stream_key("train", 0, 5, image) for image in ("a", "b", "c")]
+    together = keyed_normal(keys, 9)
+    assert torch.equal(together[1:2], keyed_normal(keys[1:2], 9))
+    assert torch.equal(together.flip(0), keyed_normal(keys[::-1], 9))
+    assert torch.equal(together[:, :4], keyed_normal(keys, 4))
