@@ -1,0 +1,61 @@
+"""Who we are among the processes of a run, and exchange of small objects among them.
+
+Everything also works, trivially, where torch.distributed is not initialised.
+"""
+
+import functools
+
+import torch
+import torch.distributed as dist
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def get_rank() -> int:
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def synchronize() -> None:
+    """Wait for all processes."""
+    if get_world_size() == 1:
+        return
+    if dist.get_backend() == "nccl":
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+    else:
+        dist.barrier()
+
+
+@functools.lru_cache
+def _cpu_group():
+    """A group of all processes that exchanges objects through main memory."""
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
+
+
+def all_gather(data, group=None) -> list:
+    """The `data` (anything that can be pickled) of each process, in the order of ranks, on every process."""
+    if get_world_size() == 1:
+        return [data]
+    group = group or _cpu_group()
+    gathered = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, data, group=group)
+    return gathered
+
+
+def gather(data, dst: int = 0, group=None) -> list:
+    """As `all_gather`, on the process `dst` only; an empty list on the others."""
+    if get_world_size() == 1:
+        return [data]
+    group = group or _cpu_group()
+    gathered = [None] * dist.get_world_size(group) if dist.get_rank(group) == dst else None
+    dist.gather_object(data, gathered, dst=dst, group=group)
+    return gathered or []

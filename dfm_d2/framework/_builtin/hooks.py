@@ -1,0 +1,186 @@
+"""Hooks: timing, learning rate, checkpoints, writing of metrics, evaluation."""
+
+import datetime
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
+from fvcore.common.timer import Timer
+
+from dfm_d2.framework._builtin import comm
+from dfm_d2.framework._builtin.events import EventWriter
+from dfm_d2.framework._builtin.train_loop import HookBase
+
+logger = logging.getLogger(__name__)
+
+
+class IterationTimer(HookBase):
+    """Put the seconds of each step into the storage as "time", and log a summary after training.
+
+    Comes first among the hooks: it measures from its own `before_step` to its own `after_step`.
+    """
+
+    def __init__(self, warmup_iter: int = 3):
+        """The first `warmup_iter` steps are not counted."""
+        self._warmup_iter = warmup_iter
+        self._step_timer = Timer()
+        self._steps_timer = Timer()  # runs only inside steps
+        self._start_time = time.perf_counter()
+
+    def before_train(self) -> None:
+        self._restart()
+        self._steps_timer.pause()
+
+    def _restart(self) -> None:
+        self._start_time = time.perf_counter()
+        self._steps_timer.reset()
+
+    def before_step(self) -> None:
+        self._step_timer.reset()
+        self._steps_timer.resume()
+
+    def after_step(self) -> None:
+        steps_done = self.trainer.storage.iter - self.trainer.start_iter + 1
+        if steps_done >= self._warmup_iter:
+            self.trainer.storage.put_scalars(time=self._step_timer.seconds())
+        else:
+            self._restart()
+        self._steps_timer.pause()
+
+    def after_train(self) -> None:
+        total = time.perf_counter() - self._start_time
+        in_steps = self._steps_timer.seconds()
+        steps = self.trainer.storage.iter + 1 - self.trainer.start_iter - self._warmup_iter
+        if steps > 0 and in_steps > 0:
+            logger.info("%d iterations in %s (%.4f s each)", steps, _clock(in_steps), in_steps / steps)
+        logger.info("Training took %s, of which %s in hooks", _clock(total), _clock(total - in_steps))
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=int(seconds)))
+
+
+class PeriodicWriter(HookBase):
+    """Call each writer's `write` every `period` iterations and at the end, where they are closed too."""
+
+    def __init__(self, writers: list[EventWriter], period: int = 20):
+        for writer in writers:
+            assert isinstance(writer, EventWriter), f"{writer!r} is not an EventWriter"
+        self._writers = writers
+        self._period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done == self.trainer.max_iter:
+            for writer in self._writers:
+                writer.write()
+
+    def after_train(self) -> None:
+        for writer in self._writers:
+            # Once more: other hooks may have put something after the last step.
+            writer.write()
+            writer.close()
+
+
+class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
+    """fvcore's PeriodicCheckpointer as a hook: every `period` iterations, and "model_final" at the end."""
+
+    def before_train(self) -> None:
+        self.max_iter = self.trainer.max_iter
+
+    def after_step(self) -> None:
+        self.step(self.trainer.iter)
+
+
+class LRScheduler(HookBase):
+    """Step the learning-rate schedule after each iteration, and put the rate into the storage as "lr"."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ):
+        """What is not given is the trainer's `optimizer` and `scheduler`."""
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+
+    @property
+    def scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
+        return self._scheduler or self.trainer.scheduler
+
+    def before_train(self) -> None:
+        self._optimizer = self._optimizer or self.trainer.optimizer
+        self._group = self.get_best_param_group_id(self._optimizer)
+
+    @staticmethod
+    def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
+        """Index of the group whose rate is shown: the one of most parameters; where all have one, of the
+        commonest rate."""
+        groups = optimizer.param_groups
+        sizes = [len(group["params"]) for group in groups]
+        if max(sizes) > 1:
+            return sizes.index(max(sizes))
+        rates = [group["lr"] for group in groups]
+        return rates.index(Counter(rates).most_common(1)[0][0])
+
+    def after_step(self) -> None:
+        rate = self._optimizer.param_groups[self._group]["lr"]
+        self.trainer.storage.put_scalar("lr", rate, smoothing_hint=False)
+        self.scheduler.step()
+
+    def state_dict(self) -> dict:
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.scheduler.load_state_dict(state_dict)
+
+
+class EvalHook(HookBase):
+    """Evaluate every `eval_period` iterations (0: never) and after a training that was not broken off."""
+
+    def __init__(
+        self, eval_period: int, eval_function: Callable[[], dict | None], eval_after_train: bool = True
+    ):
+        """`eval_function` returns nested dicts of numbers; `{"bbox": {"AP": 1.0}}` is stored as "bbox/AP"."""
+        self._period = eval_period
+        self._function = eval_function
+        self._eval_after_train = eval_after_train
+
+    def _evaluate(self) -> None:
+        results = self._function()
+        if results:
+            assert isinstance(results, dict), f"eval_function must return a dict, not {type(results)}"
+            self.trainer.storage.put_scalars(**_flatten(results), smoothing_hint=False)
+        # Processes may need different times for it.
+        comm.synchronize()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        # The evaluation after the last iteration is after_train's.
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._evaluate()
+
+    def after_train(self) -> None:
+        if self._eval_after_train and self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._evaluate()
+        # It may hold the trainer.
+        del self._function
+
+
+def _flatten(results: Mapping, prefix: str = "") -> dict[str, float]:
+    """`{"a": {"b": 1}}` to `{"a/b": 1.0}`; raises ValueError for what is not a number."""
+    flat = {}
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}/"))
+            continue
+        try:
+            flat[f"{prefix}{key}"] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"evaluation result {prefix}{key} is {value!r}, which is not a number"
+            ) from error
+    return flat

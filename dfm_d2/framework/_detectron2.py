@@ -1,0 +1,79 @@
+"""The names of dfm_d2.framework as the real Detectron2 has them. The only file that imports detectron2."""
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, configurable, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase, TrainerBase, default_argument_parser, launch
+from detectron2.engine.hooks import (
+    EvalHook,
+    IterationTimer,
+    LRScheduler,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    Backbone,
+    build_backbone,
+    build_model,
+    detector_postprocess,
+)
+from detectron2.solver import build_lr_scheduler
+from detectron2.structures import Boxes, BoxMode, ImageList, Instances
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import (
+    EventStorage,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+__all__ = [
+    "BACKBONE_REGISTRY",
+    "Backbone",
+    "BoxMode",
+    "Boxes",
+    "CfgNode",
+    "DatasetCatalog",
+    "DatasetEvaluator",
+    "DetectionCheckpointer",
+    "EvalHook",
+    "EventStorage",
+    "EventWriter",
+    "HookBase",
+    "ImageList",
+    "Instances",
+    "IterationTimer",
+    "JSONWriter",
+    "LRScheduler",
+    "META_ARCH_REGISTRY",
+    "MetadataCatalog",
+    "PathManager",
+    "PeriodicCheckpointer",
+    "PeriodicWriter",
+    "ShapeSpec",
+    "TensorboardXWriter",
+    "TrainerBase",
+    "batched_nms",
+    "build_backbone",
+    "build_lr_scheduler",
+    "build_model",
+    "comm",
+    "configurable",
+    "default_argument_parser",
+    "detector_postprocess",
+    "get_cfg",
+    "get_event_storage",
+    "inference_on_dataset",
+    "launch",
+    "print_csv_format",
+    "seed_all_rng",
+    "setup_logger",
+]

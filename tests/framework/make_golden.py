@@ -1,0 +1,47 @@
+"""Write the golden values from the real Detectron2: `python tests/framework/make_golden.py`.
+
+Numbers only: what Detectron2 answers to the observations of this folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels")]
+
+import observations  # noqa: E402
+from pooler_cases import detectron2_pooler_values  # noqa: E402
+
+from dfm_d2.framework import _detectron2  # noqa: E402
+
+
+def _rounded(value):
+    """Seven digits: what float32 holds."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _write(name: str, values: dict) -> None:
+    path = HERE / "golden" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    lines = [f"{json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in values.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{path.relative_to(HERE)}: {path.stat().st_size} bytes")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, table in (("names", observations.BY_NAME), ("backbones", observations.BACKBONES)):
+        values = {key: observations.as_json(observe(_detectron2)) for key, observe in table.items()}
+        _write(name, values)
+    _write("pooler", observations.as_json(detectron2_pooler_values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""What can be observed of a provider's config, structures, layers, data and utilities.
+
+Each function takes a provider (the module dfm_d2.framework._builtin or _detectron2) and returns plain data.
+Equal answers of both providers are the contract; the answers of the real Detectron2 are the golden values.
+"""
+
+import logging
+import os
+import random
+import tempfile
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+def raised(function) -> str:
+    """Name of the exception that a call raises, or "nothing"."""
+    try:
+        function()
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as e:
+        return type(e).__name__
+    return "nothing"
+
+
+def leaf_keys(node, prefix="") -> list[str]:
+    keys = []
+    for name, value in node.items():
+        keys += leaf_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
+    return sorted(keys)
+
+
+def observe_cfg_node(provider):
+    cfg = provider.CfgNode()
+    cfg.A = provider.CfgNode()
+    cfg.A.NUMBER, cfg.A.WORD, cfg.A.LIST = 1, "word", (1, 2)
+    copy = cfg.clone()
+    copy.merge_from_list(["A.NUMBER", "3", "A.LIST", "[4, 5]", "A.WORD", "other"])
+    frozen = cfg.clone()
+    frozen.freeze()
+    return {
+        "merged": [copy.A.NUMBER, copy.A.LIST, copy.A.WORD, cfg.A.NUMBER],
+        "dump": copy.dump(),
+        "frozen": raised(lambda: setattr(frozen.A, "NUMBER", 2)),
+        "unknown key": raised(lambda: cfg.clone().merge_from_list(["A.OTHER", "1"])),
+        "wrong type": raised(lambda: cfg.clone().merge_from_list(["A.NUMBER", "word"])),
+        "unknown attribute": raised(lambda: cfg.OTHER),
+    }
+
+
+def observe_get_cfg(provider):
+    from dfm_d2.framework import _builtin
+
+    cfg = provider.get_cfg()
+    values = {}
+    for key in leaf_keys(_builtin.get_cfg()):
+        node = cfg
+        for part in key.split("."):
+            node = node[part]
+        values[key] = [type(node).__name__, node]
+    cfg.SEED = 7
+    return {"values": values, "a new one each time": provider.get_cfg().SEED}
+
+
+def observe_configurable(provider):
+    class Thing:
+        @provider.configurable
+        def __init__(self, a, b=2, *, c=3):
+            self.values = [a, b, c]
+
+        @classmethod
+        def from_config(cls, cfg, b=20):
+            return {"a": cfg.A, "b": b}
+
+    class Nameless:
+        @provider.configurable
+        def __init__(self, a):
+            self.a = a
+
+    class WrongName:
+        @provider.configurable
+        def __init__(self, a):
+            self.a = a
+
+        @classmethod
+        def from_config(cls, config):
+            return {"a": config.A}
+
+    class NotClassmethod:
+        @provider.configurable
+        def __init__(self, a):
+            self.a = a
+
+        def from_config(self, cfg):
+            return {"a": cfg.A}
+
+    @provider.configurable(from_config=lambda cfg: {"a": cfg.A})
+    def function(a, b=2):
+        return [a, b]
+
+    cfg = provider.CfgNode({"A": 1})
+    return {
+        "explicit": Thing(5, b=6).values,
+        "from config": Thing(cfg).values,
+        "by keyword": Thing(cfg=cfg).values,
+        "to from_config": Thing(cfg, b=30).values,
+        "override": Thing(cfg, c=40).values,
+        "function": [function(7), function(cfg), function(cfg, b=8)],
+        "without from_config": raised(lambda: Nameless(cfg)),
+        "first argument is not cfg": raised(lambda: WrongName(cfg)),
+        "no classmethod": raised(lambda: NotClassmethod(cfg)),
+        "on another method": raised(lambda: provider.configurable(lambda x: x)),
+    }
+
+
+def observe_boxes(provider):
+    rows = [[0.0, 1.0, 10.0, 21.0], [5.0, 5.0, 5.0, 9.0], [-4.0, 2.0, 60.0, 50.0]]
+    make = provider.Boxes
+    boxes = make(torch.tensor(rows, dtype=torch.float64))
+    clipped, scaled = boxes.clone(), boxes.clone()
+    clipped.clip((30, 40))
+    scaled.scale(2.0, 0.5)
+    return {
+        "dtype": str(boxes.tensor.dtype),
+        "from list": make(rows).tensor.tolist(),
+        "length": len(boxes),
+        "device": str(boxes.device),
+        "area": boxes.area().tolist(),
+        "centers": boxes.get_centers().tolist(),
+        "nonempty": [boxes.nonempty().tolist(), boxes.nonempty(threshold=10.0).tolist()],
+        "clip": clipped.tensor.tolist(),
+        "scale": scaled.tensor.tolist(),
+        "unchanged": boxes.tensor.tolist() == rows,
+        "int": boxes[1].tensor.tolist(),
+        "slice": boxes[1:].tensor.tolist(),
+        "mask": boxes[torch.tensor([True, False, True])].tensor.tolist(),
+        "indices": boxes[torch.tensor([2, 0])].tensor.tolist(),
+        "iteration": [row.tolist() for row in boxes],
+        "cat": make.cat([boxes, boxes[:1]]).tensor.tolist(),
+        "cat of one shares nothing": make.cat([boxes]).tensor.data_ptr() != boxes.tensor.data_ptr(),
+        "cat of none": list(make.cat([]).tensor.shape),
+        "empty": list(make(torch.zeros(0)).tensor.shape),
+        "to": boxes.to("cpu").tensor.tolist(),
+        "wrong shape": raised(lambda: make(torch.zeros(2, 5))),
+        "one number": raised(lambda: boxes[(0, 0)]),
+        "clip of nan": raised(lambda: make(torch.tensor([[0.0, 0.0, float("nan"), 1.0]])).clip((2, 2))),
+        "cat of others": raised(lambda: make.cat([torch.zeros(1, 4)])),
+        "text": repr(boxes),
+    }
+
+
+def observe_box_mode(provider):
+    mode = provider.BoxMode
+    xywh, xyxy = [1.0, 2.0, 3.0, 4.0], (1.0, 2.0, 5.0, 8.0)
+    array = np.array([xywh, xywh])
+    tensor = mode.convert(torch.tensor([xyxy]), mode.XYXY_ABS, mode.XYWH_ABS)
+    return {
+        "values": [int(mode.XYXY_ABS), int(mode.XYWH_ABS)],
+        "list": mode.convert(xywh, mode.XYWH_ABS, mode.XYXY_ABS),
+        "tuple": [type(mode.convert(xyxy, mode.XYXY_ABS, mode.XYWH_ABS)).__name__],
+        "array": mode.convert(array, mode.XYWH_ABS, mode.XYXY_ABS).tolist(),
+        "array is not changed": array.tolist(),
+        "tensor": tensor.tolist(),
+        "same": mode.convert(xyxy, mode.XYXY_ABS, mode.XYXY_ABS) is xyxy,
+        "wrong length": raised(lambda: mode.convert([1.0, 2.0], mode.XYWH_ABS, mode.XYXY_ABS)),
+    }
+
+
+def observe_image_list(provider):
+    make = provider.ImageList.from_tensors
+    images = [torch.ones(3, 5, 7), torch.full((3, 6, 4), 2.0)]
+    both = make(images, size_divisibility=4, pad_value=-1.0)
+    return {
+        "shape": list(both.tensor.shape),
+        "sizes": [list(size) for size in both.image_sizes],
+        "sum": both.tensor.sum().item(),
+        "padding": both.tensor[1, 0].tolist(),
+        "item": list(both[1].shape),
+        "length": len(both),
+        "device": str(both.device),
+        "to": str(both.to(torch.float64).tensor.dtype),
+        "no divisibility": list(make(images).tensor.shape),
+        "one image": list(make(images[:1], 32).tensor.shape),
+        "square": list(make(images, 0, 0.0, {"square_size": 16, "size_divisibility": 8}).tensor.shape),
+        "constraint wins": list(make(images, 4, 0.0, {"size_divisibility": 16}).tensor.shape),
+        "bool": make([image > 0 for image in images], pad_value=0).tensor.sum().item(),
+        "none": raised(lambda: make([])),
+        "other channels": raised(lambda: make([images[0], torch.zeros(1, 5, 7)])),
+    }
+
+
+def observe_instances(provider):
+    def make(size=(10, 20)):
+        boxes = provider.Boxes(torch.arange(12.0).reshape(3, 4))
+        return provider.Instances(
+            size, boxes=boxes, scores=torch.tensor([0.3, 0.2, 0.1]), names=["a", "b", "c"]
+        )
+
+    instances = make()
+    instances.classes = torch.tensor([1, 2, 3])
+    picked = instances[1]
+    kept = make()
+    kept.remove("names")
+    masked = kept[torch.tensor([True, False, True])]
+    joined = provider.Instances.cat([make(), make()])
+    odd = provider.Instances((1, 1), things=(1, 2))
+    return {
+        "size": list(instances.image_size),
+        "length": len(instances),
+        "has": [instances.has("classes"), instances.has("masks")],
+        "get": instances.get("classes").tolist(),
+        "fields": sorted(instances.get_fields()),
+        "int": [picked.classes.tolist(), picked.names, picked.boxes.tensor.tolist(), list(picked.image_size)],
+        "negative int": instances[-1].classes.tolist(),
+        "mask": [masked.boxes.tensor.tolist(), masked.scores.tolist()],
+        "slice": instances[1:].names,
+        "cat": [joined.boxes.tensor.tolist(), joined.scores.tolist(), joined.names, len(joined)],
+        "cat of one": provider.Instances.cat([instances]) is instances,
+        "to": str(kept.to(torch.device("cpu")).scores.device),
+        "text": repr(make()),
+        "removed": sorted(kept.get_fields()),
+        "wrong length": raised(lambda: setattr(instances, "masks", torch.zeros(2))),
+        "missing field": raised(lambda: instances.masks),
+        "out of range": raised(lambda: instances[3]),
+        "length of nothing": raised(lambda: len(provider.Instances((1, 1)))),
+        "iteration": raised(lambda: list(iter(instances))),
+        "cat of other sizes": raised(lambda: provider.Instances.cat([make(), make((1, 2))])),
+        "cat of nothing": raised(lambda: provider.Instances.cat([])),
+        "cat of tuples": raised(lambda: provider.Instances.cat([odd, odd])),
+    }
+
+
+def observe_shape_spec(provider):
+    spec = provider.ShapeSpec(channels=3, stride=4)
+    return [spec.channels, spec.height, spec.width, spec.stride, spec == provider.ShapeSpec(3, None, None, 4)]
+
+
+def observe_batched_nms(provider):
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.5], [20.0, 20.0], [21.0, 20.0]])
+    boxes = torch.cat([corners, corners + 10.0], dim=1)
+    scores = torch.tensor([0.5, 0.9, 0.4, 0.3, 0.8])
+    classes = torch.tensor([0, 0, 1, 2, 2])
+    return {
+        "kept": provider.batched_nms(boxes, scores, classes, 0.5).tolist(),
+        "half": provider.batched_nms(boxes.half(), scores, classes, 0.9).tolist(),
+        "none": provider.batched_nms(boxes[:0], scores[:0], classes[:0], 0.5).tolist(),
+        "wrong shape": raised(lambda: provider.batched_nms(torch.zeros(1, 5), scores[:1], classes[:1], 0.5)),
+    }
+
+
+def observe_dataset_catalog(provider):
+    catalog = provider.DatasetCatalog
+    name = "dfm_contract_dataset"
+    catalog.register(name, lambda: [{"image_id": 1}])
+    seen = {
+        "get": catalog.get(name),
+        "in": [name in catalog, name in catalog.list(), "dfm_contract_other" in catalog],
+        "twice": raised(lambda: catalog.register(name, list)),
+        "not a function": raised(lambda: catalog.register("dfm_contract_other", [])),
+        "unknown": raised(lambda: catalog.get("dfm_contract_other")),
+    }
+    catalog.remove(name)
+    return {**seen, "removed": name in catalog, "remove unknown": raised(lambda: catalog.remove(name))}
+
+
+def observe_metadata_catalog(provider):
+    catalog = provider.MetadataCatalog
+    name = "dfm_contract_metadata"
+    facts = catalog.get(name).set(thing_classes=["a", "b"], evaluator_type="coco")
+    seen = {
+        "same object": catalog.get(name) is facts,
+        "facts": [facts.name, facts.thing_classes, facts.get("thing_classes"), facts.get("other", 5)],
+        "as_dict": facts.as_dict(),
+        "in": [name in catalog, name in catalog.list()],
+        "same value again": raised(lambda: facts.set(thing_classes=["a", "b"])),
+        "another value": raised(lambda: facts.set(thing_classes=["c"])),
+        "missing": raised(lambda: facts.other),
+        "without a name": raised(lambda: catalog.get("")),
+    }
+    catalog.remove(name)
+    return {**seen, "removed": name in catalog, "new": catalog.get(name).get("thing_classes", "gone")}
+
+
+def observe_comm(provider):
+    comm = provider.comm
+    comm.synchronize()
+    return [
+        comm.get_rank(),
+        comm.get_world_size(),
+        comm.is_main_process(),
+        comm.gather("x"),
+        comm.all_gather({"y": 1}),
+    ]
+
+
+def observe_path_manager(provider):
+    manager = provider.PathManager
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "sub", "file.txt")
+        manager.mkdirs(os.path.dirname(path))
+        with manager.open(path, "w") as file:
+            file.write("text")
+        with manager.open(path, "r") as file:
+            text = file.read()
+        local = [manager.exists(path), manager.isfile(path), manager.isdir(path), manager.ls(folder), text]
+        same = manager.get_local_path(path) == path
+    handler = "iopath.common.file_io.HTTPURLHandler._get_local_path"
+    with mock.patch(handler, lambda self, path, *args, **kwargs: path):
+        address = manager.get_local_path("detectron2://folder/name.pkl")
+    return {"local": local, "path of a local file": same, "model zoo": address}
+
+
+def observe_setup_logger(provider):
+    name = f"dfm_contract_logger_{provider.__name__.rsplit('.', 1)[-1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        logger = provider.setup_logger(folder, name=name, configure_stdout=False)
+        handlers = list(logger.handlers)
+        again = provider.setup_logger(folder, name=name, configure_stdout=False)
+        as_before = logger.handlers == handlers
+        logger.debug("first")
+        logging.getLogger(f"{name}.child").warning("second")
+        for handler in logger.handlers:
+            handler.flush()
+        with open(os.path.join(folder, "log.txt")) as file:
+            lines = [line.strip().replace(name, "NAME").split("] ", 1)[1] for line in file]
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+    return {
+        "lines": lines,
+        "called twice": [again is logger, as_before],
+        "level": logger.level,
+        "propagate": logger.propagate,
+    }
+
+
+def observe_seed_all_rng(provider):
+    """Numbers of the generators of Python and NumPy, and whether torch's repeat (its streams are its own)."""
+    provider.seed_all_rng(7)
+    first = [random.random(), np.random.rand(), torch.rand(2).tolist()]
+    provider.seed_all_rng(7)
+    again = [random.random(), np.random.rand(), torch.rand(2).tolist()]
+    torch.manual_seed(7)
+    return {"numbers": first[:2], "repeats": first == again, "as torch": first[2] == torch.rand(2).tolist()}

@@ -1,0 +1,387 @@
+"""What can be observed of a provider's schedule, training loop, hooks, events, evaluation and commands."""
+
+import glob
+import inspect
+import json
+import logging
+import os
+import tempfile
+
+import torch
+from observe_structures import raised
+
+
+def _optimizer(rates=(0.5,), sizes=(1,)):
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(2)) for _ in range(size)], "lr": rate}
+        for rate, size in zip(rates, sizes)
+    ]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def _curve(provider, options, iterations: int = 40):
+    cfg = provider.get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 7, *options])
+    optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 2))
+    scheduler = provider.build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for _ in range(iterations):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return {"rates": rates, "state": scheduler.state_dict()}
+
+
+def observe_build_lr_scheduler(provider):
+    cosine = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
+    return {
+        "steps": _curve(provider, ["SOLVER.STEPS", (20, 30)]),
+        "steps beyond the end": _curve(provider, ["SOLVER.STEPS", (20, 300)]),
+        "step inside warm-up": _curve(provider, ["SOLVER.STEPS", (3, 30)]),
+        "no warm-up": _curve(provider, ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 0]),
+        "warm-up longer than training": _curve(provider, ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 90]),
+        "constant warm-up": _curve(provider, ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_METHOD", "constant"]),
+        "cosine": _curve(provider, cosine),
+        "cosine with end": _curve(provider, [*cosine, "SOLVER.BASE_LR", 0.5, "SOLVER.BASE_LR_END", 0.1]),
+        "rescaled cosine": _curve(provider, [*cosine, "SOLVER.RESCALE_INTERVAL", True]),
+        "unknown": raised(lambda: _curve(provider, ["SOLVER.LR_SCHEDULER_NAME", "Other"])),
+        "unknown warm-up": raised(lambda: _curve(provider, ["SOLVER.WARMUP_METHOD", "other"])),
+    }
+
+
+def make_trainer(provider, log: list, stop_at: int | None = None):
+    """A trainer that puts the scalars "loss" (iteration squared) and breaks off at iteration `stop_at`."""
+
+    class Trainer(provider.TrainerBase):
+        def __init__(self):
+            super().__init__()
+            self.optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 3))
+
+        def run_step(self):
+            log.append(f"step {self.iter}")
+            if self.iter == stop_at:
+                raise ArithmeticError("broken off")
+            self.storage.put_scalar("loss", self.iter**2)
+            self.optimizer.step()
+
+    return Trainer()
+
+
+def _telling_hook(provider, log: list):
+    class Telling(provider.HookBase):
+        seen = 0
+
+        def before_train(self):
+            log.append(f"before_train {self.trainer.iter} {self.trainer.storage.iter}")
+
+        def after_train(self):
+            log.append(f"after_train {self.trainer.iter} {self.trainer.storage.iter}")
+
+        def before_step(self):
+            log.append(f"before_step {self.trainer.iter} {self.trainer.storage.iter}")
+
+        def after_step(self):
+            self.seen += 1
+            log.append(f"after_step {self.trainer.iter}")
+
+        def state_dict(self):
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state):
+            self.seen = state["seen"]
+
+    return Telling()
+
+
+def observe_trainer_base(provider):
+    log, broken_log = [], []
+    trainer = make_trainer(provider, log)
+    hook = _telling_hook(provider, log)
+    trainer.register_hooks([hook, None, provider.HookBase(), _telling_hook(provider, log)])
+    trainer.train(2, 5)
+    state = trainer.state_dict()
+    other = make_trainer(provider, [])
+    other_hook = _telling_hook(provider, [])
+    other.register_hooks([other_hook])
+    other.load_state_dict({**state, "hooks": {**state["hooks"], "Unknown": {"a": 1}}})
+    broken = make_trainer(provider, broken_log, stop_at=1)
+    broken.register_hooks([_telling_hook(provider, broken_log)])
+    error = "nothing"
+    logging.disable(logging.CRITICAL)  # Detectron2 logs the traceback
+    try:
+        broken.train(0, 3)
+    except ArithmeticError as e:
+        error = str(e)
+    finally:
+        logging.disable(logging.NOTSET)
+    return {
+        "log": log,
+        "state": {"iteration": state["iteration"], "hooks": [*state["hooks"].values()]},
+        "key ends with the class": [key.rsplit(".", 1)[-1] for key in state["hooks"]],
+        "loaded": [other.iter, other_hook.seen],
+        "bounds": [trainer.start_iter, trainer.max_iter, trainer.iter],
+        "broken": [error, broken_log, broken.iter],
+        "not a hook": raised(lambda: make_trainer(provider, []).register_hooks([object()])),
+        "no run_step": raised(lambda: provider.TrainerBase().run_step()),
+    }
+
+
+def observe_hook_base(provider):
+    hook = provider.HookBase()
+    names = ("before_train", "after_train", "before_step", "after_backward", "after_step")
+    return [hook.trainer, hook.state_dict(), *(getattr(hook, name)() for name in names)]
+
+
+def observe_iteration_timer(provider):
+    trainer = make_trainer(provider, [])
+    trainer.register_hooks([provider.IterationTimer(warmup_iter=2)])
+    trainer.train(3, 8)
+    values = trainer.storage.history("time").values()
+    return [[iteration for _, iteration in values], all(0 < seconds < 5 for seconds, _ in values)]
+
+
+def observe_lr_scheduler(provider):
+    cfg = provider.get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 10, "SOLVER.WARMUP_ITERS", 4, "SOLVER.STEPS", (8,)])
+    trainer = make_trainer(provider, [])
+    scheduler = provider.build_lr_scheduler(cfg, trainer.optimizer)
+    hook = provider.LRScheduler(trainer.optimizer, scheduler)
+    trainer.register_hooks([hook])
+    trainer.train(0, 6)
+    from_trainer = make_trainer(provider, [])
+    from_trainer.scheduler = provider.build_lr_scheduler(cfg, from_trainer.optimizer)
+    from_trainer.register_hooks([provider.LRScheduler()])
+    from_trainer.load_state_dict(trainer.state_dict())
+    from_trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    from_trainer.train(6, 10)
+    best = provider.LRScheduler.get_best_param_group_id
+    return {
+        "lr": [t.storage.history("lr").values() for t in (trainer, from_trainer)],
+        "hint": trainer.storage.smoothing_hints()["lr"],
+        "state": trainer.state_dict(),
+        "group": [best(_optimizer((1.0, 2.0, 2.0), sizes)) for sizes in ((1, 1, 1), (1, 3, 3), (2, 1, 1))],
+    }
+
+
+class _Recorder:
+    """Stands in for a checkpointer."""
+
+    def __init__(self, folder: str, manager):
+        self.saved, self.path_manager, self.save_dir = [], manager, folder
+
+    def save(self, name, **kwargs):
+        self.saved.append([name, kwargs])
+
+    def get_checkpoint_file(self):
+        return os.path.join(self.save_dir, f"{self.saved[-1][0]}.pth")
+
+
+def observe_periodic_checkpointer(provider):
+    with tempfile.TemporaryDirectory() as folder:
+        checkpointer = _Recorder(folder, provider.PathManager)
+        trainer = make_trainer(provider, [])
+        trainer.register_hooks([provider.PeriodicCheckpointer(checkpointer, 3, max_to_keep=2)])
+        trainer.train(0, 8)
+        hook = isinstance(provider.PeriodicCheckpointer(checkpointer, 3), provider.HookBase)
+    return [checkpointer.saved, hook]
+
+
+def observe_event_writer(provider):
+    return [raised(provider.EventWriter().write), provider.EventWriter().close()]
+
+
+def observe_periodic_writer(provider):
+    log = []
+
+    class Writer(provider.EventWriter):
+        def write(self):
+            log.append(provider.get_event_storage().iter)
+
+        def close(self):
+            log.append("close")
+
+    trainer = make_trainer(provider, [])
+    trainer.register_hooks([provider.PeriodicWriter([Writer()], period=3)])
+    trainer.train(0, 8)
+    return [log, raised(lambda: provider.PeriodicWriter([object()]))]
+
+
+def observe_eval_hook(provider):
+    def run(max_iter, period, stop_at=None, after=True):
+        calls = []
+        trainer = make_trainer(provider, [], stop_at)
+
+        def evaluate():
+            calls.append(trainer.iter)
+            return {"bbox": {"AP": len(calls), "AP50": torch.tensor(0.5)}, "loss_val": 1}
+
+        trainer.register_hooks([provider.EvalHook(period, evaluate, eval_after_train=after)])
+        logging.disable(logging.CRITICAL)
+        try:
+            trainer.train(0, max_iter)
+        except ArithmeticError:
+            calls.append("broken off")
+        finally:
+            logging.disable(logging.NOTSET)
+        return calls, trainer.storage
+
+    calls, storage = run(6, 2)
+
+    def bad():
+        trainer = make_trainer(provider, [])
+        trainer.register_hooks([provider.EvalHook(0, lambda: {"bbox": {"AP": "no number"}})])
+        trainer.train(0, 1)
+
+    return {
+        "calls": calls,
+        "latest": {name: value for name, value in storage.latest().items() if name != "loss"},
+        "hint": storage.smoothing_hints()["bbox/AP"],
+        "never": run(4, 0, after=False)[0],
+        "only at the end": run(4, 0)[0],
+        "broken off": run(4, 0, stop_at=2)[0],
+        "no number": raised(bad),
+    }
+
+
+def observe_event_storage(provider):
+    storage = provider.EventStorage(5)
+    with storage:
+        storage.put_scalar("loss", 4)
+        storage.put_scalars(a=1, b=2.0, smoothing_hint=False)
+        for value in (3.0, 8.0, 1.0):
+            storage.step()
+            storage.put_scalar("loss", torch.tensor(value))
+        storage.put_scalar("loss", 6.0, cur_iter=30)
+        with storage.name_scope("scope"):
+            storage.put_scalar("c", 1.0)
+        storage.put_scalar("d", 1.0)
+    return {
+        "iter": storage.iter,
+        "latest": dict(storage.latest()),
+        "smoothed": storage.latest_with_smoothing_hint(20),
+        "window": storage.latest_with_smoothing_hint(100),
+        "history": storage.history("loss").values(),
+        "names": sorted(storage.histories()),
+        "count": [storage.count_samples("loss", window) for window in (1, 23, 24, 100)],
+        "hints": storage.smoothing_hints(),
+        "another hint": raised(lambda: storage.put_scalar("a", 1.0, smoothing_hint=True)),
+        "unknown": raised(lambda: storage.history("other")),
+    }
+
+
+def observe_get_event_storage(provider):
+    with provider.EventStorage() as outer:
+        with provider.EventStorage() as inner:
+            seen = [provider.get_event_storage() is inner]
+        seen.append(provider.get_event_storage() is outer)
+    return [*seen, raised(provider.get_event_storage)]
+
+
+def _write_scalars(provider, writer) -> None:
+    with provider.EventStorage() as storage:
+        for iteration in range(6):
+            storage.iter = iteration
+            storage.put_scalar("loss", float(iteration**2))
+            if iteration % 2:
+                storage.put_scalar("bbox/AP", iteration * 10.0, smoothing_hint=False)
+            if iteration in (2, 3):
+                writer.write()
+        storage.put_scalar("late", 1.0, cur_iter=9)
+        writer.write()
+        writer.write()
+    writer.close()
+
+
+def observe_json_writer(provider):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "metrics.json")
+        for _ in range(2):  # appends
+            _write_scalars(provider, provider.JSONWriter(path, window_size=3))
+        with open(path) as file:
+            text = file.read()
+    return {"lines": [json.loads(line) for line in text.splitlines()], "text": text}
+
+
+def observe_tensorboard_writer(provider):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        log_dir = os.path.join(folder, "events")
+        writer = provider.TensorboardXWriter(log_dir, window_size=3)
+        made_early = os.path.exists(log_dir)
+        _write_scalars(provider, writer)
+        events = EventAccumulator(log_dir)
+        events.Reload()
+        values = {tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        files = len(glob.glob(os.path.join(log_dir, "events.out.tfevents.*")))
+    return {"values": values, "made early": made_early, "files": files}
+
+
+def observe_dataset_evaluator(provider):
+    evaluator = provider.DatasetEvaluator()
+    return [evaluator.reset(), evaluator.process([], []), evaluator.evaluate()]
+
+
+def observe_inference_on_dataset(provider):
+    log = []
+
+    class Evaluator(provider.DatasetEvaluator):
+        answer = {"bbox": {"AP": 1.0}}
+
+        def reset(self):
+            log.append("reset")
+
+        def process(self, inputs, outputs):
+            log.append([inputs, outputs])
+
+        def evaluate(self):
+            log.append("evaluate")
+            return self.answer
+
+    class Model(torch.nn.Linear):
+        def forward(self, batch):
+            log.append([self.training, torch.is_grad_enabled()])
+            return [super(Model, self).forward(torch.ones(1)).requires_grad for _ in batch]
+
+    evaluator, model, loader = Evaluator(), Model(1, 1), [[1, 2], [3], [4]]
+    first = provider.inference_on_dataset(model, loader, evaluator)
+    after_training = model.training
+    model.eval()
+    evaluator.answer = None
+    second = provider.inference_on_dataset(model, loader, evaluator)
+    return [log, first, second, after_training, model.training, torch.is_grad_enabled()]
+
+
+def observe_print_csv_format(provider):
+    lines = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    logger = logging.getLogger(inspect.getmodule(provider.print_csv_format).__name__)
+    level, handler = logger.level, Handler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    provider.print_csv_format({"bbox": {"AP": 1.23456, "AP-cat": 2.0, "AP50": float("nan")}, "other": 3})
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    return lines
+
+
+def observe_default_argument_parser(provider):
+    parser = provider.default_argument_parser()
+    command = ["--config-file", "a.yaml", "--resume", "--eval-only", "--num-gpus", "2", "--machine-rank", "1"]
+    some = vars(parser.parse_args([*command, "SEED", "1", "MODEL.WEIGHTS", "x"]))
+    none = vars(parser.parse_args([]))
+    # A number derived from the user id: the form is what counts.
+    return [{**args, "dist_url": args["dist_url"].rsplit(":", 1)[0]} for args in (some, none)]
+
+
+def observe_launch(provider):
+    calls = []
+    provider.launch(
+        lambda *args: calls.append(args), 1, num_machines=1, machine_rank=0, dist_url="x", args=(1, "a")
+    )
+    provider.launch(lambda: calls.append("none"), 0)
+    return calls
