@@ -1,0 +1,66 @@
+"""The D predictors and who of them answers when. Shapes: B images, D predictors."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dfm_d2.predictors.flow_head import FlowHead
+
+TIMES = ("partitioned", "shared")
+
+
+class PredictorStack(nn.ModuleList):
+    """D predictors, `stack[d]`.
+
+    Args:
+        make_head: called D times.
+        num_predictors: D.
+        time: "partitioned" (predictor `floor(t D)` answers at t and is trained on its own interval of t) or
+            "shared" (every predictor answers at, and is trained on, all of [0, 1]).
+
+    Raises:
+        ValueError: no predictor, or an unknown `time`.
+    """
+
+    def __init__(self, make_head: Callable[[], FlowHead], num_predictors: int, time: str):
+        if num_predictors < 1:
+            raise ValueError(f"at least one predictor is needed, got {num_predictors}")
+        if time not in TIMES:
+            raise ValueError(f"time must be one of {TIMES}, got {time!r}")
+        super().__init__(make_head() for _ in range(num_predictors))
+        self.time = time
+
+    def training_time(self, index: int, uniform: Tensor) -> Tensor:
+        """The t that predictor `index` is trained on, from uniforms `(B,)` in [0, 1)."""
+        return (index + uniform) / len(self) if self.time == "partitioned" else uniform
+
+    def answering(self, t: float, chosen: Sequence[int] = ()) -> list[int]:
+        """Indices of the predictors that answer at `t`.
+
+        Args:
+            chosen: a subset (TIME "shared" only); empty: all.
+
+        Raises:
+            ValueError: a subset under "partitioned", where each interval has one predictor; or an index
+                that is not there.
+        """
+        if self.time == "partitioned":
+            if chosen:
+                raise ValueError(
+                    "MODEL.DFM.SAMPLER.PREDICTORS must be empty with TIME 'partitioned': "
+                    "no other predictor was trained on the interval of a dropped one"
+                )
+            # 1e-6: a time such as 3 * (1 / 6), or one in float32, must not fall short of its interval.
+            return [min(int(t * len(self) + 1e-6), len(self) - 1)]
+        wrong = [d for d in chosen if not 0 <= d < len(self)]
+        if wrong:
+            raise ValueError(f"MODEL.DFM.SAMPLER.PREDICTORS names {wrong}, there are {len(self)} predictors")
+        return list(chosen) or list(range(len(self)))
+
+    def answer(
+        self, indices: Sequence[int], features: Sequence[Tensor], boxes_xyxy: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Raw box answers `(D', B, N, 4)` and class logits `(D', B, N, K)` of some predictors."""
+        answers = [self[d](features, boxes_xyxy, x_t, t) for d in indices]
+        return torch.stack([a.boxes for a in answers]), torch.stack([a.class_logits for a in answers])

@@ -1,0 +1,92 @@
+"""Heads, stack, time embedding and pooling."""
+
+import pytest
+import torch
+
+from dfm_d2.predictors import FeaturePooler, FlowHead, PredictorStack, TimeEmbedding
+
+
+def _head(**options):
+    defaults = {
+        "pooler": FeaturePooler((1 / 4, 1 / 8), 3, 2, 32.0), "num_classes": 5, "dim": 16, "num_heads": 2,
+        "feedforward_dim": 32, "interaction": "dynamic_conv", "dynamic_dim": 4, "num_cls": 1, "num_reg": 2,
+    }  # fmt: skip
+    return FlowHead(**(defaults | options))
+
+
+def _inputs(num_images=2, num_proposals=6):
+    torch.manual_seed(0)
+    features = [torch.randn(num_images, 16, 12, 16), torch.randn(num_images, 16, 6, 8)]
+    boxes = torch.rand(num_images, num_proposals, 4) * 20
+    boxes[..., 2:] += boxes[..., :2] + 1
+    return features, boxes, torch.randn(num_images, num_proposals, 4), torch.rand(num_images)
+
+
+@pytest.mark.parametrize("interaction", ["dynamic_conv", "cross_attention"])
+def test_a_head_answers_for_every_proposal(interaction):
+    torch.manual_seed(1)
+    answer = _head(interaction=interaction)(*_inputs())
+    assert answer.class_logits.shape == (2, 6, 5) and answer.boxes.shape == (2, 6, 4)
+    assert answer.class_logits.sigmoid().mean() < 0.05  # the prior of rare objects
+    assert answer.boxes.abs().max() < 0.1  # and boxes that begin where they are
+
+
+@pytest.mark.parametrize("interaction", ["dynamic_conv", "cross_attention"])
+def test_a_head_is_equivariant_to_the_order_of_proposals(interaction):
+    head = _head(interaction=interaction).eval()
+    features, boxes, x_t, t = _inputs()
+    order = torch.randperm(6)
+    straight, mixed = head(features, boxes, x_t, t), head(features, boxes[:, order], x_t[:, order], t)
+    torch.testing.assert_close(mixed.class_logits, straight.class_logits[:, order], atol=1e-5, rtol=1e-4)
+
+
+def test_time_and_place_reach_the_answer():
+    head = _head()
+    features, boxes, x_t, t = _inputs()
+    base = head(features, boxes, x_t, t).class_logits
+    assert not torch.allclose(base, head(features, boxes, x_t, t * 0).class_logits)
+    assert not torch.allclose(base, head(features, boxes, x_t + 1, t).class_logits)
+    assert not torch.allclose(base, head(features, boxes + 5, x_t, t).class_logits)
+    one = head(features, boxes, x_t, t[:1].squeeze()).class_logits
+    torch.testing.assert_close(one[0], base[0], atol=1e-5, rtol=1e-4)
+
+
+def test_every_parameter_of_a_head_learns():
+    head = _head()
+    for tensor in (head.box_answer.weight, head.class_logits.weight):
+        torch.nn.init.normal_(tensor, std=0.5)
+    answer = head(*_inputs())
+    (answer.class_logits.square().sum() + answer.boxes.square().sum()).backward()
+    assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_unknown_interaction_and_odd_time_dimension():
+    with pytest.raises(ValueError, match="interaction must be one of"):
+        _head(interaction="sum")
+    with pytest.raises(ValueError, match="even dimension, got 7"):
+        TimeEmbedding(7)
+
+
+def test_time_embedding_tells_times_apart():
+    embedded = TimeEmbedding(32)(torch.linspace(0, 1, 11))
+    assert torch.cdist(embedded, embedded).add(torch.eye(11)).min() > 1e-3
+
+
+@pytest.mark.parametrize("num_predictors", [1, 3, 4, 6, 7])
+def test_partitioned_time_covers_the_unit_interval_once(num_predictors):
+    stack = PredictorStack(lambda: torch.nn.Identity(), num_predictors, "partitioned")
+    for k in range(num_predictors):
+        assert stack.answering(k / num_predictors) == [k]
+        t = stack.training_time(k, torch.tensor([0.0, 0.5, 0.999]))
+        assert [stack.answering(float(x)) for x in t] == [[k]] * 3
+    assert stack.answering(1.0) == [num_predictors - 1]
+    assert stack.answering(3 * (1 / 6)) == [num_predictors // 2]
+
+
+def test_shared_time_asks_all_or_those_chosen():
+    stack = PredictorStack(lambda: torch.nn.Identity(), 3, "shared")
+    assert stack.answering(0.9) == [0, 1, 2] and stack.answering(0.9, [2, 0]) == [2, 0]
+    u = torch.rand(4)
+    assert torch.equal(stack.training_time(2, u), u)
+    with pytest.raises(ValueError, match="time must be one of"):
+        PredictorStack(lambda: torch.nn.Identity(), 3, "both")
