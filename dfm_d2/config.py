@@ -1,0 +1,139 @@
+"""Every config key that dfm_d2 adds to Detectron2's, documented where it is added."""
+
+from dfm_d2.framework import CfgNode as CN
+
+
+def add_dfm_config(cfg: CN) -> None:
+    """Add the keys of dfm_d2 to a Detectron2 config, in place.
+
+    For those who embed us: ``cfg = get_cfg(); add_dfm_config(cfg); cfg.merge_from_file(path)``.
+    """
+    _add_data_keys(cfg)
+    _add_solver_keys(cfg)
+    _add_model_keys(cfg)
+
+
+def _add_data_keys(cfg: CN) -> None:
+    # A folder in VOC layout (Annotations/, ImageSets/Main/, JPEGImages/). The dataset names
+    # `voc_root_<split>` in DATASETS.TRAIN / DATASETS.TEST read ImageSets/Main/<split>.txt of it.
+    cfg.DATASETS.VOC_ROOT = ""
+    # Class names in the order of their indices; empty: found in the annotations, sorted.
+    cfg.DATASETS.CLASSES = []
+    # COCO json by path: the names `coco_json_train` and `coco_json_val` read these.
+    cfg.DATASETS.COCO_TRAIN_JSON = ""
+    cfg.DATASETS.COCO_TRAIN_IMAGES = ""
+    cfg.DATASETS.COCO_VAL_JSON = ""
+    cfg.DATASETS.COCO_VAL_IMAGES = ""
+    # A broken XML, a missing or truncated image, a box of zero area: "skip" counts and reports
+    # them with their file names and goes on without them, "fatal" stops. Registration, before training,
+    # finds all of it but truncated images that it did not decode (VERIFY_IMAGES).
+    cfg.DATASETS.ON_ERROR = "skip"
+    # Decode every image when a data set is registered, so that truncated files are known before training:
+    # "auto" for sets of at most 2,000 images (headers only for larger ones), "always", "never".
+    cfg.DATASETS.VERIFY_IMAGES = "auto"  # "auto" | "always" | "never"
+    # Probability of the second branch of the DETR recipe: resize to one of CROP_RESIZE, crop a random
+    # window of CROP_SIZE (least and greatest side in pixels), then the usual resize. 0 is off.
+    cfg.INPUT.DETR_CROP = 0.0
+    cfg.INPUT.CROP_RESIZE = (400, 500, 600)
+    cfg.INPUT.CROP_SIZE = (384, 600)
+
+
+def _add_solver_keys(cfg: CN) -> None:
+    cfg.SOLVER.OPTIMIZER = "adamw"  # "adamw" | "sgd"
+    # Learning-rate factor of the backbone (not of the FPN).
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # Each block's gradient is clipped to this norm, by itself; 0 is off. (Detectron2's
+    # SOLVER.CLIP_GRADIENTS would clip over all blocks, which local updates cannot know.)
+    cfg.SOLVER.BLOCK_CLIP_NORM = 1.0
+    # "auto": bfloat16 where the processor or GPU computes in it, else float32. With SOLVER.AMP.ENABLED only.
+    cfg.SOLVER.AMP.DTYPE = "auto"  # "auto" | "bfloat16" | "float16"
+    # Exponential moving average of the weights, evaluated and saved beside the weights; 0 is off.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # A line of progress and of metrics.json every so many iterations, each the median since the last one.
+    cfg.SOLVER.LOG_PERIOD = 20
+    # How many of the periodic checkpoints stay on the disk; 0: all.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
+    # Which AP is computed: "coco" (pycocotools), "voc07" (11 points), "voc" (area).
+    cfg.TEST.AP = ("coco", "voc07", "voc")
+    # Images in a batch of evaluation.
+    cfg.TEST.BATCH_SIZE = 1
+    # Keep the checkpoint that is best by this metric, for example "bbox/AP50"; empty: do not.
+    cfg.TEST.BEST_METRIC = ""
+
+
+def _add_model_keys(cfg: CN) -> None:
+    cfg.MODEL.DFM = CN()
+    dfm = cfg.MODEL.DFM
+    # K. 0: taken from the training set's classes when tools/train_net.py sets up.
+    dfm.NUM_CLASSES = 0
+    # D, the number of predictors, each a block of local update.
+    dfm.NUM_PREDICTORS = 4
+    # N, the number of proposals, in training.
+    dfm.NUM_PROPOSALS = 100
+    # s of x = (2 b - 1) s (docs/math.md, equation 4).
+    dfm.SIGNAL_SCALE = 2.0
+    # Slots of x_1 that each ground-truth box fills at most; the others are background.
+    dfm.GT_REPEAT = 10
+    dfm.COUPLING = "optimal_transport"  # "optimal_transport" | "independent"
+    dfm.ASSIGNMENT = "dynamic_k"  # "dynamic_k" | "path"
+    # "partitioned": predictor floor(t D) answers at t; "shared": every predictor answers at every t.
+    dfm.TIME = "partitioned"
+    # What a predictor's box branch answers: the endpoint x_1, or the velocity.
+    dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
+    # How the D answers of TIME "shared" are averaged.
+    dfm.AGGREGATION = "uniform"  # "uniform" | "confidence"
+    # Who is updated when (docs/math.md, section 5).
+    dfm.UPDATE = "sequential"  # "sequential" | "joint"
+    dfm.BACKBONE_UPDATE = "accumulate"  # "accumulate" | "frozen"
+    # Step each block's optimizer right after its backward and free its gradients.
+    dfm.STEP_IN_BACKWARD = False
+    # Seed of noise and t in training; the sampler has its own.
+    dfm.SEED = 0
+
+    dfm.HEAD = CN()
+    dfm.HEAD.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    dfm.HEAD.HIDDEN_DIM = 256
+    dfm.HEAD.NUM_HEADS = 8
+    dfm.HEAD.FEEDFORWARD_DIM = 2048
+    # Box-feature interaction: Sparse R-CNN's dynamic convolution, or cross-attention over the RoI grid.
+    dfm.HEAD.INTERACTION = "dynamic_conv"  # "dynamic_conv" | "cross_attention"
+    dfm.HEAD.DYNAMIC_DIM = 64
+    dfm.HEAD.NUM_CLS = 1
+    dfm.HEAD.NUM_REG = 3
+    dfm.HEAD.POOLER_RESOLUTION = 7
+    dfm.HEAD.POOLER_SAMPLING_RATIO = 2
+    # Side in pixels of a box that is pooled from the level of stride 16.
+    dfm.HEAD.POOLER_CANONICAL_SIZE = 224
+    # (w_x, w_y, w_w, w_h) by which box deltas are divided.
+    dfm.HEAD.BOX_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+
+    dfm.LOSS = CN()
+    dfm.LOSS.CLS = "focal"  # "focal" | "quality_focal"
+    dfm.LOSS.FOCAL_ALPHA = 0.25
+    dfm.LOSS.FOCAL_GAMMA = 2.0
+    dfm.LOSS.CLS_WEIGHT = 2.0
+    dfm.LOSS.L1_WEIGHT = 5.0
+    dfm.LOSS.GIOU_WEIGHT = 2.0
+    # Weight of the velocity term, and its bound w_max on (1 - t)^-2.
+    dfm.LOSS.VELOCITY_WEIGHT = 0.0
+    dfm.LOSS.VELOCITY_MAX = 25.0
+
+    # The sampler, all of it changeable at test time without retraining.
+    dfm.SAMPLER = CN()
+    dfm.SAMPLER.METHOD = "euler"  # "euler" | "heun"
+    # K, the number of steps; 0: D for TIME "partitioned", 1 for "shared".
+    dfm.SAMPLER.STEPS = 0
+    # An explicit time grid from 0 to 1 (STEPS is then ignored); empty: uniform.
+    dfm.SAMPLER.TIME_GRID = []
+    dfm.SAMPLER.NUM_PROPOSALS = 0  # 0: as in training
+    # Indices of the predictors that answer (TIME "shared" only); empty: all.
+    dfm.SAMPLER.PREDICTORS = []
+    dfm.SAMPLER.SEED = 0
+    # Concatenate the detections of all steps instead of taking the last step's.
+    dfm.SAMPLER.ENSEMBLE_STEPS = False
+    # Run the sampler this many times from fresh noise and merge (the control of iteration).
+    dfm.SAMPLER.NOISE_PASSES = 1
+    # Replace proposals whose best score is below this by fresh noise after each step, per image; 0: off.
+    dfm.SAMPLER.RENEWAL_THRESH = 0.0
+    dfm.SAMPLER.SCORE_THRESH = 0.0
+    dfm.SAMPLER.NMS_THRESH = 0.6  # per class; 0: off

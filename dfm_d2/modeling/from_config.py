@@ -1,0 +1,119 @@
+"""Explicit constructor arguments of the detectors from a config: the only place that reads MODEL.DFM."""
+
+from dfm_d2.core import BoxFlow, BoxSpace
+from dfm_d2.framework import build_backbone
+from dfm_d2.losses import BlockLoss, DynamicK
+from dfm_d2.modeling.sampler import BoxSampler, SamplerSettings
+from dfm_d2.predictors import FeaturePooler, FlowHead, PredictorStack
+
+
+def detector_arguments(cfg) -> dict:
+    """Arguments of FlowDetector and CascadeDetector.
+
+    Raises:
+        ValueError: a key has a value that cannot be built; the sentence names it.
+    """
+    dfm = cfg.MODEL.DFM
+    if dfm.NUM_CLASSES < 1:
+        raise ValueError(
+            f"MODEL.DFM.NUM_CLASSES must be at least 1, got {dfm.NUM_CLASSES} "
+            "(0 is filled in from the data set by tools/train_net.py)"
+        )
+    backbone = build_backbone(cfg)
+    space = BoxSpace(dfm.SIGNAL_SCALE)
+    loss = dfm.LOSS
+    return {
+        "backbone": backbone,
+        "in_features": dfm.HEAD.IN_FEATURES,
+        "predictors": _predictors(cfg, backbone),
+        "num_classes": dfm.NUM_CLASSES,
+        "space": space,
+        "flow": BoxFlow(
+            signal_scale=dfm.SIGNAL_SCALE,
+            box_weights=tuple(dfm.HEAD.BOX_WEIGHTS),
+            prediction=dfm.PREDICTION,
+            aggregation=dfm.AGGREGATION,
+        ),
+        "sampler": BoxSampler(space, sampler_settings(cfg)),
+        "criterion": BlockLoss(
+            signal_scale=dfm.SIGNAL_SCALE,
+            cls=loss.CLS,
+            cls_weight=loss.CLS_WEIGHT,
+            l1_weight=loss.L1_WEIGHT,
+            giou_weight=loss.GIOU_WEIGHT,
+            velocity_weight=loss.VELOCITY_WEIGHT,
+            focal_alpha=loss.FOCAL_ALPHA,
+            focal_gamma=loss.FOCAL_GAMMA,
+            velocity_max=loss.VELOCITY_MAX,
+        ),
+        "assigner": DynamicK(
+            signal_scale=dfm.SIGNAL_SCALE,
+            cls_weight=loss.CLS_WEIGHT,
+            l1_weight=loss.L1_WEIGHT,
+            giou_weight=loss.GIOU_WEIGHT,
+            focal_alpha=loss.FOCAL_ALPHA,
+            focal_gamma=loss.FOCAL_GAMMA,
+        ),
+        "num_proposals": dfm.NUM_PROPOSALS,
+        "gt_repeat": dfm.GT_REPEAT,
+        "coupling": dfm.COUPLING,
+        "assignment": dfm.ASSIGNMENT,
+        "seed": dfm.SEED,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+    }
+
+
+def sampler_settings(cfg) -> SamplerSettings:
+    """The sampler of a config; STEPS 0 is D where time is partitioned among local predictors, else 1."""
+    dfm, sampler = cfg.MODEL.DFM, cfg.MODEL.DFM.SAMPLER
+    partitioned = dfm.TIME == "partitioned" and cfg.MODEL.META_ARCHITECTURE == "FlowDetector"
+    return SamplerSettings(
+        num_proposals=sampler.NUM_PROPOSALS or dfm.NUM_PROPOSALS,
+        steps=sampler.STEPS or (dfm.NUM_PREDICTORS if partitioned else 1),
+        method=sampler.METHOD,
+        time_grid=tuple(sampler.TIME_GRID),
+        predictors=tuple(sampler.PREDICTORS),
+        seed=sampler.SEED,
+        ensemble_steps=sampler.ENSEMBLE_STEPS,
+        noise_passes=sampler.NOISE_PASSES,
+        renewal_thresh=sampler.RENEWAL_THRESH,
+        score_thresh=sampler.SCORE_THRESH,
+        nms_thresh=sampler.NMS_THRESH,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+
+
+def _predictors(cfg, backbone) -> PredictorStack:
+    dfm, head = cfg.MODEL.DFM, cfg.MODEL.DFM.HEAD
+    shapes = backbone.output_shape()
+    missing = [name for name in head.IN_FEATURES if name not in shapes]
+    if missing:
+        raise ValueError(f"MODEL.DFM.HEAD.IN_FEATURES names {missing}, the backbone has {sorted(shapes)}")
+    channels = {shapes[name].channels for name in head.IN_FEATURES}
+    if channels != {head.HIDDEN_DIM}:
+        raise ValueError(
+            f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
+            f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
+        )
+    pooler = FeaturePooler(
+        scales=[1.0 / shapes[name].stride for name in head.IN_FEATURES],
+        output_size=head.POOLER_RESOLUTION,
+        sampling_ratio=head.POOLER_SAMPLING_RATIO,
+        canonical_size=head.POOLER_CANONICAL_SIZE,
+    )
+
+    def make_head() -> FlowHead:
+        return FlowHead(
+            pooler=pooler,
+            num_classes=dfm.NUM_CLASSES,
+            dim=head.HIDDEN_DIM,
+            num_heads=head.NUM_HEADS,
+            feedforward_dim=head.FEEDFORWARD_DIM,
+            interaction=head.INTERACTION,
+            dynamic_dim=head.DYNAMIC_DIM,
+            num_cls=head.NUM_CLS,
+            num_reg=head.NUM_REG,
+        )
+
+    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME)

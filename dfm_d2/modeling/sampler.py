@@ -1,0 +1,139 @@
+"""Inference: noise boxes flow along the predictors' velocities to detections.
+
+Shapes: B images, N proposals, D predictors, K classes, M candidate detections.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from dfm_kernels.reference import BoxFlowUpdate
+from torch import Tensor
+
+from dfm_d2.core import BoxSpace, ODESolver, SolverStep, Trajectory, keyed_normal, stream_key
+from dfm_d2.core.noise import STREAM_BACKGROUND
+from dfm_d2.core.solver import check_grid, uniform_grid
+from dfm_d2.losses.coupling import BACKGROUND_STD
+
+# (x_t (B, N, 4), boxes_xyxy (B, N, 4), t, t_next) -> one step of the flow on the features of these images.
+Flow = Callable[[Tensor, Tensor, float, float], BoxFlowUpdate]
+
+
+@dataclass
+class SamplerSettings:
+    """What may change at test time without retraining. The keys are those of MODEL.DFM.SAMPLER."""
+
+    num_proposals: int
+    steps: int
+    method: str = "euler"
+    time_grid: Sequence[float] = ()
+    predictors: Sequence[int] = ()
+    seed: int = 0
+    ensemble_steps: bool = False
+    noise_passes: int = 1
+    renewal_thresh: float = 0.0
+    score_thresh: float = 0.0
+    nms_thresh: float = 0.6
+    detections_per_image: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"the sampler's {name} must be at least 1, got {getattr(self, name)}")
+        if self.time_grid:
+            check_grid(self.time_grid)
+            if self.time_grid[0] != 0 or self.time_grid[-1] != 1:
+                raise ValueError(
+                    f"the sampler's time grid must run from 0 (noise) to 1 (data), got {list(self.time_grid)}"
+                )
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The time grid: the explicit one, else a uniform one of `steps` steps."""
+        return check_grid(self.time_grid) if self.time_grid else uniform_grid(self.steps)
+
+
+class Candidates(NamedTuple):
+    """Before NMS. x_1_hat: `(B, M, 4)` signal. class_probs: `(B, M, K)`."""
+
+    x_1_hat: Tensor
+    class_probs: Tensor
+
+
+class _StepInfo(NamedTuple):
+    class_probs: Tensor
+    boxes_xyxy: Tensor
+
+
+@dataclass
+class BoxSampler:
+    """Integrates noise boxes to endpoints.
+
+    Args:
+        space: the box space. settings: may be replaced between calls.
+    """
+
+    space: BoxSpace
+    settings: SamplerSettings
+
+    def sample(self, flow: Flow, image_sizes: Tensor, image_ids: Sequence[int | str]) -> Candidates:
+        """Candidates of all noise passes (and, with `ensemble_steps`, of all steps), concatenated."""
+        found = []
+        for noise_pass in range(self.settings.noise_passes):
+            trajectory = self.trajectory(flow, image_sizes, image_ids, noise_pass)
+            steps = trajectory.steps if self.settings.ensemble_steps else [trajectory.last]
+            found += [Candidates(step.x_1_hat, step.info.class_probs) for step in steps]
+        return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found)))
+
+    def trajectory(
+        self,
+        flow: Flow,
+        image_sizes: Tensor,
+        image_ids: Sequence[int | str],
+        noise_pass: int = 0,
+        return_intermediates: bool = False,
+    ) -> Trajectory:
+        """One pass from noise to boxes; the noise depends on (seed, image id, pass) alone.
+
+        Args:
+            image_sizes: `(B, 2)` height, width.
+            return_intermediates: keep states and steps; `ensemble_steps` keeps them too.
+        """
+        settings = self.settings
+        keys = [stream_key("sampler", settings.seed, image_id, noise_pass) for image_id in image_ids]
+        x_0 = keyed_normal(keys, settings.num_proposals, device=image_sizes.device)
+        last: list[SolverStep] = []
+
+        def field(x_t: Tensor, t: float, t_next: float) -> SolverStep:
+            # The last update has already made the pixel boxes of the state that it led to.
+            if last and last[0].x_next is x_t:
+                boxes_xyxy = last[0].info.boxes_xyxy
+            else:
+                boxes_xyxy = self.space.proposals(x_t, image_sizes)
+            update = flow(x_t, boxes_xyxy, t, t_next)
+            info = _StepInfo(update.class_probs, update.boxes_xyxy)
+            last[:] = [SolverStep(update.x_next, update.x_1_hat, update.velocity, info)]
+            return last[0]
+
+        def renew(x: Tensor, step: SolverStep, t_next: float) -> Tensor:
+            return self._renew(x, step.info.class_probs, t_next, keys)
+
+        return ODESolver(settings.method).sample(
+            field,
+            x_0,
+            settings.grid,
+            return_intermediates=return_intermediates or settings.ensemble_steps,
+            after_step=renew if settings.renewal_thresh > 0 else None,
+        )
+
+    def _renew(self, x: Tensor, class_probs: Tensor, t_next: float, keys: Sequence[int]) -> Tensor:
+        """Put proposals that found nothing back where training has its background: on the path from fresh
+        noise to a random box, at `t_next`."""
+        count, scale = x.shape[1], self.space.signal_scale
+        fresh = [stream_key("renewal", key, repr(t_next)) for key in keys]
+        noise = keyed_normal(fresh, count, device=x.device)
+        background = keyed_normal(fresh, count, STREAM_BACKGROUND, x.device) * (2 * BACKGROUND_STD * scale)
+        renewed = (1 - t_next) * noise + t_next * self.space.clamp(background)
+        empty = class_probs.amax(-1, keepdim=True) < self.settings.renewal_thresh
+        return torch.where(empty, renewed, x)

@@ -1,0 +1,225 @@
+"""FlowDetector and its backprop twin: shapes, locality, determinism, edge cases."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dfm_d2.framework import META_ARCH_REGISTRY
+from dfm_d2.modeling import CascadeDetector, FlowDetector
+
+
+def _losses(model, inputs, iteration=0):
+    prepared = model.prepare(inputs, iteration)
+    return model.all_losses(model.extract_features(prepared), prepared)
+
+
+def _detections(model, inputs, **settings):
+    model.eval()
+    model.sampler.settings = dataclasses.replace(model.sampler.settings, **settings)
+    return [out["instances"] for out in model(inputs)]
+
+
+def test_registered():
+    assert META_ARCH_REGISTRY.get("FlowDetector") is FlowDetector
+    assert META_ARCH_REGISTRY.get("CascadeDetector") is CascadeDetector
+
+
+@pytest.mark.parametrize("time", ["partitioned", "shared"])
+@pytest.mark.parametrize("assignment", ["dynamic_k", "path"])
+def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, time, assignment):
+    model = make_model(TIME=time, ASSIGNMENT=assignment, LOSS__VELOCITY_WEIGHT=1.0)
+    prepared = model.prepare([make_input("a"), make_input("b")], 0)
+    features = [f.detach().requires_grad_() for f in model.extract_features(prepared)]
+    for i in range(model.num_predictors):
+        losses = model.block_losses(i, features, prepared)
+        assert set(losses) == {f"loss_{term}/p{i}" for term in ("cls", "l1", "giou", "velocity")}
+        model.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        for name, parameters in model.blocks().items():
+            grads = [p.grad for _, p in parameters]
+            if name == f"p{i}":
+                assert all(g is not None for g in grads)
+            else:
+                assert all(g is None for g in grads), f"the loss of p{i} reached {name}"
+    assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in features[:1])
+
+
+def test_blocks_partition_the_trainable_parameters(make_model):
+    model = make_model()
+    named = [name for parameters in model.blocks().values() for name, _ in parameters]
+    assert sorted(named) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    assert set(model.blocks()) == {"shared", "p0", "p1", "p2"}
+
+
+def test_the_cascade_lets_gradients_cross_and_has_no_local_loss(make_model, make_input):
+    model = make_model("CascadeDetector")
+    losses = _losses(model, [make_input()])
+    sum(v for k, v in losses.items() if k.endswith("/p2")).backward()
+    assert all(p.grad is not None for name, p in model.blocks()["p0"] if "interaction" in name)
+    assert not model.is_local
+    with pytest.raises(RuntimeError, match="UPDATE"):
+        model.block_losses(0, [], None)
+
+
+def test_the_cascade_has_the_parameters_of_the_flow_detector(make_model):
+    flow, cascade = make_model(), make_model("CascadeDetector")
+    shapes = [{n: p.shape for n, p in m.state_dict().items()} for m in (flow, cascade)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("meta_architecture", ["FlowDetector", "CascadeDetector"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"COUPLING": "independent"},
+        {"PREDICTION": "velocity", "LOSS__VELOCITY_WEIGHT": 0.5},
+        {"LOSS__CLS": "quality_focal"},
+        {"TIME": "shared", "AGGREGATION": "confidence"},
+        {"HEAD__INTERACTION": "cross_attention"},
+        {"NUM_PREDICTORS": 1, "NUM_CLASSES": 3},
+        {"NUM_PROPOSALS": 1},
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_every_option_trains_and_detects(make_model, make_input, meta_architecture, options):
+    model = make_model(meta_architecture, **options)
+    inputs = [make_input("a"), make_input("b", boxes=())]
+    losses = _losses(model, inputs)
+    total = sum(losses.values())
+    assert torch.isfinite(total)
+    total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    for found in _detections(model, inputs):
+        assert torch.isfinite(found.pred_boxes.tensor).all() and torch.isfinite(found.scores).all()
+
+
+@pytest.mark.parametrize("boxes", [(), ((3.0, 3.0, 20.0, 20.0),), ((3.0, 3.0, 20.0, 20.0),) * 30])
+def test_any_number_of_boxes(make_model, make_input, boxes):
+    losses = _losses(make_model(), [make_input(boxes=boxes)])
+    assert all(torch.isfinite(v) for v in losses.values())
+    if not boxes:
+        assert all(v == 0 for k, v in losses.items() if "cls" not in k)
+
+
+def test_one_class(make_model, make_input):
+    model = make_model(NUM_CLASSES=1)
+    item = make_input(boxes=((3.0, 3.0, 20.0, 20.0),))
+    assert all(torch.isfinite(v) for v in _losses(model, [item]).values())
+    assert (_detections(model, [item])[0].pred_classes == 0).all()
+
+
+def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_input):
+    model = make_model()
+    a, b = make_input("a"), make_input("b")
+    together, alone = model.prepare([a, b], 3), model.prepare([b], 3)
+    for d in range(3):
+        torch.testing.assert_close(together.samples[d].x_t[1:], alone.samples[d].x_t, rtol=0, atol=0)
+        assert d / 3 <= together.samples[d].t.min() and together.samples[d].t.max() < (d + 1) / 3
+    assert not torch.equal(model.prepare([b], 4).samples[0].x_0, alone.samples[0].x_0)
+
+
+@pytest.mark.parametrize("meta_architecture", ["FlowDetector", "CascadeDetector"])
+@pytest.mark.parametrize("settings", [{}, {"method": "heun", "steps": 5}, {"renewal_thresh": 0.9}])
+def test_a_batch_of_two_is_two_batches_of_one(make_model, make_input, meta_architecture, settings):
+    model = make_model(meta_architecture)
+    a, b = make_input("a"), make_input("b")
+    both = _detections(model, [a, b], **settings)
+    for item, found in zip((a, b), both):
+        alone = _detections(model, [item])[0]
+        assert len(found) == len(alone) > 0
+        torch.testing.assert_close(found.pred_boxes.tensor, alone.pred_boxes.tensor, rtol=0, atol=0.01)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=0, atol=1e-5)
+
+
+def test_two_evaluations_agree_and_the_seed_matters(make_model, make_input):
+    model = make_model()
+    first = _detections(model, [make_input()])[0]
+    again = _detections(model, [make_input()])[0]
+    assert torch.equal(first.pred_boxes.tensor, again.pred_boxes.tensor)
+    other = _detections(model, [make_input()], seed=1)[0]
+    assert len(other) != len(first) or not torch.equal(first.pred_boxes.tensor, other.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_proposals": 1},
+        {"num_proposals": 300},
+        {"steps": 1},
+        {"steps": 8},
+        {"time_grid": (0.0, 0.1, 0.9, 1.0)},
+        {"nms_thresh": 0.0},
+        {"ensemble_steps": True},
+        {"noise_passes": 3},
+        {"score_thresh": 2.0},
+    ],
+    ids=str,
+)
+def test_the_sampler_changes_without_retraining(make_model, make_input, settings):
+    model = make_model()
+    found = _detections(model, [make_input()], **settings)[0]
+    assert found.image_size == (96, 128)  # the original image's
+    assert len(found) <= 100
+    assert (found.scores.diff() <= 0).all()
+    if settings.get("score_thresh"):
+        assert len(found) == 0
+
+
+def test_a_subset_of_predictors_needs_shared_time(make_model, make_input):
+    shared = make_model(TIME="shared")
+    assert len(_detections(shared, [make_input()], predictors=(1,))[0]) > 0
+    with pytest.raises(ValueError, match=r"names \[3\]"):
+        _detections(shared, [make_input()], predictors=(3,))
+    with pytest.raises(ValueError, match="SAMPLER.PREDICTORS must be empty"):
+        _detections(make_model(), [make_input()], predictors=(1,))
+
+
+def test_sampler_settings_are_checked(make_model):
+    settings = make_model().sampler.settings
+    assert settings.steps == 3
+    with pytest.raises(ValueError, match="must run from 0"):
+        dataclasses.replace(settings, time_grid=(0.0, 0.5))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        dataclasses.replace(settings, steps=0)
+
+
+def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
+    model = make_model().eval()
+    trajectory, sizes = model.trajectory([make_input()])
+    assert trajectory.times == (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
+    assert len(trajectory.states) == 4 and sizes.tolist() == [[48, 64]]
+    assert torch.equal(trajectory.states[-1], trajectory.last.x_1_hat)
+
+
+def test_bad_input_is_named(make_model, make_input):
+    model = make_model()
+    item = make_input()
+    item["instances"].gt_classes[0] = 7
+    with pytest.raises(ValueError, match=r"'a.jpg' has a class outside \[0, 3\)"):
+        model.prepare([item], 0)
+    with pytest.raises(ValueError, match="no 'instances'"):
+        model.prepare([{k: v for k, v in make_input().items() if k != "instances"}], 0)
+    with pytest.raises(RuntimeError, match="eval"):
+        model([make_input()])
+
+
+def test_bad_config_is_named(make_model):
+    with pytest.raises(ValueError, match="IN_FEATURES names"):
+        make_model(HEAD__IN_FEATURES=["p9"])
+    with pytest.raises(ValueError, match="HIDDEN_DIM is 32"):
+        make_model(HEAD__HIDDEN_DIM=32)
+    with pytest.raises(ValueError, match="NUM_CLASSES must be at least 1"):
+        make_model(NUM_CLASSES=0)
+    with pytest.raises(ValueError, match="at least one predictor"):
+        make_model(NUM_PREDICTORS=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_boxes_in_float32(make_model, make_input, dtype):
+    model = make_model()
+    with torch.autocast("cpu", dtype):
+        losses = _losses(model, [make_input()])
+        found = _detections(model, [make_input()])[0]
+    assert all(v.dtype == torch.float32 and torch.isfinite(v) for v in losses.values())
+    assert found.pred_boxes.tensor.dtype == torch.float32
