@@ -1,0 +1,1 @@
+"""Data: readers that report what is broken, deterministic sample streams, the generated shapes set."""

@@ -1,0 +1,129 @@
+"""Augmentations: pure functions of an explicit random generator, boxes moved with the pixels.
+
+Images are uint8 (H, W, 3); boxes float64 (M, 4), xyxy in pixels, half-open.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+MIN_BOX_SIDE = 1.0  # pixels; smaller boxes, left over by a crop or a resize, are dropped
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What the training augmentation does; the keys of cfg.INPUT that it comes from in brackets.
+
+    min_sizes, sampling: shortest sides to choose from, 0 for no resize; (low, high) if sampling is "range"
+        (MIN_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING).
+    max_size: bound on the longest side (MAX_SIZE_TRAIN).
+    flip: "horizontal", "vertical" or "none" (RANDOM_FLIP), with probability 1/2.
+    crop_probability, crop_resize, crop_size: the crop branch of the DETR recipe
+        (DETR_CROP, CROP_RESIZE, CROP_SIZE).
+    """
+
+    min_sizes: Sequence[int]
+    sampling: str
+    max_size: int
+    flip: str
+    crop_probability: float = 0.0
+    crop_resize: Sequence[int] = ()
+    crop_size: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        if self.sampling not in ("choice", "range"):
+            raise ValueError(
+                f'INPUT.MIN_SIZE_TRAIN_SAMPLING is {self.sampling!r}: set it to "choice" or "range".'
+            )
+        if self.sampling == "range" and len(self.min_sizes) != 2:
+            raise ValueError(
+                f'INPUT.MIN_SIZE_TRAIN is {tuple(self.min_sizes)}: sampling "range" wants (low, high).'
+            )
+        if self.flip not in ("horizontal", "vertical", "none"):
+            raise ValueError(
+                f'INPUT.RANDOM_FLIP is {self.flip!r}: set it to "horizontal", "vertical" or "none".'
+            )
+        if not self.min_sizes:
+            raise ValueError("INPUT.MIN_SIZE_TRAIN is empty: give at least one size, 0 for no resize.")
+        if not 0.0 <= self.crop_probability <= 1.0:
+            raise ValueError(f"INPUT.DETR_CROP is {self.crop_probability}: it is a probability.")
+
+
+def augment(
+    image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, config: AugmentConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flip, maybe resize and crop, resize. Returns (image, boxes (M', 4), indices (M',) of those kept)."""
+    if config.flip != "none" and rng.random() < 0.5:
+        image, boxes = flip(image, boxes, config.flip)
+    if config.crop_probability > 0 and rng.random() < config.crop_probability:
+        image, boxes = resize_shortest_edge(image, boxes, int(rng.choice(config.crop_resize)), None)
+        image, boxes = random_crop(image, boxes, rng, config.crop_size)
+    if config.sampling == "range":
+        low, high = config.min_sizes
+        short = int(rng.integers(low, high + 1))
+    else:
+        short = int(rng.choice(config.min_sizes))
+    image, boxes = resize_shortest_edge(image, boxes, short, config.max_size)
+    boxes, kept = clip_and_drop(boxes, image.shape[0], image.shape[1])
+    return image, boxes, kept
+
+
+def flip(image: np.ndarray, boxes: np.ndarray, direction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mirror left-right ("horizontal") or upside down ("vertical"): x' = W - x or y' = H - y."""
+    height, width = image.shape[:2]
+    x0, y0, x1, y1 = boxes.reshape(-1, 4).T
+    if direction == "horizontal":
+        return image[:, ::-1], np.stack([width - x1, y0, width - x0, y1], axis=1)
+    return image[::-1], np.stack([x0, height - y1, x1, height - y0], axis=1)
+
+
+def shortest_edge_size(height: int, width: int, short: int, max_size: int | None) -> tuple[int, int]:
+    """(new height, new width) with the shortest side `short`, less if the longest would pass `max_size`."""
+    scale = short / min(height, width)
+    if max_size and max(height, width) * scale > max_size:
+        scale = max_size / max(height, width)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def resize_shortest_edge(
+    image: np.ndarray, boxes: np.ndarray, short: int, max_size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resize bilinearly (antialiased) to a shortest side `short`, 0 for none; boxes scale by W'/W, H'/H."""
+    if short == 0:
+        return image, boxes
+    height, width = image.shape[:2]
+    new_height, new_width = shortest_edge_size(height, width, short, max_size)
+    if (new_height, new_width) == (height, width):
+        return image, boxes
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    resized = np.asarray(picture.resize((new_width, new_height), Image.Resampling.BILINEAR))
+    scale = np.array([new_width / width, new_height / height] * 2)
+    return resized, boxes.reshape(-1, 4) * scale
+
+
+def random_crop(
+    image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, size_range: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut out a window whose sides are drawn from `size_range` (least, greatest), each at most the image's.
+
+    Boxes are shifted, not yet clipped (see `clip_and_drop`).
+    """
+    height, width = image.shape[:2]
+    low, high = size_range
+    crop_height = int(rng.integers(min(height, low), min(height, high) + 1))
+    crop_width = int(rng.integers(min(width, low), min(width, high) + 1))
+    top = int(rng.integers(height - crop_height + 1))
+    left = int(rng.integers(width - crop_width + 1))
+    cropped = image[top : top + crop_height, left : left + crop_width]
+    return cropped, boxes.reshape(-1, 4) - np.array([left, top, left, top])
+
+
+def clip_and_drop(boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clip boxes to the image and drop those with a side under one pixel. Returns (boxes, kept indices)."""
+    limits = np.array([width, height, width, height], dtype=np.float64)
+    clipped = np.clip(boxes.reshape(-1, 4), 0.0, limits)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    kept = np.flatnonzero((sides >= MIN_BOX_SIDE).all(axis=1))
+    return clipped[kept], kept

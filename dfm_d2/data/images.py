@@ -1,0 +1,59 @@
+"""Image files: the size from the header, the pixels, EXIF orientation, and one error for what is broken."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_ORIENTATION_TAG = 0x0112
+# What Pillow is known to raise on files that are damaged, cut short or absurdly large.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read; the message names it."""
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels after EXIF orientation, from the header alone.
+
+    Raises ImageError if the file is missing or its header is not that of an image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            sideways = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{path} is not a readable image ({_reason(error)})") from error
+    return (height, width) if sideways else (width, height)
+
+
+def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
+    """Pixels, uint8 (H, W, 3), EXIF orientation applied, channels in `image_format` order ("RGB" or "BGR").
+
+    Raises ImageError if the file is missing, damaged or cut short.
+    """
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f'INPUT.FORMAT is {image_format!r}: set it to "RGB" or "BGR".')
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{path} cannot be decoded ({_reason(error)})") from error
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if image_format == "BGR" else pixels
+
+
+def _reason(error: BaseException) -> str:
+    """The error in a few words; Pillow repeats the path, which the caller names already."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.split(" '")[0] or type(error).__name__

@@ -1,0 +1,106 @@
+"""Boxes move with the pixels: a white rectangle is drawn, transformed, and found again."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfm_d2.data.augment import (
+    AugmentConfig,
+    augment,
+    clip_and_drop,
+    flip,
+    random_crop,
+    resize_shortest_edge,
+    shortest_edge_size,
+)
+
+
+@st.composite
+def images_with_a_box(draw):
+    height, width = draw(st.integers(12, 60)), draw(st.integers(12, 60))
+    x0, y0 = draw(st.integers(0, width - 8)), draw(st.integers(0, height - 8))
+    x1, y1 = draw(st.integers(x0 + 6, width)), draw(st.integers(y0 + 6, height))
+    image = np.zeros((height, width, 3), np.uint8)
+    image[y0:y1, x0:x1] = 255
+    return image, np.array([[x0, y0, x1, y1]], dtype=np.float64)
+
+
+def extent(image):
+    rows, columns = np.nonzero(image[:, :, 0] > 127)
+    return np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]], dtype=np.float64)
+
+
+@settings(deadline=None)
+@given(images_with_a_box(), st.sampled_from(["horizontal", "vertical"]))
+def test_flip_moves_the_box_and_undoes_itself(sample, direction):
+    image, boxes = sample
+    flipped, moved = flip(image, boxes, direction)
+    np.testing.assert_array_equal(extent(flipped), moved)
+    again, back = flip(flipped, moved, direction)
+    np.testing.assert_array_equal(again, image)
+    np.testing.assert_array_equal(back, boxes)
+
+
+@settings(deadline=None)
+@given(images_with_a_box(), st.integers(12, 90), st.integers(40, 120))
+def test_resize_moves_the_box(sample, short, longest):
+    image, boxes = sample
+    resized, moved = resize_shortest_edge(image, boxes, short, longest)
+    assert max(resized.shape[:2]) <= max(longest, short)
+    assert np.abs(extent(resized) - moved).max() <= 1.0
+    assert (moved <= np.array([resized.shape[1], resized.shape[0]] * 2) + 1e-9).all()
+
+
+@settings(deadline=None)
+@given(images_with_a_box(), st.integers(0, 2**32), st.integers(6, 30), st.integers(0, 30))
+def test_crop_moves_the_box(sample, seed, low, more):
+    image, boxes = sample
+    cropped, moved = random_crop(image, boxes, np.random.default_rng(seed), (low, low + more))
+    for side, original in zip(cropped.shape[:2], image.shape[:2]):
+        assert min(low, original) <= side <= min(low + more, original)
+    moved, kept = clip_and_drop(moved, *cropped.shape[:2])
+    assert len(kept) == bool(cropped.any())
+    if len(kept):
+        np.testing.assert_array_equal(extent(cropped), moved)
+
+
+@settings(max_examples=50, deadline=None)
+@given(images_with_a_box(), st.integers(0, 2**32))
+def test_augment_is_a_function_of_its_generator_and_boxes_stay_inside(sample, seed):
+    image, boxes = sample
+    config = AugmentConfig((20, 30, 40), "choice", 60, "horizontal", 0.5, (24, 40), (10, 30))
+    runs = [augment(image, boxes, np.random.default_rng(seed), config) for _ in range(2)]
+    for first, second in zip(*runs):
+        np.testing.assert_array_equal(first, second)
+    moved, kept = runs[0][1:]
+    assert len(moved) == len(kept) <= 1
+    assert (moved >= 0).all() and (moved[:, 2:] - moved[:, :2] >= 1).all()
+
+
+def test_shortest_edge_rule():
+    assert shortest_edge_size(480, 640, 800, 1333) == (800, 1067)
+    assert shortest_edge_size(100, 400, 800, 1333) == (333, 1333)
+    assert shortest_edge_size(1, 1000, 20, 100) == (1, 100)
+
+
+def test_boxes_that_a_crop_leaves_nothing_of_are_dropped_with_their_index():
+    boxes = np.array([[-9, 0, -2, 5], [2, 2, 8, 8], [9.5, 2, 30, 8]], dtype=np.float64)
+    kept_boxes, kept = clip_and_drop(boxes, 10, 10)
+    assert kept.tolist() == [1] and kept_boxes.tolist() == [[2, 2, 8, 8]]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"sampling": "some"}, "MIN_SIZE_TRAIN_SAMPLING"),
+        ({"sampling": "range"}, "MIN_SIZE_TRAIN"),
+        ({"flip": "diagonal"}, "RANDOM_FLIP"),
+        ({"min_sizes": ()}, "MIN_SIZE_TRAIN"),
+        ({"crop_probability": 2.0}, "DETR_CROP"),
+    ],
+)
+def test_bad_values_name_their_key(change, says):
+    good = {"min_sizes": (32,), "sampling": "choice", "max_size": 64, "flip": "none"}
+    with pytest.raises(ValueError, match=says):
+        AugmentConfig(**{**good, **change})

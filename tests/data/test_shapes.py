@@ -1,0 +1,97 @@
+"""The generated set: the same bytes every time, and what it promises about its objects."""
+
+import hashlib
+import runpy
+
+import numpy as np
+import pytest
+from data_helpers import ROOT
+
+from dfm_d2.data.problems import ProblemReport
+from dfm_d2.data.shapes import write_shapes
+from dfm_d2.data.shapes_scene import SHAPE_CLASSES, draw_scene
+from dfm_d2.data.voc import read_voc_split
+
+
+def digests(folder):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def test_same_parameters_same_bytes_and_a_larger_set_begins_alike(tmp_path):
+    for name, train in (("a", 4), ("b", 4), ("c", 6)):
+        assert write_shapes(tmp_path / name, train, 2, 48, seed=3)
+    first, second, larger = (digests(tmp_path / name) for name in "abc")
+    assert first == second
+    images = [name for name in first if name.endswith((".jpg", ".xml"))]
+    assert len(images) == 12 and all(first[name] == larger[name] for name in images)
+
+
+def test_it_is_written_once_and_repaired(tmp_path):
+    out = tmp_path / "set"
+    assert write_shapes(out, 3, 2, 48, seed=0)
+    before = digests(out)
+    assert not write_shapes(out, 3, 2, 48, seed=0)
+    (out / "JPEGImages" / "train_000001.jpg").unlink()
+    assert write_shapes(out, 3, 2, 48, seed=0)
+    assert digests(out) == before
+    (out / "shapes.json").write_text((out / "shapes.json").read_text().replace("true", "false"))
+    assert write_shapes(out, 3, 2, 48, seed=0)  # an interrupted run
+
+
+def test_other_contents_are_never_overwritten(tmp_path):
+    write_shapes(tmp_path / "set", 1, 1, 48, seed=0)
+    with pytest.raises(FileExistsError, match="other parameters"):
+        write_shapes(tmp_path / "set", 1, 1, 48, seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="not a shapes set"):
+        write_shapes(tmp_path / "mine", 1, 1, 48, seed=1)
+
+
+@pytest.mark.parametrize("bad", [(0, 1, 48, 0), (1, 0, 48, 0), (1, 1, 8, 0), (1, 1, 48, -1)])
+def test_bad_numbers_are_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match="Cannot generate"):
+        write_shapes(tmp_path / "set", *bad)
+
+
+def test_scenes_keep_their_promises():
+    size = 96
+    scenes = [draw_scene(1, "train", index, size) for index in range(150)]
+    counts = [len(scene.labels) for scene in scenes]
+    assert 1 <= min(counts) and max(counts) <= 10 and 3 <= np.mean(counts) <= 5
+    boxes = np.array([box for scene in scenes for box in scene.boxes_xyxy])
+    sides = (boxes[:, 2:] - boxes[:, :2]) / size
+    assert sides.min() >= 0.05 and sides.max() <= 0.60
+    assert boxes.min() >= 0 and boxes.max() <= size
+    hidden = np.array([share for scene in scenes for share in scene.hidden])
+    assert hidden.max() <= 0.70 and (hidden > 0.1).sum() > 20  # there is occlusion
+    labels = [label for scene in scenes for label in scene.labels]
+    assert set(labels) == set(range(len(SHAPE_CLASSES)))
+    assert all(scene.pixels.std() > 3 for scene in scenes)
+
+
+def test_the_reader_reads_the_boxes_that_were_drawn(tmp_path):
+    write_shapes(tmp_path / "set", 3, 1, 64, seed=2)
+    report = ProblemReport("shapes")
+    records = read_voc_split(tmp_path / "set", "train", report, decode_up_to=10)
+    assert len(report) == 0 and len(records) == 3
+    for index, record in enumerate(records):
+        scene = draw_scene(2, "train", index, 64)
+        assert [item.box_xyxy for item in record.objects] == scene.boxes_xyxy
+        assert [item.name for item in record.objects] == [SHAPE_CLASSES[i] for i in scene.labels]
+
+
+def test_the_command_line(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "tools" / "make_shapes.py"))["main"]
+    arguments = ["--out", str(tmp_path / "set"), "--train", "4", "--val", "3", "--size", "48"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "wrote" in first and "constant-box baseline" in first
+    assert main(arguments) == 0
+    second = capsys.readouterr().out
+    assert "nothing to do" in second and first.splitlines()[1:] == second.splitlines()[1:]
+    assert (tmp_path / "set" / "samples.png").is_file()
+    assert main([*arguments, "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "remove the folder" in error
