@@ -1,0 +1,1 @@
+"""Evaluation: COCO AP by pycocotools and VOC AP, from memory, per class."""
