@@ -1,0 +1,228 @@
+"""Checkpoints that survive a kill at any moment, run no code, and say what is wrong with them."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfm_d2 import __version__
+from dfm_d2.engine.errors import CheckpointError, input_errors
+from dfm_d2.engine.files import remove_partial_files, write_atomically, write_text_atomically
+from dfm_d2.engine.weights import (
+    MSRA,
+    TORCHVISION,
+    Preprocessing,
+    convert_torchvision_resnet,
+    find_torchvision_prefix,
+    load_numpy_pickle,
+    load_tensors,
+)
+from dfm_d2.framework import PROVIDER, DetectionCheckpointer, PathManager, PeriodicCheckpointer
+
+# The entry of a checkpoint that says what made it: version, provider, class names, config.
+ABOUT = "dfm_d2"
+LAST = "last_checkpoint"
+
+_logger = logging.getLogger(__name__)
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, with atomic writes, safe reads and errors instead of silent skips."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] = (),
+        config: str = "",
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ):
+        """
+        preprocessing: checked against pretrained weights whose pixels are known; None checks nothing.
+        class_names: of the data set, in order; saved, and compared when a checkpoint is loaded strictly.
+        config: the run's config as yaml, saved.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.preprocessing = preprocessing
+        self.class_names = list(class_names)
+        self.config = config
+        self._strict = False
+        self._path = ""
+
+    def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` and then, if ``tag``, make it the one that --resume takes.
+
+        A crash at any moment leaves the file that was there before; ``last_checkpoint`` names a whole one.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data: dict[str, Any] = {"model": self.model.state_dict()}
+        data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
+        data |= extra
+        data[ABOUT] = {
+            "version": __version__,
+            "provider": PROVIDER,
+            "class_names": self.class_names,
+            "config": self.config,
+        }
+        path = Path(self.save_dir) / f"{name}.pth"
+        write_atomically(path, lambda file: torch.save(data, file))
+        if tag:
+            self.tag_last_checkpoint(path.name)
+        _logger.info("Saved %s", path)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Make --resume take this file of ``save_dir``."""
+        write_text_atomically(Path(self.save_dir) / LAST, last_filename_basename)
+
+    def load(
+        self, path: str, checkpointables: list[str] | None = None, *, strict: bool = False
+    ) -> dict[str, Any]:
+        """Load ``path`` (a file or a URL) into the model, and ``checkpointables`` (all: None).
+
+        strict: every parameter must be there with its shape, and the classes must be the same; for resuming
+        and evaluating. Without it heads may differ, for fine-tuning, but something must match.
+        Returns the entries that nothing took. Raises CheckpointError or UserError with one sentence.
+        """
+        local = _fetch(path) if path else ""
+        self._strict, self._path = strict, path
+        try:
+            with input_errors():
+                return super().load(local, checkpointables)
+        finally:
+            # Detectron2 asserts at the next load that this one came to its end.
+            self._parsed_url_during_load = None
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Continue from ``last_checkpoint`` if ``resume`` and there is one, else load ``path``'s weights."""
+        if resume and self.has_checkpoint():
+            return self.load(self.get_checkpoint_file(), strict=True)
+        return self.load(path, checkpointables=[])
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """{"model": {name: tensor or array}, ...} of a file; nothing in it is run."""
+        content = load_numpy_pickle(filename) if filename.endswith(".pkl") else load_tensors(filename)
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                f"{filename} does not hold a dict of weights but a {type(content).__name__}."
+            )
+        if filename.endswith(".pkl") and not ("model" in content and "__author__" in content):
+            content = _from_caffe2(content)
+        elif "model" not in content:
+            content = {"model": content.get("state_dict", content)}
+        source = _source_of(content)
+        if source is not None and self.preprocessing is not None:
+            self.preprocessing.check(source, filename)
+        if find_torchvision_prefix(content["model"]) is not None:
+            content = {"model": convert_torchvision_resnet(content["model"]), "matching_heuristics": True}
+        return content
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        """Load ``checkpoint["model"]``; what does not fit is an error (``load`` says when)."""
+        if self._strict:
+            self._check_classes(checkpoint.get(ABOUT, {}))
+            _check_shapes(self.model.state_dict(), checkpoint["model"], self._path)
+        incompatible = super()._load_model(checkpoint)
+        names = set(self.model.state_dict())
+        if names <= set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}:
+            raise CheckpointError(
+                f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and MODEL.RESNETS.DEPTH."
+            )
+        return incompatible
+
+    def _check_classes(self, about: Mapping[str, Any]) -> None:
+        saved = list(about.get("class_names", []))
+        if saved and self.class_names and saved != self.class_names:
+            raise CheckpointError(
+                f"{self._path} was trained for the classes {', '.join(saved)}, but the data set has "
+                f"{', '.join(self.class_names)}: use its data set, or set "
+                "DATASETS.CLASSES to its classes, in its order."
+            )
+
+
+class CheckpointHook(PeriodicCheckpointer):
+    """Saves every ``period`` iterations and after the last one; keeps the newest few, also over a resume."""
+
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int, writers: Sequence = ()):
+        """
+        keep: how many periodic checkpoints stay; 0: all.
+        writers: event writers flushed before each save, so that metrics.json is never behind a checkpoint.
+        """
+        super().__init__(checkpointer, period, max_to_keep=keep or None)
+        self.writers = list(writers)
+
+    def before_train(self) -> None:
+        """Take over the periodic checkpoints that this run has made before it was resumed."""
+        super().before_train()
+        folder = Path(self.checkpointer.save_dir)
+        remove_partial_files(folder)
+        start = self.trainer.start_iter
+        found = {int(path.stem[-7:]): path for path in folder.glob("model_" + "[0-9]" * 7 + ".pth")}
+        # A later one, which a kill left without its last_checkpoint, is about to be written again.
+        made = [str(found[iteration]) for iteration in sorted(found) if iteration < start]
+        excess = len(made) - self.max_to_keep if self.max_to_keep else 0
+        for path in made[: max(excess, 0)]:
+            os.unlink(path)
+        self.recent_checkpoints = made[max(excess, 0) :]
+
+    def after_step(self) -> None:
+        """Save when it is time to."""
+        iteration = self.trainer.iter
+        if (iteration + 1) % self.period == 0 or iteration >= self.max_iter - 1:
+            for writer in self.writers:
+                writer.write()
+        super().after_step()
+
+
+def _fetch(path: str) -> str:
+    """The local file of a path or URL; CheckpointError saying what to do when there is none."""
+    try:
+        local = PathManager.get_local_path(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"Could not fetch {path} ({error}): download it where there is a network and set MODEL.WEIGHTS "
+            "to the local file."
+        ) from error
+    if not os.path.isfile(local):
+        raise CheckpointError(
+            f"There is no weight file {path}: set MODEL.WEIGHTS to a local .pth or .pkl file."
+        )
+    return local
+
+
+def _from_caffe2(content: dict[str, Any]) -> dict[str, Any]:
+    """A Caffe2 model, such as MSRA's ImageNet ResNets, in the form of a checkpoint."""
+    blobs = content.get("blobs", content)
+    weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _source_of(content: Mapping[str, Any]) -> str | None:
+    """Whose pixels the weights want: msra, torchvision, or None where they are our own or not known."""
+    author = str(content.get("__author__", ""))
+    if author == "Caffe2" or author == "Detectron2 Model Zoo":
+        return MSRA
+    if author == "torchvision" or find_torchvision_prefix(content["model"]) is not None:
+        return TORCHVISION
+    return None
+
+
+def _check_shapes(model: Mapping[str, torch.Tensor], saved: Mapping[str, Any], path: str) -> None:
+    """CheckpointError unless ``saved`` has each entry of ``model`` with its shape."""
+    for name, value in model.items():
+        if name not in saved:
+            raise CheckpointError(
+                f"{path} has no {name}: it is of another model configuration than this run's."
+            )
+        if tuple(saved[name].shape) != tuple(value.shape):
+            raise CheckpointError(
+                f"{path} has {name} with the shape {tuple(saved[name].shape)}, this run's model "
+                f"{tuple(value.shape)}: use the config that it was trained with."
+            )

@@ -1,0 +1,51 @@
+"""The errors that a user is meant to read: each message is one sentence that says what to do."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something that the user gave is wrong; tools print it as one sentence and exit with status 2."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weight file is missing, damaged, or belongs to another model."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A file asks for code to be run when it is loaded. Nothing of it was run."""
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or the gradient of a block is infinite or not a number.
+
+    Raised before any parameter of the iteration is stepped, or with ``STEP_IN_BACKWARD`` before the
+    offending block is stepped: the blocks before it have been, in memory only.
+    """
+
+    def __init__(
+        self, values: dict[str, float], iteration: int | None = None, image_ids: Sequence[object] = ()
+    ):
+        """``values``: the offending entries by their key, such as ``{"loss_cls/p0": nan}``."""
+        self.values = dict(values)
+        self.iteration = iteration
+        self.image_ids = list(image_ids)
+        what = ", ".join(f"{key} = {value}" for key, value in self.values.items())
+        where = "" if iteration is None else f" at iteration {iteration}, image ids {self.image_ids}"
+        super().__init__(
+            f"Not finite{where}: {what}. The last checkpoint is intact: lower SOLVER.BASE_LR or "
+            "SOLVER.BLOCK_CLIP_NORM, or look at these images, then continue with --resume."
+        )
+
+    def at(self, iteration: int, image_ids: Sequence[object]) -> "NonFiniteLossError":
+        """The same error with the iteration and the images of its batch named."""
+        return NonFiniteLossError(self.values, iteration, image_ids)
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """Around code that reads what the user gave: its ValueError and OSError become a UserError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error

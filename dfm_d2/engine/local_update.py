@@ -1,0 +1,211 @@
+"""The training step, block by block (DESIGN section 2; docs/math.md, section 5).
+
+Notation: L_d is the weighted loss of predictor d, F the features, theta_s the shared block.
+With F' = detach(F), a leaf, each predictor's backward adds dL_d/dF' to the leaf's gradient, and
+
+    dL/dtheta_s = (sum_d dL_d/dF')^T dF/dtheta_s        one backward through the backbone,
+
+which is the gradient of the joint loss L = sum_d L_d, to rounding: L_d depends on theta_s only through F.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from dfm_d2.engine.block_optimizer import BlockOptimizer
+from dfm_d2.engine.errors import NonFiniteLossError
+
+SHARED_BLOCK = "shared"
+BACKBONE_UPDATES = ("accumulate", "frozen")
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def predictor_block(index: int) -> str:
+    """The name of predictor ``index``'s block: p0, p1, ..."""
+    return f"p{index}"
+
+
+@runtime_checkable
+class LocallyTrainable(Protocol):
+    """What a model offers so that its predictors can be trained one at a time. It is an ``nn.Module``."""
+
+    num_predictors: int
+    is_local: bool
+    """False where predictors depend on each other (the backprop cascade): then only "joint" works."""
+
+    def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """{"shared": [...], "p0": [...], ...}: each trainable parameter, by its full name, exactly once."""
+        ...
+
+    def prepare(self, batched_inputs: list[dict], iteration: int) -> Any:
+        """Everything a step needs that has no gradient: images, targets, noise and t."""
+        ...
+
+    def extract_features(self, prepared: Any) -> list[Tensor]:
+        """Forward of the shared block."""
+        ...
+
+    def block_losses(self, index: int, features: list[Tensor], prepared: Any) -> dict[str, Tensor]:
+        """Weighted scalar losses of predictor ``index``; keys without the prefix "loss" are metrics."""
+        ...
+
+    def all_losses(self, features: list[Tensor], prepared: Any) -> dict[str, Tensor]:
+        """The losses and metrics of all predictors."""
+        ...
+
+
+def sum_losses(losses: dict[str, Tensor]) -> Tensor:
+    """Sum of the entries whose key starts with "loss"; ValueError when there is none."""
+    terms = [value for key, value in losses.items() if key.startswith("loss")]
+    if not terms:
+        raise ValueError(f"No entry of {sorted(losses)} starts with 'loss'.")
+    return torch.stack([term.float() if term.dtype.itemsize < 4 else term for term in terms]).sum()
+
+
+def check_finite(losses: dict[str, Tensor]) -> None:
+    """NonFiniteLossError naming each entry that is a loss and not finite. One transfer from the device."""
+    keys = [key for key in losses if key.startswith("loss")]
+    values = torch.stack([losses[key].detach().double() for key in keys]).tolist()
+    bad = {
+        key: value
+        for key, value in zip(keys, values)
+        if value != value or value in (float("inf"), -float("inf"))
+    }
+    if bad:
+        raise NonFiniteLossError(bad)
+
+
+def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach() for key, value in losses.items()}
+
+
+class JointUpdate:
+    """All losses summed and one backward: the reference that the local updates are compared with.
+
+    Optimizer, clipping and fp16 skip are per block all the same (see ``BlockOptimizer``).
+    """
+
+    needs_independent_predictors = False
+
+    def __init__(self, backbone_update: str = "accumulate"):
+        """``backbone_update``: "accumulate" trains the shared block, "frozen" does not."""
+        self.frozen = backbone_update == "frozen"
+
+    def step(
+        self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
+    ) -> dict[str, Tensor]:
+        """One iteration. Returns detached scalars: the losses, metrics and ``grad_norm/<block>``.
+
+        Raises NonFiniteLossError before any parameter is changed.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(not self.frozen), autocast():
+            features = model.extract_features(prepared)
+        with autocast():
+            losses = model.all_losses(features, prepared)
+        check_finite(losses)
+        optimizer.scale(sum_losses(losses)).backward()
+        optimizer.step()
+        return _detached(losses) | _norms(optimizer)
+
+
+class SequentialUpdate:
+    """Block by block: forward, loss, backward and the graph is freed before the next block starts."""
+
+    needs_independent_predictors = True
+
+    def __init__(self, backbone_update: str = "accumulate", step_in_backward: bool = False):
+        """``step_in_backward``: a block is stepped, and its gradients are freed, before the next starts."""
+        self.frozen = backbone_update == "frozen"
+        self.step_in_backward = step_in_backward
+
+    def step(
+        self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
+    ) -> dict[str, Tensor]:
+        """One iteration. Returns detached scalars: the losses, metrics and ``grad_norm/<block>``.
+
+        Raises NonFiniteLossError before any parameter is changed; with ``step_in_backward`` before the
+        offending block is changed, the blocks before it already are.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(not self.frozen), autocast():
+            features = model.extract_features(prepared)
+        leaves = [feature.detach().requires_grad_(not self.frozen) for feature in features]
+        metrics: dict[str, Tensor] = {}
+        for index in range(model.num_predictors):
+            block = predictor_block(index)
+            losses = self._backward_block(model, index, leaves, prepared, optimizer, autocast)
+            metrics |= losses
+            if self.step_in_backward:
+                check_finite(losses)
+                optimizer.step_block(block)
+                optimizer.zero_block(block)
+        check_finite(metrics)
+        self._backward_shared(features, leaves)
+        optimizer.step()
+        return metrics | _norms(optimizer)
+
+    @staticmethod
+    def _backward_block(
+        model: LocallyTrainable,
+        index: int,
+        leaves: list[Tensor],
+        prepared: Any,
+        optimizer: BlockOptimizer,
+        autocast: Autocast,
+    ) -> dict[str, Tensor]:
+        """Forward and backward of one predictor. On return nothing of its graph is referenced."""
+        with autocast():
+            losses = model.block_losses(index, leaves, prepared)
+        optimizer.scale(sum_losses(losses)).backward()
+        return _detached(losses)
+
+    @staticmethod
+    def _backward_shared(features: list[Tensor], leaves: list[Tensor]) -> None:
+        """One backward through the shared block, from the gradients that met in the leaves."""
+        pairs = [
+            (feature, leaf.grad)
+            for feature, leaf in zip(features, leaves)
+            if feature.requires_grad and leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward([feature for feature, _ in pairs], [grad for _, grad in pairs])
+
+
+Update = JointUpdate | SequentialUpdate
+
+
+def _build_joint(backbone_update: str, step_in_backward: bool) -> JointUpdate:
+    if step_in_backward:
+        raise ValueError(
+            "MODEL.DFM.STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential: joint has one backward."
+        )
+    return JointUpdate(backbone_update)
+
+
+# A new way of updating (issue C: "parallel") is one more line here.
+UPDATES: dict[str, Callable[[str, bool], Update]] = {
+    "joint": _build_joint,
+    "sequential": SequentialUpdate,
+}
+
+
+def build_update(name: str, backbone_update: str, step_in_backward: bool) -> Update:
+    """The update strategy of ``MODEL.DFM.{UPDATE, BACKBONE_UPDATE, STEP_IN_BACKWARD}``.
+
+    Raises ValueError, listing the choices, for a value that is not known.
+    """
+    if name not in UPDATES:
+        raise ValueError(f"MODEL.DFM.UPDATE is {name!r}; choose one of {', '.join(UPDATES)}.")
+    if backbone_update not in BACKBONE_UPDATES:
+        choices = ", ".join(BACKBONE_UPDATES)
+        raise ValueError(f"MODEL.DFM.BACKBONE_UPDATE is {backbone_update!r}; choose one of {choices}.")
+    return UPDATES[name](backbone_update, step_in_backward)
+
+
+def _norms(optimizer: BlockOptimizer) -> dict[str, Tensor]:
+    return {f"grad_norm/{block}": norm for block, norm in optimizer.norms.items()}

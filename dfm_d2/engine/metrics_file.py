@@ -1,0 +1,58 @@
+"""metrics.json: one JSON object a line, cut back when training resumes from an earlier checkpoint."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dfm_d2.engine.files import write_text_atomically
+
+METRICS_FILE = "metrics.json"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none where it does not exist. A torn last line is left out.
+
+    Raises ValueError naming the line where another one is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            if all(not later.strip() for later in lines[number:]):
+                break
+            raise ValueError(f"{path}: line {number} is damaged; move the file away.") from error
+        entries.append(entry)
+    return entries
+
+
+def cut_back(path: str | Path, start_iteration: int) -> int:
+    """Drop the lines of iteration ``start_iteration`` and later, which are about to be trained again.
+
+    Atomic: a kill leaves the old file or the new one. Returns how many lines are left.
+    """
+    path = Path(path)
+    kept = [entry for entry in read_metrics(path) if entry.get("iteration", -1) < start_iteration]
+    if path.exists():
+        text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept)
+        write_text_atomically(path, text)
+    return len(kept)
+
+
+def flatten(results: Mapping[str, Any]) -> dict[str, float]:
+    """{"bbox": {"AP": 1.0}} as {"bbox/AP": 1.0}; NaN (a class without objects) is left out."""
+    flat: dict[str, float] = {}
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{inner}": number for inner, number in flatten(value).items()}
+        elif not math.isnan(float(value)):
+            flat[key] = float(value)
+    return flat

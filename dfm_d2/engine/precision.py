@@ -1,0 +1,57 @@
+"""Which precision a step computes in."""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+AMP_DTYPES = ("auto", "bfloat16", "float16")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` has instructions for bfloat16, so that it is faster than float32, not slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16"} & _processor_flags())
+
+
+def resolve_amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None for plain float32.
+
+    ``name`` is "auto" (bfloat16 where ``has_fast_bfloat16``), "bfloat16" or "float16" (CUDA only).
+    Raises ValueError for another name, or for float16 on a CPU.
+    """
+    if not enabled:
+        return None
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else None
+    if name == "bfloat16":
+        return torch.bfloat16
+    if name == "float16":
+        if device.type != "cuda":
+            raise ValueError("SOLVER.AMP.DTYPE float16 needs a CUDA device; use auto or bfloat16 on a CPU.")
+        return torch.float16
+    raise ValueError(f"SOLVER.AMP.DTYPE is {name!r}; choose one of {', '.join(AMP_DTYPES)}.")
+
+
+def autocast_factory(device: torch.device, dtype: torch.dtype | None) -> Callable[[], AbstractContextManager]:
+    """A function that makes a fresh autocast context each time it is called.
+
+    Each block enters its own, because one context would keep every block's casted weights alive.
+    """
+    if dtype is None:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def _processor_flags() -> set[str]:
+    """The instruction-set flags of the first processor in /proc/cpuinfo; empty where there is none."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("flags"):
+                    return set(line.split(":", 1)[1].split())
+    except FileNotFoundError:
+        pass
+    return set()

@@ -1,0 +1,225 @@
+"""Training and evaluation of a config: every part of the engine put together."""
+
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfm_d2.data.loader import build_test_loader, build_train_loader
+from dfm_d2.engine.block_optimizer import build_block_optimizer
+from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
+from dfm_d2.engine.ema import ModelEMA
+from dfm_d2.engine.errors import input_errors
+from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar
+from dfm_d2.engine.local_update import build_update
+from dfm_d2.engine.metrics_file import METRICS_FILE, cut_back, flatten
+from dfm_d2.engine.precision import autocast_factory, resolve_amp_dtype
+from dfm_d2.engine.trainer import LocalUpdateTrainer
+from dfm_d2.engine.validate import check_start
+from dfm_d2.engine.weights import Preprocessing
+from dfm_d2.evaluation.detection import DetectionEvaluator, format_table
+from dfm_d2.framework import (
+    CfgNode,
+    EvalHook,
+    EventStorage,
+    IterationTimer,
+    JSONWriter,
+    LRScheduler,
+    PeriodicWriter,
+    TensorboardXWriter,
+    build_lr_scheduler,
+    build_model,
+    inference_on_dataset,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
+    """Train to ``SOLVER.MAX_ITER`` and evaluate. Returns the results of the last evaluation.
+
+    resume: continue from the last checkpoint of ``OUTPUT_DIR`` if there is one. A run that is at its end
+    already is only evaluated. Raises UserError for weights that are missing or do not fit.
+    """
+    model = build_model(cfg)
+    ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+    trainer = build_trainer(cfg, model)
+    trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
+    if ema is not None:
+        trainer.register_hooks([EMAHook(ema)])
+    checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
+    start = _load_start(cfg, checkpointer, trainer, resume)
+    if ema is not None and ema.updates == 0:
+        ema.restart()
+    cut_back(Path(cfg.OUTPUT_DIR) / METRICS_FILE, start)
+    if start >= cfg.SOLVER.MAX_ITER:
+        _logger.info("Trained to iteration %d already (SOLVER.MAX_ITER): evaluating only", start)
+        return _evaluate_and_record(cfg, model, ema, start)
+    results: dict[str, Any] = {}
+
+    def evaluate_and_keep() -> dict[str, float]:
+        if trainer.failed:
+            return {}
+        results.clear()
+        results.update(evaluate(cfg, model, ema))
+        model.train()
+        return flatten(results)
+
+    period, folder = cfg.SOLVER.LOG_PERIOD, cfg.OUTPUT_DIR
+    writers = [
+        JSONWriter(str(Path(folder) / METRICS_FILE), window_size=period),
+        TensorboardXWriter(folder, window_size=period, purge_step=start),
+    ]
+    trainer.register_hooks(
+        [
+            # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
+            EvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep),
+            BestCheckpointHook(checkpointer, cfg.TEST.BEST_METRIC) if cfg.TEST.BEST_METRIC else None,
+            ProgressBar(period),
+            PeriodicWriter(writers, period),
+            CheckpointHook(
+                checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP, writers
+            ),
+        ]
+    )
+    model.train()
+    trainer.train(start, cfg.SOLVER.MAX_ITER)
+    return results
+
+
+def evaluate_only(cfg: CfgNode, class_names: list[str], resume: bool = False) -> dict[str, Any]:
+    """Evaluate ``MODEL.WEIGHTS`` (or, with resume, the last checkpoint) and add a line to metrics.json."""
+    model, ema, iteration = _load_trained(cfg, class_names, resume)
+    return _evaluate_and_record(cfg, model, ema, iteration)
+
+
+def load_for_inference(cfg: CfgNode, class_names: list[str]) -> nn.Module:
+    """The model of ``MODEL.WEIGHTS`` in evaluation mode. Raises UserError as ``evaluate_only`` does."""
+    return _load_trained(cfg, class_names, resume=False)[0].eval()
+
+
+def _load_trained(
+    cfg: CfgNode, class_names: list[str], resume: bool
+) -> tuple[nn.Module, ModelEMA | None, int]:
+    """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
+    model = build_model(cfg)
+    ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+    checkpointer = build_checkpointer(cfg, model, class_names, ema)
+    path = (
+        checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
+    )
+    with input_errors():
+        if not path:
+            raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
+        extra = checkpointer.load(path, strict=True)
+        if ema is not None and ema.updates == 0:
+            raise ValueError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
+    return model, ema, extra.get("iteration", -1) + 1
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:
+    """Results on ``DATASETS.TEST``: those of the first set as {"bbox": {...}}, of others under their names.
+
+    With ``ema`` the averaged weights are evaluated too, as "bbox_ema". Prints a table of each.
+    """
+    results: dict[str, Any] = OrderedDict()
+    for number, name in enumerate(cfg.DATASETS.TEST):
+        folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"
+        found = _evaluate_set(cfg, model, name, folder)
+        if ema is not None:
+            with ema.applied():
+                averaged = _evaluate_set(cfg, model, name, f"{folder}_ema", " (averaged weights)")
+            found |= {f"{task}_ema": scores for task, scores in averaged.items()}
+        if number == 0:
+            results |= found
+        else:
+            results[name] = found
+    return results
+
+
+def build_trainer(cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
+    """The trainer of a model; it has an optimizer and a ``scheduler`` but no hooks yet."""
+    device = torch.device(cfg.MODEL.DEVICE)
+    dtype = resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
+    _logger.info("precision: %s", "float32" if dtype is None else f"autocast to {dtype}")
+    scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
+    dfm = cfg.MODEL.DFM
+    with input_errors():
+        trainer = LocalUpdateTrainer(
+            model,
+            lambda position: build_train_loader(cfg, position),
+            build_block_optimizer(cfg, model, scaler),
+            build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD),
+            autocast_factory(device, dtype),
+            images_per_step=cfg.SOLVER.IMS_PER_BATCH,
+            window=cfg.SOLVER.LOG_PERIOD,
+        )
+    trainer.scheduler = build_lr_scheduler(cfg, trainer.optimizer)
+    return trainer
+
+
+def build_checkpointer(
+    cfg: CfgNode,
+    model: nn.Module,
+    class_names: list[str],
+    ema: ModelEMA | None = None,
+    **checkpointables: Any,
+) -> SafeCheckpointer:
+    """The checkpointer of a run in ``OUTPUT_DIR``."""
+    if ema is not None:
+        checkpointables["ema"] = ema
+    return SafeCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        preprocessing=Preprocessing.from_config(cfg),
+        class_names=class_names,
+        config=cfg.dump(),
+        **checkpointables,
+    )
+
+
+def _load_start(
+    cfg: CfgNode, checkpointer: SafeCheckpointer, trainer: LocalUpdateTrainer, resume: bool
+) -> int:
+    """Load the last checkpoint, or ``MODEL.WEIGHTS``. Returns the iteration to begin with."""
+    if resume and checkpointer.has_checkpoint():
+        checkpointer.resume_or_load("", resume=True)
+        return trainer.iter + 1
+    with input_errors():
+        check_start(cfg)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    if resume:
+        _logger.info("%s has no checkpoint yet: training from the start", cfg.OUTPUT_DIR)
+    _set_aside(Path(cfg.OUTPUT_DIR))
+    return 0
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename what an earlier run left, so that --resume cannot take that run's checkpoint for this one's."""
+    for name in (METRICS_FILE, "last_checkpoint"):
+        path = folder / name
+        if path.exists():
+            _logger.warning("%s holds an earlier run: its %s is now %s.previous", folder, name, name)
+            path.replace(path.with_name(f"{name}.previous"))
+
+
+def _evaluate_and_record(
+    cfg: CfgNode, model: nn.Module, ema: ModelEMA | None, iteration: int
+) -> dict[str, Any]:
+    results = evaluate(cfg, model, ema)
+    with EventStorage(iteration) as storage:
+        storage.put_scalars(**flatten(results), smoothing_hint=False)
+        writer = JSONWriter(str(Path(cfg.OUTPUT_DIR) / METRICS_FILE))
+        writer.write()
+        writer.close()
+    return results
+
+
+def _evaluate_set(cfg: CfgNode, model: nn.Module, name: str, folder: str, title: str = "") -> dict[str, Any]:
+    evaluator = DetectionEvaluator(name, Path(cfg.OUTPUT_DIR) / folder, cfg.TEST.AP)
+    results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
+    print(f"\n{name}{title}\n{format_table(results)}", flush=True)
+    return results

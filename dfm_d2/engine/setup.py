@@ -1,0 +1,117 @@
+"""From a command line to a run that is ready: config, device, folder, log, seed, data sets, classes."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from dfm_d2 import __version__
+from dfm_d2.config import add_dfm_config
+from dfm_d2.data.registration import register_datasets
+from dfm_d2.engine.errors import UserError, input_errors
+from dfm_d2.engine.files import write_text_atomically
+from dfm_d2.engine.log import start_log
+from dfm_d2.engine.precision import resolve_amp_dtype
+from dfm_d2.engine.validate import validate_config
+from dfm_d2.framework import (
+    PROVIDER,
+    CfgNode,
+    MetadataCatalog,
+    comm,
+    get_cfg,
+    merge_config_file,
+    merge_config_opts,
+    seed_all_rng,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str, opts: list[str]) -> CfgNode:
+    """Detectron2's defaults, dfm_d2's keys, the file and the KEY VALUE overrides, in this order.
+
+    Runs no code from the file. Raises UserError naming the file and the key that is wrong.
+    """
+    cfg = get_cfg()
+    add_dfm_config(cfg)
+    with input_errors():
+        if config_file:
+            merge_config_file(cfg, config_file)
+        merge_config_opts(cfg, opts)
+    return cfg
+
+
+def setup_run(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+    """Make ready what a training or an evaluation needs; ``cfg`` is completed in place, then frozen.
+
+    Returns the class names in the order of their indices. Raises UserError, one sentence, for bad values and
+    missing data.
+    """
+    with input_errors():
+        validate_config(cfg)
+        resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
+        resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE))
+        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    start_log(cfg.OUTPUT_DIR, comm.is_main_process())
+    _logger.info("dfm_d2 %s, torch %s, framework: %s", __version__, torch.__version__, PROVIDER)
+    _logger.info(
+        "device %s, %d threads (OMP_NUM_THREADS sets them; a resume is bit for bit with the same number)",
+        cfg.MODEL.DEVICE,
+        torch.get_num_threads(),
+    )
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    with input_errors():
+        register_datasets(cfg)
+        classes = resolve_classes(cfg)
+    if comm.is_main_process() and not args.eval_only:
+        write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
+    cfg.freeze()
+    return classes
+
+
+def resolve_classes(cfg: CfgNode) -> list[str]:
+    """The class names of the data sets; sets ``MODEL.DFM.NUM_CLASSES`` where it is 0.
+
+    Raises ValueError where no data set is named or the config has another number.
+    """
+    names = list(cfg.DATASETS.TRAIN) + list(cfg.DATASETS.TEST)
+    if not names:
+        raise ValueError(
+            "DATASETS.TRAIN and DATASETS.TEST are empty: name a data set, such as voc_root_train."
+        )
+    classes = list(MetadataCatalog.get(names[0]).thing_classes)
+    given = cfg.MODEL.DFM.NUM_CLASSES
+    if given not in (0, len(classes)):
+        raise ValueError(
+            f"MODEL.DFM.NUM_CLASSES is {given}, but {names[0]} has {len(classes)} classes: set it to 0 or "
+            f"{len(classes)}."
+        )
+    cfg.MODEL.DFM.NUM_CLASSES = len(classes)
+    return classes
+
+
+def resolve_device(cfg: CfgNode, explicit: bool) -> None:
+    """Fall back from CUDA to the CPU where there is none, with a warning; ValueError if it was asked for.
+
+    explicit: the user gave ``MODEL.DEVICE`` on the command line.
+    """
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return
+    if explicit:
+        raise ValueError(
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE} was asked for, but torch sees no CUDA device: "
+            "use MODEL.DEVICE cpu."
+        )
+    _logger.warning("No CUDA device: running on the CPU.")
+    cfg.MODEL.DEVICE = "cpu"
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """UserError for more than one process, which local updates do not have yet."""
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise UserError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: this version trains in one "
+            "process; run it without these options (they come with MODEL.DFM.UPDATE parallel)."
+        )

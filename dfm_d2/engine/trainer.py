@@ -1,0 +1,158 @@
+"""The training loop with local updates, and everything of it that a checkpoint must hold."""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfm_d2.engine.block_optimizer import BlockOptimizer
+from dfm_d2.engine.errors import NonFiniteLossError
+from dfm_d2.engine.local_update import Autocast, LocallyTrainable, Update
+from dfm_d2.framework import TrainerBase
+
+
+class LocalUpdateTrainer(TrainerBase):
+    """``run_step`` is: next batch, ``model.prepare``, ``update.step``, metrics into the storage.
+
+    Everything else (schedule, evaluation, checkpoints, progress) is a hook.
+    """
+
+    def __init__(
+        self,
+        model: LocallyTrainable,
+        build_loader: Callable[[int], Iterable[list[dict]]],
+        optimizer: BlockOptimizer,
+        update: Update,
+        autocast: Autocast,
+        images_per_step: int,
+        window: int = 20,
+    ):
+        """
+        build_loader: of a position in the stream of samples, an endless iterable of batches from there on.
+        images_per_step: by how much a step advances that position (a batch may lack images that are broken).
+        window: how many past values of each metric the writers smooth over; they are in the checkpoint.
+        """
+        super().__init__()
+        if update.needs_independent_predictors and not model.is_local:
+            raise ValueError(
+                f"{type(model).__name__} passes gradients between its predictors: set MODEL.DFM.UPDATE joint."
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.update = update
+        self.autocast = autocast
+        self.images_per_step = images_per_step
+        self.window = window
+        self.data_position = 0
+        self.failed = False
+        self._build_loader = build_loader
+        self._batches: Iterator[list[dict]] | None = None
+        self._restored_rng: dict[str, Any] | None = None
+        self._restored_history: dict[str, list[tuple[float, int]]] = {}
+        self._metric_names: set[str] = set()
+
+    def before_train(self) -> None:
+        """Put back the metric windows of the checkpoint, then the hooks' turn."""
+        for name, values in self._restored_history.items():
+            for value, iteration in values:
+                self.storage.put_scalar(name, value, cur_iter=iteration)
+        super().before_train()
+
+    def run_step(self) -> None:
+        """One iteration. NonFiniteLossError names iteration and images and leaves the checkpoints intact."""
+        assert self.model.training, "The model was left in eval mode."
+        self.failed = True  # until the step is through: hooks that run after a failure must not evaluate
+        start = time.perf_counter()
+        batch = next(self._open_stream())
+        data_time = time.perf_counter() - start
+        prepared = self.model.prepare(batch, self.iter)
+        try:
+            metrics = self.update.step(self.model, prepared, self.optimizer, self.autocast)
+        except NonFiniteLossError as error:
+            raise error.at(self.iter, [item.get("image_id") for item in batch]) from None
+        self.data_position += self.images_per_step
+        self._write_metrics(metrics, data_time)
+        self.failed = False
+
+    def _open_stream(self) -> Iterator[list[dict]]:
+        """The stream of batches, opened at ``data_position`` at its first use.
+
+        The generators of a checkpoint are put back only now, because opening a stream draws from them.
+        """
+        if self._batches is None:
+            self._batches = iter(self._build_loader(self.data_position))
+            if self._restored_rng is not None:
+                set_rng_state(self._restored_rng)
+                self._restored_rng = None
+        return self._batches
+
+    def _write_metrics(self, metrics: dict[str, Tensor], data_time: float) -> None:
+        values = torch.stack([value.detach().double() for value in metrics.values()]).tolist()
+        total = sum(value for key, value in zip(metrics, values) if key.startswith("loss"))
+        scalars = {"total_loss": total, **dict(zip(metrics, values))}
+        self.storage.put_scalars(**scalars)
+        self._metric_names.update(scalars)
+        self.storage.put_scalar("data_time", data_time)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks, optimizer, data position, the generators' states and the metric windows.
+
+        Only tensors and plain Python values, so that ``torch.load(weights_only=True)`` reads it.
+        """
+        return super().state_dict() | {
+            "optimizer": self.optimizer.state_dict(),
+            "data_position": self.data_position,
+            "rng": get_rng_state(),
+            "history": self._history(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``; train from ``state_dict["iteration"] + 1``."""
+        super().load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.data_position = state_dict["data_position"]
+        self._restored_rng = state_dict["rng"]
+        self._restored_history = state_dict["history"]
+        self._metric_names = set(self._restored_history)
+
+    def _history(self) -> dict[str, list[tuple[float, int]]]:
+        """The last ``window`` values of the metrics of a step: {name: [(value, iteration), ...]}."""
+        histories = self.storage.histories()
+        return {
+            name: [(float(value), int(step)) for value, step in histories[name].values()[-self.window :]]
+            for name in sorted(self._metric_names)
+        }
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The states of Python's, numpy's, torch's and every CUDA device's generator, as plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, list(words), gauss),
+        "numpy": (
+            name,
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what ``get_rng_state`` gave. CUDA states go to the devices that are there."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

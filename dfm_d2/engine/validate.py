@@ -1,0 +1,123 @@
+"""Bad config values, found before anything is built."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from dfm_d2.engine.block_optimizer import OPTIMIZERS
+from dfm_d2.engine.local_update import BACKBONE_UPDATES, UPDATES, build_update
+from dfm_d2.engine.precision import AMP_DTYPES
+from dfm_d2.framework import CfgNode
+
+# Keys that are one of a few words.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "DATASETS.ON_ERROR": ("skip", "fatal"),
+    "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "MODEL.DFM.AGGREGATION": ("uniform", "confidence"),
+    "MODEL.DFM.ASSIGNMENT": ("dynamic_k", "path"),
+    "MODEL.DFM.BACKBONE_UPDATE": BACKBONE_UPDATES,
+    "MODEL.DFM.COUPLING": ("optimal_transport", "independent"),
+    "MODEL.DFM.HEAD.INTERACTION": ("dynamic_conv", "cross_attention"),
+    "MODEL.DFM.LOSS.CLS": ("focal", "quality_focal"),
+    "MODEL.DFM.PREDICTION": ("endpoint", "velocity"),
+    "MODEL.DFM.SAMPLER.METHOD": ("euler", "heun"),
+    "MODEL.DFM.TIME": ("partitioned", "shared"),
+    "MODEL.DFM.UPDATE": tuple(UPDATES),
+    "SOLVER.AMP.DTYPE": AMP_DTYPES,
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
+    "SOLVER.OPTIMIZER": OPTIMIZERS,
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+}
+AP_KINDS = ("coco", "voc07", "voc")
+
+# Keys with a least value.
+LEAST: dict[str, float] = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.DFM.GT_REPEAT": 1,
+    "MODEL.DFM.NUM_CLASSES": 0,
+    "MODEL.DFM.NUM_PREDICTORS": 1,
+    "MODEL.DFM.NUM_PROPOSALS": 1,
+    "MODEL.DFM.SAMPLER.NOISE_PASSES": 1,
+    "MODEL.DFM.SAMPLER.NUM_PROPOSALS": 0,
+    "MODEL.DFM.SAMPLER.STEPS": 0,
+    "SOLVER.BASE_LR": 0.0,
+    "SOLVER.BLOCK_CLIP_NORM": 0.0,
+    "SOLVER.CHECKPOINTS_TO_KEEP": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.LOG_PERIOD": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.WARMUP_ITERS": 0,
+    "TEST.BATCH_SIZE": 1,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
+    "TEST.EVAL_PERIOD": 0,
+}
+
+
+def get_key(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    node = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def validate_config(cfg: CfgNode) -> None:
+    """ValueError, one sentence, for the first value that cannot work: it names the key and the choices."""
+    for message in _problems(cfg):
+        raise ValueError(message)
+    build_update(cfg.MODEL.DFM.UPDATE, cfg.MODEL.DFM.BACKBONE_UPDATE, cfg.MODEL.DFM.STEP_IN_BACKWARD)
+
+
+def _problems(cfg: CfgNode) -> Iterator[str]:
+    for key, choices in CHOICES.items():
+        value = get_key(cfg, key)
+        if value not in choices:
+            yield f"{key} is {value!r}; choose one of {', '.join(choices)}."
+    for key, least in LEAST.items():
+        value = get_key(cfg, key)
+        if not value >= least:
+            yield f"{key} is {value}; it must be at least {least}."
+    if not 0.0 <= cfg.SOLVER.EMA_DECAY < 1.0:
+        yield f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}; it must be at least 0 (off) and less than 1."
+    unknown = [kind for kind in cfg.TEST.AP if kind not in AP_KINDS]
+    if unknown:
+        yield f"TEST.AP names {unknown[0]!r}; choose among {', '.join(AP_KINDS)}."
+    if "CLIP_GRADIENTS" in cfg.SOLVER and cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        yield (
+            "SOLVER.CLIP_GRADIENTS would clip over all blocks, which local updates cannot know; "
+            "set SOLVER.BLOCK_CLIP_NORM instead."
+        )
+    yield from _sampler_problems(cfg.MODEL.DFM)
+
+
+def _sampler_problems(dfm: CfgNode) -> Iterator[str]:
+    grid = list(dfm.SAMPLER.TIME_GRID)
+    if grid and (grid[0] != 0 or grid[-1] != 1 or any(a >= b for a, b in zip(grid, grid[1:]))):
+        yield f"MODEL.DFM.SAMPLER.TIME_GRID is {grid}; it must increase from 0 to 1."
+    predictors = list(dfm.SAMPLER.PREDICTORS)
+    if predictors and dfm.TIME == "partitioned":
+        yield "MODEL.DFM.SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared: partitioned time needs them all."
+    if any(not 0 <= index < dfm.NUM_PREDICTORS for index in predictors):
+        yield (
+            f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; indices go from 0 to {dfm.NUM_PREDICTORS - 1} "
+            "(MODEL.DFM.NUM_PREDICTORS - 1)."
+        )
+
+
+def check_start(cfg: CfgNode) -> None:
+    """ValueError if training from scratch (``MODEL.WEIGHTS`` empty) would leave random layers untrained."""
+    if cfg.MODEL.WEIGHTS:
+        return
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        raise ValueError(
+            "MODEL.RESNETS.NORM FrozenBN cannot train from scratch, its statistics never move; "
+            "set it to GN or BN, or give MODEL.WEIGHTS."
+        )
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.DFM.BACKBONE_UPDATE == "frozen":
+        key = (
+            "MODEL.BACKBONE.FREEZE_AT 0" if cfg.MODEL.BACKBONE.FREEZE_AT > 0 else "BACKBONE_UPDATE accumulate"
+        )
+        raise ValueError(
+            f"Training from scratch would keep random layers frozen: set {key}, or give MODEL.WEIGHTS."
+        )

@@ -1,0 +1,154 @@
+"""Weight files of others: numpy pickles, torchvision and MSRA ResNets, and the pixels that they want."""
+
+import pickle
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from dfm_d2.config import add_dfm_config
+from dfm_d2.engine.checkpoint import SafeCheckpointer
+from dfm_d2.engine.errors import CheckpointError, UnsafeFileError, UserError
+from dfm_d2.engine.weights import (
+    MSRA,
+    TORCHVISION,
+    Preprocessing,
+    convert_torchvision_resnet,
+    find_torchvision_prefix,
+    load_numpy_pickle,
+)
+from dfm_d2.framework import build_backbone, get_cfg
+
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+FOR_TORCHVISION = Preprocessing("RGB", IMAGENET_MEAN, IMAGENET_STD, stride_in_1x1=False, depth=50)
+FOR_MSRA = Preprocessing("BGR", IMAGENET_MEAN[::-1], (1.0, 1.0, 1.0), stride_in_1x1=True, depth=50)
+
+
+class Detector(nn.Module):
+    """A backbone under the name that it has in a detector."""
+
+    def __init__(self, depth: int, norm: str = "BN") -> None:
+        super().__init__()
+        cfg = get_cfg()
+        add_dfm_config(cfg)
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+        cfg.MODEL.RESNETS.DEPTH = depth
+        cfg.MODEL.RESNETS.NORM = norm
+        cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256 if depth >= 50 else 64
+        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+        self.backbone = build_backbone(cfg)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_numpy_pickles_of_every_protocol(tmp_path, protocol):
+    content = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(1.5),
+        "c": [np.float64(2.0), "text", b"bytes", (1, None)],
+        "d": OrderedDict(fortran=np.asfortranarray(np.arange(4.0).reshape(2, 2))),
+    }
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    loaded = load_numpy_pickle(str(tmp_path / "weights.pkl"))
+    assert np.array_equal(loaded["a"], content["a"]) and loaded["c"] == content["c"]
+    assert np.array_equal(loaded["d"]["fortran"], content["d"]["fortran"]) and loaded["b"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"cnumpy\nload\n(S'x'\ntR.",
+        b"c_codecs\nencode\n(S'x'\nS'zlib'\ntR.",
+        b"ctorch\nload\n.",
+    ],
+)
+def test_a_pickle_that_names_anything_else_is_refused(tmp_path, content):
+    (tmp_path / "evil.pkl").write_bytes(content)
+    with pytest.raises(UnsafeFileError, match="evil.pkl is not a plain file of numpy arrays"):
+        load_numpy_pickle(str(tmp_path / "evil.pkl"))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps({"a": np.zeros(100)})[:60]])
+def test_a_damaged_pickle_is_named(tmp_path, content):
+    (tmp_path / "torn.pkl").write_bytes(content)
+    with pytest.raises(CheckpointError, match="torn.pkl"):
+        load_numpy_pickle(str(tmp_path / "torn.pkl"))
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("prefix", ["", "module.backbone."])
+def test_torchvision_names_become_detectron2s(depth, prefix):
+    resnet = getattr(torchvision.models, f"resnet{depth}")()
+    state = {prefix + name: value for name, value in resnet.state_dict().items()}
+    assert find_torchvision_prefix(state) == prefix
+    converted = convert_torchvision_resnet(state)
+    wanted = {
+        name.removeprefix("backbone.bottom_up."): tuple(value.shape)
+        for name, value in Detector(depth).state_dict().items()
+        if name.startswith("backbone.bottom_up.") and not name.endswith("num_batches_tracked")
+    }
+    assert {name: tuple(value.shape) for name, value in converted.items()} == wanted
+
+
+def test_a_torchvision_file_gives_the_same_features(tmp_path):
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18()
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    detector = Detector(18, norm="FrozenBN")
+    SafeCheckpointer(detector, preprocessing=FOR_TORCHVISION).load(str(tmp_path / "resnet18.pth"))
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        ours = detector.eval().backbone.bottom_up(images)["res5"]
+        theirs = nn.Sequential(*list(resnet.eval().children())[:-2])(images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def caffe2_names(depth: int) -> dict[str, np.ndarray]:
+    """A file as MSRA's, with random numbers: the first names of a ResNet."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv1_w": (64, 3, 7, 7), "res_conv1_bn_s": (64,), "res_conv1_bn_b": (64,)}
+    shapes |= {"res2_0_branch2a_w": (64, 64, 1, 1), "res2_0_branch1_w": (256, 64, 1, 1)}
+    shapes |= {"res2_0_branch2a_bn_s": (64,), "conv1_w_momentum": (1,)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_a_caffe2_file_is_matched_by_name(tmp_path):
+    content = caffe2_names(50)
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": content}, protocol=2))
+    detector = Detector(50)
+    SafeCheckpointer(detector, preprocessing=FOR_MSRA).load(str(tmp_path / "R-50.pkl"))
+    bottom_up = detector.backbone.bottom_up
+    for key, value in (
+        ("conv1_w", bottom_up.stem.conv1.weight),
+        ("res_conv1_bn_s", bottom_up.stem.conv1.norm.weight),
+        ("res2_0_branch1_w", bottom_up.res2[0].shortcut.weight),
+        ("res2_0_branch2a_w", bottom_up.res2[0].conv1.weight),
+    ):
+        assert torch.equal(value, torch.from_numpy(content[key])), key
+
+
+def test_the_wrong_pixels_are_an_error(tmp_path):
+    FOR_TORCHVISION.check(TORCHVISION, "file")
+    FOR_MSRA.check(MSRA, "file")
+    with pytest.raises(
+        ValueError, match="torchvision weights, which need INPUT.FORMAT RGB.*STRIDE_IN_1X1 False"
+    ):
+        FOR_MSRA.check(TORCHVISION, "file")
+    with pytest.raises(ValueError, match=r"msra weights, which need INPUT.FORMAT BGR.*PIXEL_STD \[1.0"):
+        FOR_TORCHVISION.check(MSRA, "file")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(UserError, match="resnet18.pth holds torchvision weights"):
+        SafeCheckpointer(Detector(18), preprocessing=FOR_MSRA).load(str(tmp_path / "resnet18.pth"))
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(caffe2_names(50), protocol=2))
+    with pytest.raises(UserError, match="R-50.pkl holds msra weights"):
+        SafeCheckpointer(Detector(50), preprocessing=FOR_TORCHVISION).load(str(tmp_path / "R-50.pkl"))
+
+
+def test_only_a_resnet_is_converted():
+    with pytest.raises(ValueError, match="Not the state dict of a torchvision ResNet"):
+        convert_torchvision_resnet({"conv1.weight": torch.zeros(1)})

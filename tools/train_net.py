@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Train and evaluate, with Detectron2's conventions.
+
+python tools/train_net.py --config-file configs/voc_flow_r50.yaml
+python tools/train_net.py --config-file configs/voc_flow_r50.yaml --resume
+python tools/train_net.py --config-file configs/voc_flow_r50.yaml --eval-only MODEL.WEIGHTS model_final.pth
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+
+import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+from dfm_d2.engine.errors import NonFiniteLossError, UserError  # noqa: E402
+from dfm_d2.engine.run import evaluate_only, train  # noqa: E402
+from dfm_d2.engine.setup import check_processes, load_config, setup_run  # noqa: E402
+from dfm_d2.framework import default_argument_parser  # noqa: E402
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run what the arguments of ``default_argument_parser`` say; returns {"bbox": {"AP": ..., ...}}.
+
+    Raises UserError, one sentence, for whatever the user can put right.
+    """
+    check_processes(args)
+    cfg = load_config(args.config_file, args.opts)
+    classes = setup_run(cfg, args)
+    if args.eval_only:
+        return evaluate_only(cfg, classes, args.resume)
+    return train(cfg, classes, args.resume)
+
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something that the user can put right, 1 training became non-finite."""
+    args = default_argument_parser().parse_args(arguments)
+    try:
+        main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command())
