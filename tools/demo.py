@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""The main job end to end: generate a data set, train with sequential local updates, evaluate, draw.
+
+python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_r18.yaml
+"""
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
+
+import make_shapes  # noqa: E402
+import train_net  # noqa: E402
+import visualize_flow  # noqa: E402
+
+CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
+SHAPES = ROOT / "data" / "shapes"
+OUTPUT = ROOT / "output" / "demo"
+NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 2000, 300, 128
+
+
+def main(overrides: list[str]) -> int:
+    """Exit status of the first part that failed, else 0."""
+    started = time.perf_counter()
+    shapes = ["--out", str(SHAPES), "--train", str(NUM_TRAIN), "--val", str(NUM_VAL)]
+    shapes += ["--size", str(IMAGE_SIZE)]
+    opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *overrides]
+    weights = str(OUTPUT / "model_final.pth")
+    status = (
+        make_shapes.main(shapes)
+        or train_net.run_command(["--config-file", CONFIG, *opts])
+        or visualize_flow.main(["--config-file", CONFIG, *opts, "MODEL.WEIGHTS", weights])
+    )
+    if status == 0:
+        print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")
+        names = ["model_final.pth", "metrics.json", "predictions.png", "flow.png", "events.out.tfevents.*"]
+        for name in names:
+            for path in sorted(OUTPUT.glob(name)):
+                print(f"  {path.relative_to(ROOT)}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+r"""Draw predictions.png and flow.png of a trained detector.
+
+python tools/visualize_flow.py --config-file output/demo/config.yaml MODEL.WEIGHTS output/demo/model_final.pth
+python tools/visualize_flow.py --config-file output/demo/config.yaml --image a.jpg b.jpg --out pictures \
+    MODEL.WEIGHTS output/demo/model_final.pth
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+
+import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+from dfm_d2.engine.errors import UserError  # noqa: E402
+from dfm_d2.engine.pictures import write_pictures  # noqa: E402
+from dfm_d2.engine.run import load_for_inference  # noqa: E402
+from dfm_d2.engine.setup import load_config, setup_run  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something that the user can put right."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--image", nargs="+", default=[], help="image files; else the first of DATASETS.TEST")
+    parser.add_argument("--number", type=int, default=6, help="images of predictions.png")
+    parser.add_argument("--score", type=float, default=0.4, help="least score that is drawn")
+    parser.add_argument("--out", default="", help="folder of the pictures; else OUTPUT_DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    args = parser.parse_args(arguments)
+    args.eval_only = True
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        classes = setup_run(cfg, args)
+        model = load_for_inference(cfg, classes)
+        folder = args.out or cfg.OUTPUT_DIR
+        for path in write_pictures(cfg, model, classes, folder, args.image, args.number, args.score):
+            print(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
