@@ -84,6 +84,7 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.AGGREGATION = "uniform"  # "uniform" | "confidence"
     # Who is updated when (docs/math.md, section 5).
     dfm.UPDATE = "sequential"  # "sequential" | "joint"
+    # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
     dfm.BACKBONE_UPDATE = "accumulate"  # "accumulate" | "frozen"
     # Step each block's optimizer right after its backward and free its gradients.
     dfm.STEP_IN_BACKWARD = False

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dfm_d2.data.files import atomic_write
+from dfm_d2.data.files import write_text_atomically
 from dfm_d2.data.problems import ProblemReport
 from dfm_d2.data.registration import dataset_dict
 from dfm_d2.data.shapes import write_shapes
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{done} {out} ({args.train} train, {args.val} val, {args.size} px, seed {args.seed})")
     baseline = out / "baseline.txt"
     if wrote or not baseline.is_file():
-        atomic_write(baseline, _baseline_line(out) + "\n")
+        write_text_atomically(baseline, _baseline_line(out) + "\n")
     print(baseline.read_text(encoding="utf-8"), end="")
     return 0
 

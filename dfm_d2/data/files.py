@@ -1,23 +1,53 @@
-"""Writing a file so that a reader sees the old one or the new one, never half of it."""
+"""Writing files so that a crash at any moment leaves the old file or the new one, never half of one."""
 
 import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
+
+# A process that is killed while it writes leaves a file with this suffix behind; nothing reads it.
+TEMPORARY_SUFFIX = ".partial"
 
 
-def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Write `data` (text as UTF-8) to `path` through a temporary file in the same folder, which is made."""
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+    """Call ``write(file)`` on a temporary file beside ``path``, then move it there in one step.
+    The folder is made if need be.
+
+    The content is on the disk before the name is, and the name is on the disk before this returns.
+    Whatever ``write`` raises goes through, and ``path`` is then what it was before.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = data.encode("utf-8") if isinstance(data, str) else data
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+        with open(temporary, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private to the user
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def write_text_atomically(path: str | os.PathLike, text: str) -> None:
+    """``write_atomically`` for a UTF-8 text."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def remove_partial_files(folder: str | os.PathLike) -> None:
+    """Remove what killed writers left in ``folder``."""
+    for path in Path(folder).glob(f"*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's entries on the disk; systems that cannot open a folder do without."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

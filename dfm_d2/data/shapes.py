@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from dfm_d2.data.files import atomic_write
+from dfm_d2.data.files import write_atomically, write_text_atomically
 from dfm_d2.data.shapes_scene import SHAPE_CLASSES, Scene, draw_scene
 from dfm_d2.data.voc import split_members
 
@@ -59,8 +59,8 @@ def write_shapes(out: str | Path, num_train: int, num_val: int, size: int, seed:
                 if split == "val" and len(samples) < _SAMPLE_ROWS * _SAMPLE_COLUMNS:
                     samples.append(scene)
                 bar.update()
-            atomic_write(out / "ImageSets" / "Main" / f"{split}.txt", "\n".join(names) + "\n")
-    atomic_write(out / "samples.png", _samples_png(samples, size))
+            write_text_atomically(out / "ImageSets" / "Main" / f"{split}.txt", "\n".join(names) + "\n")
+    write_atomically(out / "samples.png", lambda file: file.write(_samples_png(samples, size)))
     _write_state(out, parameters, complete=True)
     return True
 
@@ -71,7 +71,9 @@ def image_name(split: str, index: int) -> str:
 
 
 def _write_state(out: Path, parameters: dict, complete: bool) -> None:
-    atomic_write(out / "shapes.json", json.dumps({**parameters, "complete": complete}, indent=1) + "\n")
+    write_text_atomically(
+        out / "shapes.json", json.dumps({**parameters, "complete": complete}, indent=1) + "\n"
+    )
 
 
 def _is_complete(out: Path, parameters: dict) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dfm_d2 import __version__
+from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
 from dfm_d2.engine.errors import CheckpointError, input_errors
-from dfm_d2.engine.files import remove_partial_files, write_atomically, write_text_atomically
 from dfm_d2.engine.weights import (
     MSRA,
     TORCHVISION,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tqdm
 
+from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.engine.files import write_text_atomically
 from dfm_d2.framework import HookBase
 
 _logger = logging.getLogger(__name__)

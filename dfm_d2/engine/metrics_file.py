@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dfm_d2.engine.files import write_text_atomically
+from dfm_d2.data.files import write_text_atomically
 
 METRICS_FILE = "metrics.json"
 

@@ -7,6 +7,7 @@ import torch
 
 from dfm_d2.data.images import read_image
 from dfm_d2.data.loader import read_test_item
+from dfm_d2.engine.precision import inference_autocast
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.modeling.detector import FlowDetector
 from dfm_d2.visualize import draw_flow, draw_predictions
@@ -40,13 +41,15 @@ def write_pictures(
     items = [read_test_item(entry, cfg) for entry in entries]
     images = [read_image(entry["file_name"], "RGB") for entry in entries]
     # Each by itself: images of other sizes would be padded by one another.
-    found = [model.inference([item])[0]["instances"].to("cpu") for item in items]
+    with inference_autocast(cfg):
+        found = [model.inference([item])[0]["instances"].to("cpu") for item in items]
     truths = [[(a["bbox"], a["category_id"]) for a in entry["annotations"]] for entry in entries]
     predictions = draw_predictions(
         Path(folder) / "predictions.png", images, truths, found, class_names, score_thresh
     )
     busiest = max(range(len(entries)), key=lambda i: (len(truths[i]), len(found[i])))
-    flow = draw_flow(
-        Path(folder) / "flow.png", model, items[busiest], images[busiest], class_names, score_thresh
-    )
+    with inference_autocast(cfg):
+        flow = draw_flow(
+            Path(folder) / "flow.png", model, items[busiest], images[busiest], class_names, score_thresh
+        )
     return [predictions, flow]

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from dfm_d2.framework import CfgNode
+
 AMP_DTYPES = ("auto", "bfloat16", "float16")
 
 
@@ -43,6 +45,12 @@ def autocast_factory(device: torch.device, dtype: torch.dtype | None) -> Callabl
     if dtype is None:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def inference_autocast(cfg: CfgNode) -> AbstractContextManager:
+    """The autocast of ``SOLVER.AMP``, in which inference computes as training does; a new context."""
+    device = torch.device(cfg.MODEL.DEVICE)
+    return autocast_factory(device, resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device))()
 
 
 def _processor_flags() -> set[str]:

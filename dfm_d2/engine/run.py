@@ -16,7 +16,8 @@ from dfm_d2.engine.errors import input_errors
 from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar
 from dfm_d2.engine.local_update import build_update
 from dfm_d2.engine.metrics_file import METRICS_FILE, cut_back, flatten
-from dfm_d2.engine.precision import autocast_factory, resolve_amp_dtype
+from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
+from dfm_d2.engine.progress import evaluation_bar
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.engine.validate import check_start
 from dfm_d2.engine.weights import Preprocessing
@@ -123,7 +124,8 @@ def _load_trained(
 def evaluate(cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:
     """Results on ``DATASETS.TEST``: those of the first set as {"bbox": {...}}, of others under their names.
 
-    With ``ema`` the averaged weights are evaluated too, as "bbox_ema". Prints a table of each.
+    The model computes in the precision of training (``SOLVER.AMP``). With ``ema`` the averaged weights are
+    evaluated too, as "bbox_ema". Prints a table of each.
     """
     results: dict[str, Any] = OrderedDict()
     for number, name in enumerate(cfg.DATASETS.TEST):
@@ -220,6 +222,7 @@ def _evaluate_and_record(
 
 def _evaluate_set(cfg: CfgNode, model: nn.Module, name: str, folder: str, title: str = "") -> dict[str, Any]:
     evaluator = DetectionEvaluator(name, Path(cfg.OUTPUT_DIR) / folder, cfg.TEST.AP)
-    results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
+    with evaluation_bar(build_test_loader(cfg, name), name + title) as loader, inference_autocast(cfg):
+        results = inference_on_dataset(model, loader, evaluator)
     print(f"\n{name}{title}\n{format_table(results)}", flush=True)
     return results

@@ -8,9 +8,9 @@ import torch
 
 from dfm_d2 import __version__
 from dfm_d2.config import add_dfm_config
+from dfm_d2.data.files import write_text_atomically
 from dfm_d2.data.registration import register_datasets
 from dfm_d2.engine.errors import UserError, input_errors
-from dfm_d2.engine.files import write_text_atomically
 from dfm_d2.engine.log import start_log
 from dfm_d2.engine.precision import resolve_amp_dtype
 from dfm_d2.engine.validate import validate_config

@@ -1,5 +1,6 @@
 """The training loop with local updates, and everything of it that a checkpoint must hold."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,19 @@ class LocalUpdateTrainer(TrainerBase):
         self._restored_rng: dict[str, Any] | None = None
         self._restored_history: dict[str, list[tuple[float, int]]] = {}
         self._metric_names: set[str] = set()
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """Run the iterations ``start_iter`` to ``max_iter`` - 1.
+
+        Raises NonFiniteLossError, which says all there is to say: Detectron2's loop would log it as a
+        traceback besides.
+        """
+        loop_log = logging.getLogger(TrainerBase.__module__)
+        loop_log.addFilter(_is_not_ours)
+        try:
+            super().train(start_iter, max_iter)
+        finally:
+            loop_log.removeFilter(_is_not_ours)
 
     def before_train(self) -> None:
         """Put back the metric windows of the checkpoint, then the hooks' turn."""
@@ -127,6 +141,11 @@ class LocalUpdateTrainer(TrainerBase):
             name: [(float(value), int(step)) for value, step in histories[name].values()[-self.window :]]
             for name in sorted(self._metric_names)
         }
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is about something else than a NonFiniteLossError."""
+    return not (record.exc_info and isinstance(record.exc_info[1], NonFiniteLossError))
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -3,40 +3,63 @@
 from collections.abc import Iterator
 from typing import Any
 
+import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
+from dfm_d2.core import AGGREGATIONS, PREDICTIONS, ODESolver
 from dfm_d2.engine.block_optimizer import OPTIMIZERS
 from dfm_d2.engine.local_update import BACKBONE_UPDATES, UPDATES, build_update
 from dfm_d2.engine.precision import AMP_DTYPES
-from dfm_d2.framework import CfgNode
+from dfm_d2.evaluation.detection import AP_KINDS
+from dfm_d2.framework import META_ARCH_REGISTRY, CfgNode
+from dfm_d2.losses import COUPLINGS
+from dfm_d2.losses.assignment import ASSIGNMENTS
+from dfm_d2.losses.block_loss import CLASS_LOSSES
+from dfm_d2.predictors.flow_head import INTERACTIONS
+from dfm_d2.predictors.stack import TIMES
 
 # Keys that are one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
     "DATASETS.ON_ERROR": ("skip", "fatal"),
     "INPUT.FORMAT": ("BGR", "RGB"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-    "MODEL.DFM.AGGREGATION": ("uniform", "confidence"),
-    "MODEL.DFM.ASSIGNMENT": ("dynamic_k", "path"),
+    "MODEL.DFM.AGGREGATION": AGGREGATIONS,
+    "MODEL.DFM.ASSIGNMENT": ASSIGNMENTS,
     "MODEL.DFM.BACKBONE_UPDATE": BACKBONE_UPDATES,
-    "MODEL.DFM.COUPLING": ("optimal_transport", "independent"),
-    "MODEL.DFM.HEAD.INTERACTION": ("dynamic_conv", "cross_attention"),
-    "MODEL.DFM.LOSS.CLS": ("focal", "quality_focal"),
-    "MODEL.DFM.PREDICTION": ("endpoint", "velocity"),
-    "MODEL.DFM.SAMPLER.METHOD": ("euler", "heun"),
-    "MODEL.DFM.TIME": ("partitioned", "shared"),
+    "MODEL.DFM.COUPLING": COUPLINGS,
+    "MODEL.DFM.HEAD.INTERACTION": INTERACTIONS,
+    "MODEL.DFM.LOSS.CLS": CLASS_LOSSES,
+    "MODEL.DFM.PREDICTION": PREDICTIONS,
+    "MODEL.DFM.SAMPLER.METHOD": ODESolver.METHODS,
+    "MODEL.DFM.TIME": TIMES,
     "MODEL.DFM.UPDATE": tuple(UPDATES),
     "SOLVER.AMP.DTYPE": AMP_DTYPES,
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
 }
-AP_KINDS = ("coco", "voc07", "voc")
 
 # Keys with a least value.
 LEAST: dict[str, float] = {
     "DATALOADER.NUM_WORKERS": 0,
     "MODEL.DFM.GT_REPEAT": 1,
+    "MODEL.DFM.HEAD.DYNAMIC_DIM": 1,
+    "MODEL.DFM.HEAD.FEEDFORWARD_DIM": 1,
+    "MODEL.DFM.HEAD.HIDDEN_DIM": 1,
+    "MODEL.DFM.HEAD.NUM_CLS": 0,
+    "MODEL.DFM.HEAD.NUM_HEADS": 1,
+    "MODEL.DFM.HEAD.NUM_REG": 0,
+    "MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE": 1,
+    "MODEL.DFM.HEAD.POOLER_RESOLUTION": 1,
+    "MODEL.DFM.HEAD.POOLER_SAMPLING_RATIO": 0,
+    "MODEL.DFM.LOSS.CLS_WEIGHT": 0.0,
+    "MODEL.DFM.LOSS.FOCAL_GAMMA": 0.0,
+    "MODEL.DFM.LOSS.GIOU_WEIGHT": 0.0,
+    "MODEL.DFM.LOSS.L1_WEIGHT": 0.0,
+    "MODEL.DFM.LOSS.VELOCITY_MAX": 0.0,
+    "MODEL.DFM.LOSS.VELOCITY_WEIGHT": 0.0,
     "MODEL.DFM.NUM_CLASSES": 0,
     "MODEL.DFM.NUM_PREDICTORS": 1,
     "MODEL.DFM.NUM_PROPOSALS": 1,
+    "MODEL.DFM.SAMPLER.NMS_THRESH": 0.0,
     "MODEL.DFM.SAMPLER.NOISE_PASSES": 1,
     "MODEL.DFM.SAMPLER.NUM_PROPOSALS": 0,
     "MODEL.DFM.SAMPLER.STEPS": 0,
@@ -88,13 +111,42 @@ def _problems(cfg: CfgNode) -> Iterator[str]:
             "SOLVER.CLIP_GRADIENTS would clip over all blocks, which local updates cannot know; "
             "set SOLVER.BLOCK_CLIP_NORM instead."
         )
+    yield from _model_problems(cfg)
     yield from _sampler_problems(cfg.MODEL.DFM)
+
+
+def _model_problems(cfg: CfgNode) -> Iterator[str]:
+    dfm, name = cfg.MODEL.DFM, cfg.MODEL.META_ARCHITECTURE
+    # Those of ours and of whoever embeds us; Detectron2's own cannot be trained block by block.
+    known = {key: model for key, model in META_ARCH_REGISTRY if hasattr(model, "is_local")}
+    if name not in known:
+        yield f"MODEL.META_ARCHITECTURE is {name!r}; choose one of {', '.join(known)}."
+    elif not known[name].is_local and dfm.UPDATE != "joint":
+        yield (
+            f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but {name} passes gradients between its predictors: "
+            "set MODEL.DFM.UPDATE joint."
+        )
+    if not dfm.SIGNAL_SCALE > 0:
+        yield f"MODEL.DFM.SIGNAL_SCALE is {dfm.SIGNAL_SCALE}; it must be greater than 0."
+    head = dfm.HEAD
+    if not head.IN_FEATURES:
+        yield "MODEL.DFM.HEAD.IN_FEATURES is empty; name outputs of the backbone, such as p2."
+    if head.HIDDEN_DIM % head.NUM_HEADS:
+        yield (
+            f"MODEL.DFM.HEAD.NUM_HEADS is {head.NUM_HEADS}; it must divide MODEL.DFM.HEAD.HIDDEN_DIM "
+            f"{head.HIDDEN_DIM}."
+        )
 
 
 def _sampler_problems(dfm: CfgNode) -> Iterator[str]:
     grid = list(dfm.SAMPLER.TIME_GRID)
     if grid and (grid[0] != 0 or grid[-1] != 1 or any(a >= b for a, b in zip(grid, grid[1:]))):
         yield f"MODEL.DFM.SAMPLER.TIME_GRID is {grid}; it must increase from 0 to 1."
+    if dfm.SAMPLER.NMS_THRESH == 0 and (dfm.SAMPLER.NOISE_PASSES > 1 or dfm.SAMPLER.ENSEMBLE_STEPS):
+        yield (
+            "MODEL.DFM.SAMPLER.NMS_THRESH is 0, but NOISE_PASSES and ENSEMBLE_STEPS merge detections by NMS: "
+            "set it, for example to 0.6."
+        )
     predictors = list(dfm.SAMPLER.PREDICTORS)
     if predictors and dfm.TIME == "partitioned":
         yield "MODEL.DFM.SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared: partitioned time needs them all."

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from dfm_d2.data.files import atomic_write
+from dfm_d2.data.files import write_text_atomically
 from dfm_d2.evaluation.coco_ap import coco_average_precisions, coco_ground_truth
 from dfm_d2.evaluation.voc_ap import ClassDetections, ClassGroundTruth, voc_average_precisions
 from dfm_d2.framework import DatasetCatalog, DatasetEvaluator, MetadataCatalog, comm
@@ -99,8 +99,8 @@ class DetectionEvaluator(DatasetEvaluator):
         detections = [item for share in gathered for item in share]
         ground_truth = coco_ground_truth(self._dicts, self._categories)
         if self._output_dir is not None:
-            atomic_write(self._output_dir / "coco_instances_results.json", json.dumps(detections))
-            atomic_write(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
+            write_text_atomically(self._output_dir / "coco_instances_results.json", json.dumps(detections))
+            write_text_atomically(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
         if not detections:
             logger.warning("data set %s: the model made no detection at all", self._name)
         return OrderedDict(

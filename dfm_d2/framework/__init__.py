@@ -28,10 +28,8 @@ BoxMode = _provider.BoxMode
 ImageList = _provider.ImageList
 Instances = _provider.Instances
 # layers
-ShapeSpec = _provider.ShapeSpec
 batched_nms = _provider.batched_nms
 # modeling
-BACKBONE_REGISTRY = _provider.BACKBONE_REGISTRY
 META_ARCH_REGISTRY = _provider.META_ARCH_REGISTRY
 Backbone = _provider.Backbone
 build_backbone = _provider.build_backbone
@@ -51,30 +49,24 @@ PeriodicCheckpointer = _provider.PeriodicCheckpointer
 PeriodicWriter = _provider.PeriodicWriter
 TrainerBase = _provider.TrainerBase
 default_argument_parser = _provider.default_argument_parser
-launch = _provider.launch
 # events
 EventStorage = _provider.EventStorage
-EventWriter = _provider.EventWriter
 JSONWriter = _provider.JSONWriter
 TensorboardXWriter = _provider.TensorboardXWriter
-get_event_storage = _provider.get_event_storage
 # evaluation
 DatasetEvaluator = _provider.DatasetEvaluator
 inference_on_dataset = _provider.inference_on_dataset
-print_csv_format = _provider.print_csv_format
 # checkpoint
 DetectionCheckpointer = _provider.DetectionCheckpointer
 # utils
 PathManager = _provider.PathManager
 comm = _provider.comm
 seed_all_rng = _provider.seed_all_rng
-setup_logger = _provider.setup_logger
 
 # ours, the same on both providers; below the names because it uses PathManager
 from dfm_d2.framework._config_files import merge_config_file, merge_config_opts  # noqa: E402
 
 __all__ = [
-    "BACKBONE_REGISTRY",
     "Backbone",
     "BoxMode",
     "Boxes",
@@ -84,7 +76,6 @@ __all__ = [
     "DetectionCheckpointer",
     "EvalHook",
     "EventStorage",
-    "EventWriter",
     "HookBase",
     "ImageList",
     "Instances",
@@ -97,7 +88,6 @@ __all__ = [
     "PathManager",
     "PeriodicCheckpointer",
     "PeriodicWriter",
-    "ShapeSpec",
     "TensorboardXWriter",
     "TrainerBase",
     "batched_nms",
@@ -109,12 +99,8 @@ __all__ = [
     "default_argument_parser",
     "detector_postprocess",
     "get_cfg",
-    "get_event_storage",
     "inference_on_dataset",
-    "launch",
     "merge_config_file",
     "merge_config_opts",
-    "print_csv_format",
     "seed_all_rng",
-    "setup_logger",
 ]

@@ -3,7 +3,7 @@
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase, TrainerBase, default_argument_parser, launch
+from detectron2.engine import HookBase, TrainerBase, default_argument_parser
 from detectron2.engine.hooks import (
     EvalHook,
     IterationTimer,
@@ -11,10 +11,9 @@ from detectron2.engine.hooks import (
     PeriodicCheckpointer,
     PeriodicWriter,
 )
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
-from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.layers import batched_nms
 from detectron2.modeling import (
-    BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     Backbone,
     build_backbone,
@@ -27,16 +26,12 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import (
     EventStorage,
-    EventWriter,
     JSONWriter,
     TensorboardXWriter,
-    get_event_storage,
 )
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
 __all__ = [
-    "BACKBONE_REGISTRY",
     "Backbone",
     "BoxMode",
     "Boxes",
@@ -46,7 +41,6 @@ __all__ = [
     "DetectionCheckpointer",
     "EvalHook",
     "EventStorage",
-    "EventWriter",
     "HookBase",
     "ImageList",
     "Instances",
@@ -58,7 +52,6 @@ __all__ = [
     "PathManager",
     "PeriodicCheckpointer",
     "PeriodicWriter",
-    "ShapeSpec",
     "TensorboardXWriter",
     "TrainerBase",
     "batched_nms",
@@ -70,10 +63,6 @@ __all__ = [
     "default_argument_parser",
     "detector_postprocess",
     "get_cfg",
-    "get_event_storage",
     "inference_on_dataset",
-    "launch",
-    "print_csv_format",
     "seed_all_rng",
-    "setup_logger",
 ]

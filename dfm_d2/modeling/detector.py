@@ -59,6 +59,7 @@ class FlowDetector(nn.Module):
         num_proposals: N in training. gt_repeat: see losses.coupling.build_slots.
         coupling, assignment: see the config keys of those names.
         seed: of noise and t in training.
+        freeze_backbone: the backbone neither learns nor moves its running statistics.
         pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
     """
 
@@ -83,6 +84,7 @@ class FlowDetector(nn.Module):
         coupling: str,
         assignment: str,
         seed: int,
+        freeze_backbone: bool,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ):
@@ -101,6 +103,9 @@ class FlowDetector(nn.Module):
         self.coupling = coupling
         self.assignment = assignment
         self.seed = seed
+        self.freeze_backbone = freeze_backbone
+        if freeze_backbone:
+            backbone.requires_grad_(False)
         self.path = CondOTPath()
         # Not persistent: they come from the config, and a checkpoint must not override it silently.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
@@ -119,8 +124,18 @@ class FlowDetector(nn.Module):
         """D."""
         return len(self.predictors)
 
+    def train(self, mode: bool = True) -> "FlowDetector":
+        """Set the mode; a frozen backbone stays in evaluation mode, or its batch norms would go on moving."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters, by full name, of each block: "shared" (backbone and FPN), "p0", "p1", ..."""
+        """Trainable parameters, by full name, of each block: "shared" (backbone and FPN), "p0", "p1", ...
+
+        "shared" is empty where the backbone is frozen.
+        """
         blocks: dict[str, list[tuple[str, nn.Parameter]]] = {"shared": []}
         blocks |= {f"p{d}": [] for d in range(self.num_predictors)}
         for name, parameter in self.named_parameters():

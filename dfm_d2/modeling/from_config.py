@@ -59,6 +59,7 @@ def detector_arguments(cfg) -> dict:
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
+        "freeze_backbone": dfm.BACKBONE_UPDATE == "frozen",
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }

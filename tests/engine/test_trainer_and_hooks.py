@@ -18,7 +18,7 @@ from dfm_d2.engine.local_update import build_update
 from dfm_d2.engine.metrics_file import cut_back, flatten, read_metrics
 from dfm_d2.engine.precision import resolve_amp_dtype
 from dfm_d2.engine.trainer import LocalUpdateTrainer, get_rng_state, set_rng_state
-from dfm_d2.framework import EvalHook, JSONWriter, PeriodicWriter
+from dfm_d2.framework import PROVIDER, EvalHook, JSONWriter, PeriodicWriter
 
 
 def make_trainer(model=None, update="sequential", **solver) -> LocalUpdateTrainer:
@@ -60,6 +60,23 @@ def test_a_non_finite_loss_names_everything_and_spares_the_checkpoint(tmp_path):
     SafeCheckpointer(twin, str(tmp_path)).resume_or_load("")
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
     assert all(value.isfinite().all() for value in twin.state_dict().values())
+
+
+def test_a_non_finite_loss_is_no_traceback_in_the_log(caplog):
+    trainer = make_trainer()
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    trainer.model.block_losses = lambda index, *rest: {f"loss/p{index}": nan}
+    with pytest.raises(NonFiniteLossError):
+        trainer.train(0, 1)
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+def test_any_other_error_is_logged_as_the_provider_does(caplog):
+    trainer = make_trainer()
+    trainer.model.prepare = lambda batch, iteration: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(0, 1)
+    assert bool([record for record in caplog.records if record.exc_info]) == (PROVIDER == "detectron2")
 
 
 def test_dependent_predictors_cannot_be_updated_locally():

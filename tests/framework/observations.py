@@ -9,7 +9,6 @@ import observe_training as training
 
 # One observation for each name of dfm_d2.framework that a provider supplies.
 BY_NAME = {
-    "BACKBONE_REGISTRY": modeling.observe_backbone_registry,
     "Backbone": modeling.observe_backbone,
     "BoxMode": structures.observe_box_mode,
     "Boxes": structures.observe_boxes,
@@ -19,7 +18,6 @@ BY_NAME = {
     "DetectionCheckpointer": modeling.observe_detection_checkpointer,
     "EvalHook": training.observe_eval_hook,
     "EventStorage": training.observe_event_storage,
-    "EventWriter": training.observe_event_writer,
     "HookBase": training.observe_hook_base,
     "ImageList": structures.observe_image_list,
     "Instances": structures.observe_instances,
@@ -31,7 +29,6 @@ BY_NAME = {
     "PathManager": structures.observe_path_manager,
     "PeriodicCheckpointer": training.observe_periodic_checkpointer,
     "PeriodicWriter": training.observe_periodic_writer,
-    "ShapeSpec": structures.observe_shape_spec,
     "TensorboardXWriter": training.observe_tensorboard_writer,
     "TrainerBase": training.observe_trainer_base,
     "batched_nms": structures.observe_batched_nms,
@@ -43,12 +40,8 @@ BY_NAME = {
     "default_argument_parser": training.observe_default_argument_parser,
     "detector_postprocess": modeling.observe_detector_postprocess,
     "get_cfg": structures.observe_get_cfg,
-    "get_event_storage": training.observe_get_event_storage,
     "inference_on_dataset": training.observe_inference_on_dataset,
-    "launch": training.observe_launch,
-    "print_csv_format": training.observe_print_csv_format,
     "seed_all_rng": structures.observe_seed_all_rng,
-    "setup_logger": structures.observe_setup_logger,
 }
 
 # More about the backbones: too much for one observation.

@@ -118,7 +118,8 @@ def observe_build_backbone(provider):
     fpn = provider.build_backbone(cfg)
     resnet_cfg = backbone_config(provider, 18, "BN", 0, ["MODEL.BACKBONE.NAME", "build_resnet_backbone"])
     resnet_cfg.MODEL.RESNETS.OUT_FEATURES = ["stem", "res3"]
-    resnet = provider.build_backbone(resnet_cfg, provider.ShapeSpec(channels=1))
+    shape_spec = type(fpn.output_shape()["p2"])
+    resnet = provider.build_backbone(resnet_cfg, shape_spec(channels=1))
     no_norm = provider.build_backbone(backbone_config(provider, 18, "", 0, ["MODEL.FPN.NORM", "GN"]))
     square = {"square_size": 0}
     return {
@@ -160,16 +161,6 @@ def observe_backbone(provider):
         tiny.padding_constraints,
         raised(provider.Backbone),
     ]
-
-
-def observe_backbone_registry(provider):
-    registry = provider.BACKBONE_REGISTRY
-    return {
-        "names": [
-            name in registry for name in ("build_resnet_backbone", "build_resnet_fpn_backbone", "other")
-        ],
-        "unknown": raised(lambda: registry.get("other")),
-    }
 
 
 def observe_meta_arch_registry(provider):

@@ -4,7 +4,6 @@ Each function takes a provider (the module dfm_d2.framework._builtin or _detectr
 Equal answers of both providers are the contract; the answers of the real Detectron2 are the golden values.
 """
 
-import logging
 import os
 import random
 import tempfile
@@ -238,11 +237,6 @@ def observe_instances(provider):
     }
 
 
-def observe_shape_spec(provider):
-    spec = provider.ShapeSpec(channels=3, stride=4)
-    return [spec.channels, spec.height, spec.width, spec.stride, spec == provider.ShapeSpec(3, None, None, 4)]
-
-
 def observe_batched_nms(provider):
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.5], [20.0, 20.0], [21.0, 20.0]])
     boxes = torch.cat([corners, corners + 10.0], dim=1)
@@ -316,30 +310,6 @@ def observe_path_manager(provider):
     with mock.patch(handler, lambda self, path, *args, **kwargs: path):
         address = manager.get_local_path("detectron2://folder/name.pkl")
     return {"local": local, "path of a local file": same, "model zoo": address}
-
-
-def observe_setup_logger(provider):
-    name = f"dfm_contract_logger_{provider.__name__.rsplit('.', 1)[-1]}"
-    with tempfile.TemporaryDirectory() as folder:
-        logger = provider.setup_logger(folder, name=name, configure_stdout=False)
-        handlers = list(logger.handlers)
-        again = provider.setup_logger(folder, name=name, configure_stdout=False)
-        as_before = logger.handlers == handlers
-        logger.debug("first")
-        logging.getLogger(f"{name}.child").warning("second")
-        for handler in logger.handlers:
-            handler.flush()
-        with open(os.path.join(folder, "log.txt")) as file:
-            lines = [line.strip().replace(name, "NAME").split("] ", 1)[1] for line in file]
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-    return {
-        "lines": lines,
-        "called twice": [again is logger, as_before],
-        "level": logger.level,
-        "propagate": logger.propagate,
-    }
 
 
 def observe_seed_all_rng(provider):

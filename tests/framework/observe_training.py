@@ -1,7 +1,6 @@
 """What can be observed of a provider's schedule, training loop, hooks, events, evaluation and commands."""
 
 import glob
-import inspect
 import json
 import logging
 import os
@@ -186,22 +185,19 @@ def observe_periodic_checkpointer(provider):
     return [checkpointer.saved, hook]
 
 
-def observe_event_writer(provider):
-    return [raised(provider.EventWriter().write), provider.EventWriter().close()]
-
-
 def observe_periodic_writer(provider):
     log = []
 
-    class Writer(provider.EventWriter):
+    class Writer(provider.JSONWriter):
         def write(self):
-            log.append(provider.get_event_storage().iter)
+            log.append(trainer.storage.iter)
 
         def close(self):
             log.append("close")
+            super().close()
 
     trainer = make_trainer(provider, [])
-    trainer.register_hooks([provider.PeriodicWriter([Writer()], period=3)])
+    trainer.register_hooks([provider.PeriodicWriter([Writer(os.devnull)], period=3)])
     trainer.train(0, 8)
     return [log, raised(lambda: provider.PeriodicWriter([object()]))]
 
@@ -267,14 +263,6 @@ def observe_event_storage(provider):
         "another hint": raised(lambda: storage.put_scalar("a", 1.0, smoothing_hint=True)),
         "unknown": raised(lambda: storage.history("other")),
     }
-
-
-def observe_get_event_storage(provider):
-    with provider.EventStorage() as outer:
-        with provider.EventStorage() as inner:
-            seen = [provider.get_event_storage() is inner]
-        seen.append(provider.get_event_storage() is outer)
-    return [*seen, raised(provider.get_event_storage)]
 
 
 def _write_scalars(provider, writer) -> None:
@@ -352,23 +340,6 @@ def observe_inference_on_dataset(provider):
     return [log, first, second, after_training, model.training, torch.is_grad_enabled()]
 
 
-def observe_print_csv_format(provider):
-    lines = []
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
-
-    logger = logging.getLogger(inspect.getmodule(provider.print_csv_format).__name__)
-    level, handler = logger.level, Handler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    provider.print_csv_format({"bbox": {"AP": 1.23456, "AP-cat": 2.0, "AP50": float("nan")}, "other": 3})
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-    return lines
-
-
 def observe_default_argument_parser(provider):
     parser = provider.default_argument_parser()
     command = ["--config-file", "a.yaml", "--resume", "--eval-only", "--num-gpus", "2", "--machine-rank", "1"]
@@ -376,12 +347,3 @@ def observe_default_argument_parser(provider):
     none = vars(parser.parse_args([]))
     # A number derived from the user id: the form is what counts.
     return [{**args, "dist_url": args["dist_url"].rsplit(":", 1)[0]} for args in (some, none)]
-
-
-def observe_launch(provider):
-    calls = []
-    provider.launch(
-        lambda *args: calls.append(args), 1, num_machines=1, machine_rank=0, dist_url="x", args=(1, "a")
-    )
-    provider.launch(lambda: calls.append("none"), 0)
-    return calls

@@ -36,11 +36,6 @@ def test_bad_backbone_values_are_named(options, said):
         _builtin.build_backbone(_config(*options))
 
 
-def test_several_processes_are_refused():
-    with pytest.raises(NotImplementedError, match="--num-gpus 2"):
-        _builtin.launch(print, 2)
-
-
 def test_a_pickle_is_refused(tmp_path):
     path = tmp_path / "weights.pkl"
     path.write_bytes(b"\x80\x04N.")

@@ -5,8 +5,8 @@ contract and golden tests (tests/framework) hold it to the real Detectron2.
 """
 
 from dfm_d2.framework._builtin import comm
+from dfm_d2.framework._builtin.arguments import default_argument_parser
 from dfm_d2.framework._builtin.backbone import (
-    BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     Backbone,
     build_backbone,
@@ -17,13 +17,11 @@ from dfm_d2.framework._builtin.catalog import DatasetCatalog, MetadataCatalog
 from dfm_d2.framework._builtin.checkpoint import DetectionCheckpointer
 from dfm_d2.framework._builtin.config import CfgNode, configurable, get_cfg
 from dfm_d2.framework._builtin.env import seed_all_rng
-from dfm_d2.framework._builtin.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from dfm_d2.framework._builtin.evaluation import DatasetEvaluator, inference_on_dataset
 from dfm_d2.framework._builtin.events import (
     EventStorage,
-    EventWriter,
     JSONWriter,
     TensorboardXWriter,
-    get_event_storage,
 )
 from dfm_d2.framework._builtin.file_io import PathManager
 from dfm_d2.framework._builtin.fpn import build_resnet_fpn_backbone  # registers itself
@@ -36,16 +34,13 @@ from dfm_d2.framework._builtin.hooks import (
 )
 from dfm_d2.framework._builtin.image_list import ImageList
 from dfm_d2.framework._builtin.instances import Instances
-from dfm_d2.framework._builtin.launch import default_argument_parser, launch
-from dfm_d2.framework._builtin.layers import ShapeSpec, batched_nms
-from dfm_d2.framework._builtin.logger import setup_logger
+from dfm_d2.framework._builtin.layers import batched_nms
 from dfm_d2.framework._builtin.postprocessing import detector_postprocess
 from dfm_d2.framework._builtin.resnet import build_resnet_backbone  # registers itself
 from dfm_d2.framework._builtin.solver import build_lr_scheduler
 from dfm_d2.framework._builtin.train_loop import HookBase, TrainerBase
 
 __all__ = [
-    "BACKBONE_REGISTRY",
     "Backbone",
     "BoxMode",
     "Boxes",
@@ -55,7 +50,6 @@ __all__ = [
     "DetectionCheckpointer",
     "EvalHook",
     "EventStorage",
-    "EventWriter",
     "HookBase",
     "ImageList",
     "Instances",
@@ -67,7 +61,6 @@ __all__ = [
     "PathManager",
     "PeriodicCheckpointer",
     "PeriodicWriter",
-    "ShapeSpec",
     "TensorboardXWriter",
     "TrainerBase",
     "batched_nms",
@@ -81,10 +74,6 @@ __all__ = [
     "default_argument_parser",
     "detector_postprocess",
     "get_cfg",
-    "get_event_storage",
     "inference_on_dataset",
-    "launch",
-    "print_csv_format",
     "seed_all_rng",
-    "setup_logger",
 ]

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -52,15 +52,3 @@ def inference_on_dataset(
         model.train(was_training)
     logger.info("Inference took %.1f s", time.perf_counter() - start)
     return evaluator.evaluate() or {}
-
-
-def print_csv_format(results: Mapping) -> None:
-    """Log {task: {metric: number}} as lines for a spreadsheet, without metrics with "-" (per class)."""
-    for task, metrics in results.items():
-        if not isinstance(metrics, Mapping):
-            logger.info("copypaste: %s=%s", task, metrics)
-            continue
-        main = {name: value for name, value in metrics.items() if "-" not in name}
-        logger.info("copypaste: Task: %s", task)
-        logger.info("copypaste: %s", ",".join(main))
-        logger.info("copypaste: %s", ",".join(f"{value:.4f}" for value in main.values()))

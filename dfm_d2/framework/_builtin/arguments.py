@@ -1,9 +1,8 @@
-"""How a command starts: its arguments, and the processes it runs in."""
+"""The arguments of a command."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -28,23 +27,3 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     add("--dist-url", default=f"tcp://127.0.0.1:{port}", help="where the processes meet")
     add("opts", nargs=argparse.REMAINDER, default=None, help="config overrides: KEY VALUE KEY VALUE ...")
     return parser
-
-
-def launch(
-    main_func: Callable,
-    num_gpus_per_machine: int,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str | None = None,
-    args: tuple = (),
-) -> None:
-    """Call `main_func(*args)` in this process.
-
-    Raises NotImplementedError where more than one process is asked for.
-    """
-    if num_machines * num_gpus_per_machine > 1:
-        raise NotImplementedError(
-            f"--num-gpus {num_gpus_per_machine} with --num-machines {num_machines} asks for several "
-            "processes, which come with local updates across processes: use --num-gpus 1."
-        )
-    main_func(*args)

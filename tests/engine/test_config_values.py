@@ -1,0 +1,73 @@
+"""Bad config values are found before anything is built, each in a sentence that names key and choices."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dfm_d2.engine.errors import UserError
+from dfm_d2.engine.setup import load_config
+from dfm_d2.engine.validate import CHOICES, LEAST, get_key, validate_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHAPES = str(next(path for path in CONFIGS if path.name == "shapes_flow_r18.yaml"))
+
+BAD = {
+    "no such model": (["MODEL.META_ARCHITECTURE", "FlowDetectr"], "one of FlowDetector, CascadeDetector"),
+    "a model of Detectron2": (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "'GeneralizedRCNN'; choose"),
+    "local cascade": (["MODEL.META_ARCHITECTURE", "CascadeDetector"], "set MODEL.DFM.UPDATE joint"),
+    "signal scale": (["MODEL.DFM.SIGNAL_SCALE", "0.0"], "SIGNAL_SCALE is 0.0; it must be greater than 0"),
+    "signal scale nan": (["MODEL.DFM.SIGNAL_SCALE", "float('nan')"], "SIGNAL_SCALE"),
+    "no features": (["MODEL.DFM.HEAD.IN_FEATURES", "[]"], "IN_FEATURES is empty"),
+    "heads": (["MODEL.DFM.HEAD.NUM_HEADS", "3"], "NUM_HEADS is 3; it must divide .*HIDDEN_DIM 128"),
+    "no heads": (["MODEL.DFM.HEAD.NUM_HEADS", "0"], "NUM_HEADS is 0; it must be at least 1"),
+    "loss weight": (["MODEL.DFM.LOSS.GIOU_WEIGHT", "-1.0"], "GIOU_WEIGHT is -1.0; it must be at least 0"),
+    "noise passes": (
+        ["MODEL.DFM.SAMPLER.NOISE_PASSES", "2", "MODEL.DFM.SAMPLER.NMS_THRESH", "0.0"],
+        "NMS_THRESH is 0, but NOISE_PASSES",
+    ),
+    "ensemble": (
+        ["MODEL.DFM.SAMPLER.ENSEMBLE_STEPS", "True", "MODEL.DFM.SAMPLER.NMS_THRESH", "0.0"],
+        "and ENSEMBLE_STEPS merge",
+    ),
+    "predictors": (
+        ["MODEL.DFM.SAMPLER.PREDICTORS", "[0]"],
+        "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
+    ),
+    "ema": (["SOLVER.EMA_DECAY", "1.0"], "EMA_DECAY is 1.0"),
+    "ap": (["TEST.AP", "('coco', 'voc12')"], "'voc12'; choose among coco, voc07, voc"),
+    "clip": (["SOLVER.CLIP_GRADIENTS.ENABLED", "True"], "SOLVER.CLIP_GRADIENTS"),
+}
+
+
+def check(opts: list[str]) -> str:
+    """What is said about the shapes config with these overrides."""
+    with pytest.raises((UserError, ValueError)) as caught:
+        validate_config(load_config(SHAPES, opts))
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_our_configs_are_good(path):
+    validate_config(load_config(str(path), []))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_named(name):
+    opts, said = BAD[name]
+    assert re.search(said, check(opts))
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_every_choice_is_listed(key):
+    message = check([key, "other"])
+    assert key in message and ", ".join(CHOICES[key]) in message
+
+
+@pytest.mark.parametrize("key", LEAST)
+def test_every_least_value_holds(key):
+    cfg = load_config(SHAPES, [])
+    value = type(get_key(cfg, key))(LEAST[key] - 1)
+    assert f"{key} is {value}; it must be at least {LEAST[key]}." in check([key, str(value)])
