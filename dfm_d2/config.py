@@ -76,8 +76,14 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.GT_REPEAT = 10
     dfm.COUPLING = "optimal_transport"  # "optimal_transport" | "independent"
     dfm.ASSIGNMENT = "dynamic_k"  # "dynamic_k" | "path"
-    # "partitioned": predictor floor(t D) answers at t; "shared": every predictor answers at every t.
+    # "partitioned": predictor floor(u D) answers at t(u); "shared": every predictor answers at every t.
     dfm.TIME = "partitioned"
+    # p of t(u) = 1 - (1 - u)^p: the intervals of partitioned time and the sampler's steps are even in u.
+    # 1: even in t; more: the first predictor goes far and the later ones refine.
+    dfm.TIME_POWER = 1.0
+    # sigma: the inputs x_t of training lie on the path to x_1 + sigma (w, h, w, h) xi, xi ~ N(0, I), as those
+    # of inference lie on the path to an endpoint that is not exact. Targets stay exact. 0: off.
+    dfm.ENDPOINT_NOISE = 0.0
     # What a predictor's box branch answers: the endpoint x_1, or the velocity.
     dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
     # How the D answers of TIME "shared" are averaged.
@@ -96,11 +102,13 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.HEAD.HIDDEN_DIM = 256
     dfm.HEAD.NUM_HEADS = 8
     dfm.HEAD.FEEDFORWARD_DIM = 2048
-    # Box-feature interaction: Sparse R-CNN's dynamic convolution, or cross-attention over the RoI grid.
-    dfm.HEAD.INTERACTION = "dynamic_conv"  # "dynamic_conv" | "cross_attention"
+    # Box-feature interaction: Sparse R-CNN's dynamic convolution, cross-attention over the RoI grid, or one
+    # linear layer over it (docs/results.md compares them).
+    dfm.HEAD.INTERACTION = "dynamic_conv"  # "dynamic_conv" | "cross_attention" | "grid_linear"
     dfm.HEAD.DYNAMIC_DIM = 64
-    dfm.HEAD.NUM_CLS = 1
-    dfm.HEAD.NUM_REG = 3
+    # Hidden layers of the class and box towers.
+    dfm.HEAD.NUM_CLS = 0
+    dfm.HEAD.NUM_REG = 1
     dfm.HEAD.POOLER_RESOLUTION = 7
     dfm.HEAD.POOLER_SAMPLING_RATIO = 2
     # Side in pixels of a box that is pooled from the level of stride 16.

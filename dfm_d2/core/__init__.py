@@ -5,7 +5,15 @@ from dfm_d2.core.box_space import BoxSpace
 from dfm_d2.core.label_space import LabelSpace
 from dfm_d2.core.noise import keyed_normal, keyed_uniform, stream_key
 from dfm_d2.core.path import CondOTPath, PathSample
-from dfm_d2.core.solver import ODESolver, SolverStep, Trajectory, endpoint_field, time_like, uniform_grid
+from dfm_d2.core.solver import (
+    ODESolver,
+    SolverStep,
+    Trajectory,
+    endpoint_field,
+    power_grid,
+    power_time,
+    time_like,
+)
 
 __all__ = [
     "AGGREGATIONS",
@@ -23,5 +31,6 @@ __all__ = [
     "keyed_uniform",
     "stream_key",
     "time_like",
-    "uniform_grid",
+    "power_grid",
+    "power_time",
 ]

@@ -15,6 +15,7 @@ STREAM_NOISE = 0
 STREAM_TIME = 1
 STREAM_BACKGROUND = 2
 STREAM_PERMUTATION = 3
+STREAM_ENDPOINT = 4
 
 
 def stream_key(*parts: int | str) -> int:

@@ -42,15 +42,22 @@ class Trajectory(NamedTuple):
     last: SolverStep
 
 
-def uniform_grid(num_steps: int) -> tuple[float, ...]:
-    """`0, 1/K, ..., 1`.
+def power_time(u: float | Tensor, power: float) -> float | Tensor:
+    """`t = 1 - (1 - u)^power`: for power > 1 even steps of u are large steps of t first, small ones last."""
+    return 1 - (1 - u) ** power
+
+
+def power_grid(num_steps: int, power: float = 1.0) -> tuple[float, ...]:
+    """`t(0), t(1/K), ..., t(1)` of power_time: from 0 to 1 in K steps, even ones for power 1.
 
     Raises:
-        ValueError: `num_steps` is not positive.
+        ValueError: `num_steps` or `power` is not positive.
     """
     if num_steps < 1:
         raise ValueError(f"a time grid needs at least one step, got {num_steps}")
-    return tuple(k / num_steps for k in range(num_steps)) + (1.0,)
+    if not power > 0:
+        raise ValueError(f"the power of a time grid must be positive, got {power}")
+    return tuple(power_time(k / num_steps, power) for k in range(num_steps)) + (1.0,)
 
 
 def check_grid(time_grid: Sequence[float]) -> tuple[float, ...]:

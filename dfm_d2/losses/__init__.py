@@ -2,7 +2,7 @@
 
 from dfm_d2.losses.assignment import DynamicK, assigned_targets
 from dfm_d2.losses.block_loss import BlockLoss
-from dfm_d2.losses.coupling import COUPLINGS, Slots, build_slots, couple
+from dfm_d2.losses.coupling import COUPLINGS, Slots, build_slots, couple, noisy_endpoints
 from dfm_d2.losses.ground_truth import GroundTruth
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "assigned_targets",
     "build_slots",
     "couple",
+    "noisy_endpoints",
 ]

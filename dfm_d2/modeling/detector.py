@@ -22,7 +22,15 @@ from dfm_d2.core import (
     time_like,
 )
 from dfm_d2.framework import META_ARCH_REGISTRY, Backbone, ImageList, configurable
-from dfm_d2.losses import BlockLoss, DynamicK, GroundTruth, assigned_targets, build_slots, couple
+from dfm_d2.losses import (
+    BlockLoss,
+    DynamicK,
+    GroundTruth,
+    assigned_targets,
+    build_slots,
+    couple,
+    noisy_endpoints,
+)
 from dfm_d2.modeling.from_config import detector_arguments
 from dfm_d2.modeling.postprocess import detections
 from dfm_d2.modeling.sampler import BoxSampler, Flow
@@ -57,6 +65,7 @@ class FlowDetector(nn.Module):
         space, flow, sampler: box space, meaning of raw answers, inference.
         criterion, assigner: loss of a block, dynamic_k.
         num_proposals: N in training. gt_repeat: see losses.coupling.build_slots.
+        endpoint_noise: see losses.coupling.noisy_endpoints.
         coupling, assignment: see the config keys of those names.
         seed: of noise and t in training.
         freeze_backbone: the backbone neither learns nor moves its running statistics.
@@ -81,6 +90,7 @@ class FlowDetector(nn.Module):
         assigner: DynamicK,
         num_proposals: int,
         gt_repeat: int,
+        endpoint_noise: float,
         coupling: str,
         assignment: str,
         seed: int,
@@ -100,6 +110,7 @@ class FlowDetector(nn.Module):
         self.assigner = assigner
         self.num_proposals = num_proposals
         self.gt_repeat = gt_repeat
+        self.endpoint_noise = endpoint_noise
         self.coupling = coupling
         self.assignment = assignment
         self.seed = seed
@@ -160,7 +171,8 @@ class FlowDetector(nn.Module):
         x_0 = keyed_normal(keys, self.num_proposals, device=self.device)
         slots = build_slots(ground_truth, self.num_proposals, self.gt_repeat, keys, self.space.signal_scale)
         slots = couple(x_0, slots, self.coupling, keys)
-        samples = [self.path.sample(x_0, slots.x_1, t) for t in self._times(keys)]
+        x_1 = noisy_endpoints(slots.x_1, self.endpoint_noise, keys, self.space.signal_scale)
+        samples = [self.path.sample(x_0, x_1, t) for t in self._times(keys)]
         if self.assignment == "path":
             gt_index = slots.gt_index
         elif self.predictors.time == "shared":

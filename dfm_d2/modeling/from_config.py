@@ -56,6 +56,7 @@ def detector_arguments(cfg) -> dict:
         ),
         "num_proposals": dfm.NUM_PROPOSALS,
         "gt_repeat": dfm.GT_REPEAT,
+        "endpoint_noise": dfm.ENDPOINT_NOISE,
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
@@ -82,6 +83,7 @@ def sampler_settings(cfg) -> SamplerSettings:
         score_thresh=sampler.SCORE_THRESH,
         nms_thresh=sampler.NMS_THRESH,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        time_power=dfm.TIME_POWER,
     )
 
 
@@ -117,4 +119,4 @@ def _predictors(cfg, backbone) -> PredictorStack:
             num_reg=head.NUM_REG,
         )
 
-    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME)
+    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_POWER)

@@ -1,8 +1,9 @@
 """One predictor: a time-conditioned head on regions of interest.
 
-Self-attention among queries, interaction of each query with its RoI features, feed-forward, modulation
-by the time embedding, and two towers: after Sparse R-CNN (arXiv 2011.12450, section 3.2) and DiffusionDet
-(arXiv 2211.09788, section 3.4). Shapes: B images, N proposals, C channels, K classes, P grid cells a side.
+Self-attention among queries, interaction of each query with its RoI features and a feed-forward that the
+time modulates, after Sparse R-CNN (arXiv 2011.12450, section 3.2) and DiffusionDet (arXiv 2211.09788, section
+3.4), but as a pre-norm residual stream, so that gradients reach a backbone that starts from scratch.
+Shapes: B images, N proposals, C channels, K classes, P grid cells a side.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dfm_d2.predictors.pooling import FeaturePooler
 from dfm_d2.predictors.time_embedding import TimeEmbedding
 
-INTERACTIONS = ("dynamic_conv", "cross_attention")
+INTERACTIONS = ("dynamic_conv", "cross_attention", "grid_linear")
 # Probability that every class starts with, so that thousands of background terms do not drown the rest
 # (arXiv 1708.02002, section 4.1).
 _PRIOR = 0.01
@@ -53,7 +54,9 @@ class DynamicConv(nn.Module):
             (self.norm_in.weight, self.norm_in.bias),
             (self.norm_out.weight, self.norm_out.bias),
         )
-        return torch.relu(self.norm(self.out(mixed.flatten(1))))
+        # The grid itself goes along: the dynamic weights of a young head mean nothing yet, and the backbone
+        # would wait for them.
+        return torch.relu(self.norm(self.out((roi + mixed).flatten(1))))
 
 
 class GridCrossAttention(nn.Module):
@@ -71,6 +74,21 @@ class GridCrossAttention(nn.Module):
         return self.attention(queries[:, None], keys, roi, need_weights=False)[0][:, 0]
 
 
+class GridLinear(nn.Module):
+    """One linear layer over the whole grid, scaled and shifted by the query: no per-query matrices."""
+
+    def __init__(self, dim: int, num_cells: int):
+        super().__init__()
+        self.out = nn.Linear(dim * num_cells, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.modulation = nn.Linear(dim, 2 * dim)
+
+    def forward(self, queries: Tensor, roi: Tensor) -> Tensor:
+        """Queries `(M, C)` and RoI features `(M, P^2, C)` to `(M, C)`."""
+        scale, shift = self.modulation(queries).chunk(2, dim=-1)
+        return torch.relu(self.norm(self.out(roi.flatten(1)))) * (1 + scale) + shift
+
+
 def _tower(dim: int, num_layers: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(num_layers):
@@ -85,7 +103,7 @@ class FlowHead(nn.Module):
         pooler: shared by reference; it has no parameters.
         num_classes: K. dim: C, also the channels of the features.
         num_heads: attention heads. feedforward_dim: hidden width of the feed-forward.
-        interaction: "dynamic_conv" or "cross_attention". dynamic_dim: hidden channels of dynamic_conv.
+        interaction: one of INTERACTIONS. dynamic_dim: hidden channels of dynamic_conv.
         num_cls, num_reg: layers of the class and box towers.
     """
 
@@ -111,19 +129,23 @@ class FlowHead(nn.Module):
             self.interaction: nn.Module = DynamicConv(dim, dynamic_dim, num_cells)
         elif interaction == "cross_attention":
             self.interaction = GridCrossAttention(dim, num_heads, num_cells)
+        elif interaction == "grid_linear":
+            self.interaction = GridLinear(dim, num_cells)
         else:
             raise ValueError(f"interaction must be one of {INTERACTIONS}, got {interaction!r}")
         self.feedforward = nn.Sequential(
             nn.Linear(dim, feedforward_dim), nn.ReLU(inplace=True), nn.Linear(feedforward_dim, dim)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.norm_in, self.norm_attention = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_feedforward, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.time_embedding = TimeEmbedding(dim)
         self.time_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         self.cls_tower, self.reg_tower = _tower(dim, num_cls), _tower(dim, num_reg)
         self.class_logits = nn.Linear(dim, num_classes)
         self.box_answer = nn.Linear(dim, 4)
         nn.init.constant_(self.class_logits.bias, -math.log((1 - _PRIOR) / _PRIOR))
-        nn.init.normal_(self.class_logits.weight, std=0.01)
+        nn.init.zeros_(self.time_modulation[1].weight)  # begin as a head that ignores the time
+        nn.init.zeros_(self.time_modulation[1].bias)
         nn.init.normal_(self.box_answer.weight, std=0.001)
         nn.init.zeros_(self.box_answer.bias)
 
@@ -146,18 +168,16 @@ class FlowHead(nn.Module):
         roi = self.pooler(features, boxes_xyxy).flatten(2).transpose(1, 2)
         if queries is None:
             queries = roi.mean(1).view(num_images, num_proposals, -1)
-        position = self.box_embedding(x_t.to(queries.dtype))
-        keys = queries + position
-        mixed = self.attention(keys, keys, queries, need_weights=False)[0]
-        queries = self.norms[0](queries + mixed + position)
-        found = self.interaction(queries.flatten(0, 1), roi).view_as(queries)
-        queries = self.norms[1](queries + found)
-        queries = self.norms[2](queries + self.feedforward(queries))
+        stream = self.norm_in(queries) + self.box_embedding(x_t.to(queries.dtype))
+        keys = self.norm_attention(stream)
+        stream = stream + self.attention(keys, keys, keys, need_weights=False)[0]
+        stream = stream + self.interaction(stream.flatten(0, 1), roi).view_as(stream)
         time = self.time_modulation(self.time_embedding(t.reshape(-1).expand(num_images)))
         scale, shift = time[:, None].chunk(2, dim=-1)
-        modulated = queries * (1 + scale) + shift
+        stream = stream + self.feedforward(self.norm_feedforward(stream) * (1 + scale) + shift)
+        answer = self.norm_out(stream)
         return HeadAnswer(
-            class_logits=self.class_logits(self.cls_tower(modulated)),
-            boxes=self.box_answer(self.reg_tower(modulated)),
-            queries=queries,
+            class_logits=self.class_logits(self.cls_tower(answer)),
+            boxes=self.box_answer(self.reg_tower(answer)),
+            queries=stream,
         )

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfm_d2.core import BoxSpace, keyed_normal
-from dfm_d2.losses import BlockLoss, DynamicK, GroundTruth, assigned_targets, build_slots, couple
+from dfm_d2.losses import (
+    BlockLoss,
+    DynamicK,
+    GroundTruth,
+    assigned_targets,
+    build_slots,
+    couple,
+    noisy_endpoints,
+)
 
 SCALE, K = 2.0, 3
 SPACE = BoxSpace(SCALE)
@@ -146,3 +154,14 @@ def test_block_loss_leaves_out_terms_of_weight_zero():
     args = (torch.zeros(1, 1, K), torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64))
     loss = BlockLoss(SCALE, l1_weight=0.0)(*args, torch.zeros(1, 1, 4), torch.zeros(()))
     assert set(loss) == {"cls", "giou"}
+
+
+def test_endpoint_noise_is_a_share_of_the_side():
+    gt = _ground_truth([1])
+    x_1 = gt.x_1[:, :1].expand(1, 4000, 4)
+    assert noisy_endpoints(x_1, 0.0, [1], SCALE) is x_1
+    moved = noisy_endpoints(x_1, 0.2, [1], SCALE)
+    side = (x_1[0, 0, 2:] + SCALE).repeat(2)
+    torch.testing.assert_close((moved - x_1)[0].std(0), 0.2 * side, rtol=0.05, atol=0)
+    assert (moved - x_1)[0].mean(0).abs().max() < 0.01
+    assert torch.equal(noisy_endpoints(x_1, 0.2, [1], SCALE), moved)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from dfm_d2.core import power_grid
 from dfm_d2.predictors import FeaturePooler, FlowHead, PredictorStack, TimeEmbedding
+from dfm_d2.predictors.flow_head import INTERACTIONS
 
 
 def _head(**options):
@@ -22,7 +24,7 @@ def _inputs(num_images=2, num_proposals=6):
     return features, boxes, torch.randn(num_images, num_proposals, 4), torch.rand(num_images)
 
 
-@pytest.mark.parametrize("interaction", ["dynamic_conv", "cross_attention"])
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 def test_a_head_answers_for_every_proposal(interaction):
     torch.manual_seed(1)
     answer = _head(interaction=interaction)(*_inputs())
@@ -31,7 +33,7 @@ def test_a_head_answers_for_every_proposal(interaction):
     assert answer.boxes.abs().max() < 0.1  # and boxes that begin where they are
 
 
-@pytest.mark.parametrize("interaction", ["dynamic_conv", "cross_attention"])
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 def test_a_head_is_equivariant_to_the_order_of_proposals(interaction):
     head = _head(interaction=interaction).eval()
     features, boxes, x_t, t = _inputs()
@@ -42,6 +44,7 @@ def test_a_head_is_equivariant_to_the_order_of_proposals(interaction):
 
 def test_time_and_place_reach_the_answer():
     head = _head()
+    torch.nn.init.normal_(head.time_modulation[1].weight, std=0.1)  # it begins at zero
     features, boxes, x_t, t = _inputs()
     base = head(features, boxes, x_t, t).class_logits
     assert not torch.allclose(base, head(features, boxes, x_t, t * 0).class_logits)
@@ -53,8 +56,8 @@ def test_time_and_place_reach_the_answer():
 
 def test_every_parameter_of_a_head_learns():
     head = _head()
-    for tensor in (head.box_answer.weight, head.class_logits.weight):
-        torch.nn.init.normal_(tensor, std=0.5)
+    for layer in (head.box_answer, head.class_logits, head.time_modulation[1]):
+        torch.nn.init.normal_(layer.weight, std=0.5)
     answer = head(*_inputs())
     (answer.class_logits.square().sum() + answer.boxes.square().sum()).backward()
     assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
@@ -72,15 +75,24 @@ def test_time_embedding_tells_times_apart():
     assert torch.cdist(embedded, embedded).add(torch.eye(11)).min() > 1e-3
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("num_predictors", [1, 3, 4, 6, 7])
-def test_partitioned_time_covers_the_unit_interval_once(num_predictors):
-    stack = PredictorStack(lambda: torch.nn.Identity(), num_predictors, "partitioned")
+def test_partitioned_time_covers_the_unit_interval_once(num_predictors, power):
+    stack = PredictorStack(lambda: torch.nn.Identity(), num_predictors, "partitioned", power)
+    grid = power_grid(num_predictors, power)
     for k in range(num_predictors):
-        assert stack.answering(k / num_predictors) == [k]
-        t = stack.training_time(k, torch.tensor([0.0, 0.5, 0.999]))
+        assert stack.answering(grid[k]) == [k]
+        t = stack.training_time(k, torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
         assert [stack.answering(float(x)) for x in t] == [[k]] * 3
+        assert grid[k] - 1e-9 <= t.min() and t.max() < grid[k + 1]
     assert stack.answering(1.0) == [num_predictors - 1]
-    assert stack.answering(3 * (1 / 6)) == [num_predictors // 2]
+
+
+def test_time_of_a_grid_that_rounding_made_fall_short():
+    stack = PredictorStack(lambda: torch.nn.Identity(), 6, "partitioned")
+    assert stack.answering(3 * (1 / 6)) == [3] and stack.answering(0.8333333134651184) == [5]
+    with pytest.raises(ValueError, match="power"):
+        PredictorStack(lambda: torch.nn.Identity(), 6, "partitioned", 0.0)
 
 
 def test_shared_time_asks_all_or_those_chosen():
