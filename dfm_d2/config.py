@@ -73,17 +73,17 @@ def _add_model_keys(cfg: CN) -> None:
     # s of x = (2 b - 1) s (docs/math.md, equation 4).
     dfm.SIGNAL_SCALE = 2.0
     # Slots of x_1 that each ground-truth box fills at most; the others are background.
-    dfm.GT_REPEAT = 10
+    dfm.GT_REPEAT = 2
     dfm.COUPLING = "optimal_transport"  # "optimal_transport" | "independent"
     dfm.ASSIGNMENT = "dynamic_k"  # "dynamic_k" | "path"
     # "partitioned": predictor floor(u D) answers at t(u); "shared": every predictor answers at every t.
     dfm.TIME = "partitioned"
     # p of t(u) = 1 - (1 - u)^p: the intervals of partitioned time and the sampler's steps are even in u.
     # 1: even in t; more: the first predictor goes far and the later ones refine.
-    dfm.TIME_POWER = 1.0
+    dfm.TIME_POWER = 2.0
     # sigma: the inputs x_t of training lie on the path to x_1 + sigma (w, h, w, h) xi, xi ~ N(0, I), as those
     # of inference lie on the path to an endpoint that is not exact. Targets stay exact. 0: off.
-    dfm.ENDPOINT_NOISE = 0.0
+    dfm.ENDPOINT_NOISE = 0.1
     # What a predictor's box branch answers: the endpoint x_1, or the velocity.
     dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
     # How the D answers of TIME "shared" are averaged.

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
-from dfm_d2.engine.errors import UserError  # noqa: E402
+from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.engine.pictures import write_pictures  # noqa: E402
 from dfm_d2.engine.run import load_for_inference  # noqa: E402
 from dfm_d2.engine.setup import load_config, setup_run  # noqa: E402
@@ -32,12 +32,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args(arguments)
     args.eval_only = True
+    if args.number < 1:
+        parser.error(f"--number is {args.number}; it must be at least 1")
     try:
+        # "--image a.jpg MODEL.WEIGHTS w.pth": the overrides begin at the first word that names a section.
+        sections = set(load_config(args.config_file, []))
+        keys = [i for i, word in enumerate(args.image) if word.split(".")[0] in sections]
+        if keys:
+            args.image, args.opts = args.image[: keys[0]], args.image[keys[0] :] + args.opts
         cfg = load_config(args.config_file, args.opts)
         classes = setup_run(cfg, args)
         model = load_for_inference(cfg, classes)
         folder = args.out or cfg.OUTPUT_DIR
-        for path in write_pictures(cfg, model, classes, folder, args.image, args.number, args.score):
+        with input_errors():
+            paths = write_pictures(cfg, model, classes, folder, args.image, args.number, args.score)
+        for path in paths:
             print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

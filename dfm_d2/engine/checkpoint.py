@@ -215,7 +215,7 @@ def _source_of(content: Mapping[str, Any]) -> str | None:
 
 
 def _check_shapes(model: Mapping[str, torch.Tensor], saved: Mapping[str, Any], path: str) -> None:
-    """CheckpointError unless ``saved`` has each entry of ``model`` with its shape."""
+    """CheckpointError unless ``saved`` has the entries of ``model`` with their shapes, and no others."""
     for name, value in model.items():
         if name not in saved:
             raise CheckpointError(
@@ -226,3 +226,10 @@ def _check_shapes(model: Mapping[str, torch.Tensor], saved: Mapping[str, Any], p
                 f"{path} has {name} with the shape {tuple(saved[name].shape)}, this run's model "
                 f"{tuple(value.shape)}: use the config that it was trained with."
             )
+    # A predictor too many is no harmless rest: the others were trained on the intervals between them.
+    unknown = next((name for name in saved if name not in model), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"{path} has {unknown}, which this run's model does not have: use the config that it was trained "
+            "with."
+        )

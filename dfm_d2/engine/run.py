@@ -45,7 +45,8 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     resume: continue from the last checkpoint of ``OUTPUT_DIR`` if there is one. A run that is at its end
     already is only evaluated. Raises UserError for weights that are missing or do not fit.
     """
-    model = build_model(cfg)
+    with input_errors():
+        model = build_model(cfg)
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     trainer = build_trainer(cfg, model)
     trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
@@ -106,7 +107,8 @@ def _load_trained(
     cfg: CfgNode, class_names: list[str], resume: bool
 ) -> tuple[nn.Module, ModelEMA | None, int]:
     """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
-    model = build_model(cfg)
+    with input_errors():
+        model = build_model(cfg)
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     checkpointer = build_checkpointer(cfg, model, class_names, ema)
     path = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfm_d2.engine.block_optimizer import BlockOptimizer
-from dfm_d2.engine.errors import NonFiniteLossError
+from dfm_d2.engine.errors import NonFiniteLossError, UserError, input_errors
 from dfm_d2.engine.local_update import Autocast, LocallyTrainable, Update
 from dfm_d2.framework import TrainerBase
 
@@ -59,8 +59,8 @@ class LocalUpdateTrainer(TrainerBase):
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run the iterations ``start_iter`` to ``max_iter`` - 1.
 
-        Raises NonFiniteLossError, which says all there is to say: Detectron2's loop would log it as a
-        traceback besides.
+        Raises NonFiniteLossError, and UserError for data that cannot be trained on. They say all there is to
+        say: Detectron2's loop would log a traceback besides.
         """
         loop_log = logging.getLogger(TrainerBase.__module__)
         loop_log.addFilter(_is_not_ours)
@@ -81,7 +81,8 @@ class LocalUpdateTrainer(TrainerBase):
         assert self.model.training, "The model was left in eval mode."
         self.failed = True  # until the step is through: hooks that run after a failure must not evaluate
         start = time.perf_counter()
-        batch = next(self._open_stream())
+        with input_errors():
+            batch = next(self._open_stream())
         data_time = time.perf_counter() - start
         prepared = self.model.prepare(batch, self.iter)
         try:
@@ -144,8 +145,8 @@ class LocalUpdateTrainer(TrainerBase):
 
 
 def _is_not_ours(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is about something else than a NonFiniteLossError."""
-    return not (record.exc_info and isinstance(record.exc_info[1], NonFiniteLossError))
+    """Whether a line of the log is about something else than an error that says all there is to say."""
+    return not (record.exc_info and isinstance(record.exc_info[1], NonFiniteLossError | UserError))
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Keys with a least value.
 LEAST: dict[str, float] = {
     "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.DFM.ENDPOINT_NOISE": 0.0,
     "MODEL.DFM.GT_REPEAT": 1,
     "MODEL.DFM.HEAD.DYNAMIC_DIM": 1,
     "MODEL.DFM.HEAD.FEEDFORWARD_DIM": 1,
@@ -126,8 +127,9 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but {name} passes gradients between its predictors: "
             "set MODEL.DFM.UPDATE joint."
         )
-    if not dfm.SIGNAL_SCALE > 0:
-        yield f"MODEL.DFM.SIGNAL_SCALE is {dfm.SIGNAL_SCALE}; it must be greater than 0."
+    for key in ("SIGNAL_SCALE", "TIME_POWER"):
+        if not dfm[key] > 0:
+            yield f"MODEL.DFM.{key} is {dfm[key]}; it must be greater than 0."
     head = dfm.HEAD
     if not head.IN_FEATURES:
         yield "MODEL.DFM.HEAD.IN_FEATURES is empty; name outputs of the backbone, such as p2."

@@ -93,6 +93,12 @@ def _predictors(cfg, backbone) -> PredictorStack:
     missing = [name for name in head.IN_FEATURES if name not in shapes]
     if missing:
         raise ValueError(f"MODEL.DFM.HEAD.IN_FEATURES names {missing}, the backbone has {sorted(shapes)}")
+    strides = [shapes[name].stride for name in head.IN_FEATURES]
+    if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
+        raise ValueError(
+            f"MODEL.DFM.HEAD.IN_FEATURES is {list(head.IN_FEATURES)} with the strides {strides}; pooling "
+            "needs levels from fine to coarse, each stride twice the one before."
+        )
     channels = {shapes[name].channels for name in head.IN_FEATURES}
     if channels != {head.HIDDEN_DIM}:
         raise ValueError(
@@ -100,7 +106,7 @@ def _predictors(cfg, backbone) -> PredictorStack:
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
     pooler = FeaturePooler(
-        scales=[1.0 / shapes[name].stride for name in head.IN_FEATURES],
+        scales=[1.0 / stride for stride in strides],
         output_size=head.POOLER_RESOLUTION,
         sampling_ratio=head.POOLER_SAMPLING_RATIO,
         canonical_size=head.POOLER_CANONICAL_SIZE,

@@ -44,8 +44,8 @@ def _instances(
     boxes = Boxes(boxes_xyxy)
     boxes.clip(size)
     scores, order = probs.flatten().topk(min(_MAX_BEFORE_NMS, probs.numel()))
-    order = order[scores > settings.score_thresh]
-    scores = scores[: len(order)]
+    above = scores > settings.score_thresh  # false for NaN, which topk puts first
+    scores, order = scores[above], order[above]
     chosen = boxes.tensor[order // num_classes]
     classes = order % num_classes
     if settings.nms_thresh > 0:

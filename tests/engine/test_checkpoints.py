@@ -155,3 +155,13 @@ def test_a_malicious_file_runs_nothing(tmp_path, suffix):
     with pytest.raises(UserError):
         checkpointer.resume_or_load("", resume=True)
     assert not marker.exists()
+
+
+def test_a_strict_load_refuses_a_predictor_too_many(tmp_path):
+    SafeCheckpointer(ToyModel(), str(tmp_path)).save("one")
+    smaller = ToyModel()
+    name = next(iter(smaller.state_dict()))
+    holder = smaller.get_submodule(name.rpartition(".")[0])
+    delattr(holder, name.rpartition(".")[2])
+    with pytest.raises(CheckpointError, match=f"has {name}, which this run's model does not have"):
+        SafeCheckpointer(smaller, str(tmp_path)).load(str(tmp_path / "one.pth"), strict=True)

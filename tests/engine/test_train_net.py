@@ -81,6 +81,10 @@ CASES = {
     "time grid": (["MODEL.DFM.SAMPLER.TIME_GRID", "[0.0, 0.5]"], "it must increase from 0 to 1"),
     "two gpus": (["--num-gpus", "2"], "trains in one process"),
     "local cascade": (["MODEL.META_ARCHITECTURE", "CascadeDetector"], "set MODEL.DFM.UPDATE joint"),
+    "levels apart": (["MODEL.DFM.HEAD.IN_FEATURES", "['p2', 'p4']"], "strides [4, 16]"),
+    "no such level": (["MODEL.DFM.HEAD.IN_FEATURES", "['p9']"], "names ['p9']"),
+    "no train set": (["DATASETS.TRAIN", "()"], "no image to train on"),
+    "no sizes": (["INPUT.MIN_SIZE_TRAIN", "()"], "INPUT.MIN_SIZE_TRAIN is empty"),
 }
 
 

@@ -216,6 +216,14 @@ def test_roi_align_of_levels_is_roi_align_of_the_chosen_level(seed, sampling_rat
         torch.testing.assert_close(out[row], expected[0])
 
 
+def test_adaptive_roi_align_of_a_box_without_extent_is_zero():
+    feature = torch.randn(1, 2, 8, 8)
+    boxes = torch.tensor([[[5.0, 5.0, 5.0, 9.0], [3.0, 3.0, 3.0, 3.0]]])
+    ours = multilevel_roi_align([feature], boxes, [0.25], 3, 0)
+    assert torch.equal(ours, roi_align(feature, [boxes[0]], 3, 0.25, 0, aligned=True))
+    assert not ours.any()
+
+
 def test_roi_align_refuses_unequal_lists():
     with pytest.raises(ValueError, match="1 feature levels but 2 scales"):
         multilevel_roi_align([torch.zeros(1, 1, 4, 4)], torch.zeros(1, 1, 4), (0.25, 0.125), 2, 2)

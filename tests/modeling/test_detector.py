@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dfm_d2.framework import META_ARCH_REGISTRY
-from dfm_d2.modeling import CascadeDetector, FlowDetector
+from dfm_d2.modeling import CascadeDetector, FlowDetector, postprocess
+from dfm_d2.modeling.sampler import SamplerSettings
 
 
 def _losses(model, inputs, iteration=0):
@@ -110,7 +111,7 @@ def test_one_class(make_model, make_input):
 
 
 def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_input):
-    model = make_model()
+    model = make_model(TIME_POWER=1.0)
     a, b = make_input("a"), make_input("b")
     together, alone = model.prepare([a, b], 3), model.prepare([b], 3)
     for d in range(3):
@@ -185,11 +186,30 @@ def test_sampler_settings_are_checked(make_model):
 
 
 def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
-    model = make_model().eval()
+    model = make_model(TIME_POWER=1.0).eval()
     trajectory, sizes = model.trajectory([make_input()])
     assert trajectory.times == (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
     assert len(trajectory.states) == 4 and sizes.tolist() == [[48, 64]]
     assert torch.equal(trajectory.states[-1], trajectory.last.x_1_hat)
+
+
+def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(make_model, make_input):
+    model = make_model(TIME_POWER=2.0).eval()
+    grid = model.sampler.settings.grid
+    assert grid == (0.0, pytest.approx(5 / 9), pytest.approx(8 / 9), 1.0)
+    assert [model.predictors.answering(t) for t in grid[:-1]] == [[0], [1], [2]]
+    samples = model.prepare([make_input()], 0).samples
+    assert all(grid[d] <= samples[d].t <= grid[d + 1] for d in range(3))
+
+
+def test_endpoint_noise_moves_inputs_and_not_targets(make_model, make_input):
+    exact, noisy = make_model(ENDPOINT_NOISE=0.0), make_model(ENDPOINT_NOISE=0.3)
+    a, b = exact.prepare([make_input()], 0), noisy.prepare([make_input()], 0)
+    assert torch.equal(a.ground_truth.x_1, b.ground_truth.x_1)
+    for d in range(3):
+        shift = (a.samples[d].x_t - b.samples[d].x_t).abs()
+        torch.testing.assert_close(shift, a.samples[d].t * (a.samples[0].x_1 - b.samples[0].x_1).abs())
+        assert shift.max() > 0
 
 
 def test_bad_input_is_named(make_model, make_input):
@@ -223,3 +243,11 @@ def test_autocast_keeps_boxes_in_float32(make_model, make_input, dtype):
         found = _detections(model, [make_input()])[0]
     assert all(v.dtype == torch.float32 and torch.isfinite(v) for v in losses.values())
     assert found.pred_boxes.tensor.dtype == torch.float32
+
+
+def test_scores_that_are_no_numbers_are_no_detections():
+    probs = torch.tensor([[0.9], [float("nan")], [0.5]])
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [40.0, 0.0, 49.0, 9.0]])
+    found = postprocess._instances(boxes, probs, (50, 50), SamplerSettings(num_proposals=3, steps=1))
+    assert found.scores.tolist() == pytest.approx([0.9, 0.5])
+    assert found.pred_boxes.tensor[:, 0].tolist() == [0.0, 40.0]

@@ -49,11 +49,12 @@ def _axis(
         ratio = torch.full_like(length, sampling_ratio)
         samples = sampling_ratio
     else:
-        ratio = bin_size.ceil().clamp(min=1)
-        samples = int(ratio.max()) if len(ratio) else 1
+        ratio = bin_size.ceil()  # 0 for a box without extent, which then has no samples and pools to zero
+        samples = max(int(ratio.max()), 1) if len(ratio) else 1
+    divisor = ratio.clamp(min=1)
     k = torch.arange(samples, device=low.device, dtype=low.dtype)
     cell = torch.arange(output_size, device=low.device, dtype=low.dtype)
-    inner = (k + 0.5) / ratio[:, None]
+    inner = (k + 0.5) / divisor[:, None]
     position = low[:, None, None] + (cell[:, None] + inner[:, None]) * bin_size[:, None, None]
     last = (size - 1)[:, None, None].to(low.dtype)
     # Beyond one pixel outside the map a sample counts as zero, nearer it takes the border's value.
@@ -62,7 +63,7 @@ def _axis(
     first = position.floor()
     second = torch.minimum(first + 1, last)
     share = position - first
-    weights = torch.stack([1 - share, share], dim=-1) * (counts / ratio[:, None, None])[..., None]
+    weights = torch.stack([1 - share, share], dim=-1) * (counts / divisor[:, None, None])[..., None]
     return torch.stack([first, second], dim=-1).to(torch.int64), weights
 
 
