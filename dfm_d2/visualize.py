@@ -48,6 +48,10 @@ def _show(axes: Axes, image: np.ndarray, title: str = "") -> None:
     axes.set_title(title, fontsize=8)
 
 
+def _count(number: int) -> str:
+    return "1 detection" if number == 1 else f"{number} detections"
+
+
 def _save(figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +85,7 @@ def draw_predictions(
         for box, label in truth:
             draw_box(axes[0, column], box, class_color(label), class_names[label])
         sure = found[found.scores >= score_thresh]
-        _show(axes[1, column], image, f"{len(sure)} detections")
+        _show(axes[1, column], image, _count(len(sure)))
         for box, score, label in zip(sure.pred_boxes.tensor, sure.scores, sure.pred_classes):
             text = f"{class_names[int(label)]} {float(score):.2f}"
             draw_box(axes[1, column], box, class_color(int(label)), text)
@@ -130,7 +134,7 @@ def draw_flow(
             draw_box(panel, boxes_xyxy[n], color, alpha=float(scores[n].clamp(0.15, 1)))
     last = axes.flat[panels - 1]
     sure = detections[detections.scores >= score_thresh]
-    _show(last, image, f"{len(sure)} detections")
+    _show(last, image, _count(len(sure)))
     for box, score, label in zip(sure.pred_boxes.tensor, sure.scores, sure.pred_classes):
         draw_box(last, box, class_color(int(label)), f"{class_names[int(label)]} {float(score):.2f}")
     return _save(figure, path)

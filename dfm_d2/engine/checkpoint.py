@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from dfm_d2 import __version__
@@ -28,6 +29,23 @@ ABOUT = "dfm_d2"
 LAST = "last_checkpoint"
 
 _logger = logging.getLogger(__name__)
+
+
+# Keys that say what the weights mean and that their names and shapes do not show.
+MEANING = (
+    "MODEL.META_ARCHITECTURE",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "INPUT.FORMAT",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.DFM.SIGNAL_SCALE",
+    "MODEL.DFM.TIME",
+    "MODEL.DFM.TIME_POWER",
+    "MODEL.DFM.PREDICTION",
+    "MODEL.DFM.HEAD.IN_FEATURES",
+    "MODEL.DFM.HEAD.BOX_WEIGHTS",
+    "MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE",
+)
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -128,6 +146,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Load ``checkpoint["model"]``; what does not fit is an error (``load`` says when)."""
         if self._strict:
             self._check_classes(checkpoint.get(ABOUT, {}))
+            self._check_meaning(checkpoint.get(ABOUT, {}))
             _check_shapes(self.model.state_dict(), checkpoint["model"], self._path)
         incompatible = super()._load_model(checkpoint)
         names = set(self.model.state_dict())
@@ -136,6 +155,17 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and MODEL.RESNETS.DEPTH."
             )
         return incompatible
+
+    def _check_meaning(self, about: Mapping[str, Any]) -> None:
+        """CheckpointError if the weights were trained under another value of a key of MEANING."""
+        saved, here = (yaml.safe_load(text or "{}") for text in (about.get("config"), self.config))
+        for key in MEANING:
+            then, now = _lookup(saved, key), _lookup(here, key)
+            if then is not None and now is not None and then != now:
+                raise CheckpointError(
+                    f"{self._path} was trained with {key} {then}, but the config has {now}: its weights mean "
+                    "something else there; set the key back."
+                )
 
     def _check_classes(self, about: Mapping[str, Any]) -> None:
         saved = list(about.get("class_names", []))
@@ -179,6 +209,13 @@ class CheckpointHook(PeriodicCheckpointer):
             for writer in self.writers:
                 writer.write()
         super().after_step()
+
+
+def _lookup(config: Any, key: str) -> Any:
+    """The value of a dotted key in nested dicts, None where it is missing."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
 
 
 def _fetch(path: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfm_d2.data.files import write_text_atomically
 from dfm_d2.data.loader import build_test_loader, build_train_loader
 from dfm_d2.engine.block_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
@@ -54,6 +55,8 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
         trainer.register_hooks([EMAHook(ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
     start = _load_start(cfg, checkpointer, trainer, resume)
+    # Only now: a run that is refused must not replace the config of the checkpoints that are there.
+    write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
     if ema is not None and ema.updates == 0:
         ema.restart()
     cut_back(Path(cfg.OUTPUT_DIR) / METRICS_FILE, start)

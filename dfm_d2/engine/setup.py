@@ -8,7 +8,6 @@ import torch
 
 from dfm_d2 import __version__
 from dfm_d2.config import add_dfm_config
-from dfm_d2.data.files import write_text_atomically
 from dfm_d2.data.registration import register_datasets
 from dfm_d2.engine.errors import UserError, input_errors
 from dfm_d2.engine.log import start_log
@@ -65,8 +64,6 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     with input_errors():
         register_datasets(cfg)
         classes = resolve_classes(cfg)
-    if comm.is_main_process() and not args.eval_only:
-        write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
     cfg.freeze()
     return classes
 

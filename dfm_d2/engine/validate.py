@@ -127,10 +127,31 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but {name} passes gradients between its predictors: "
             "set MODEL.DFM.UPDATE joint."
         )
-    for key in ("SIGNAL_SCALE", "TIME_POWER"):
-        if not dfm[key] > 0:
-            yield f"MODEL.DFM.{key} is {dfm[key]}; it must be greater than 0."
+    elif not known[name].is_local and (dfm.TIME != "partitioned" or dfm.SAMPLER.PREDICTORS):
+        yield f"{name} asks all its heads in a row: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS as they are."
+    if not dfm.SIGNAL_SCALE > 0:
+        yield f"MODEL.DFM.SIGNAL_SCALE is {dfm.SIGNAL_SCALE}; it must be greater than 0."
+    # Beyond, the last intervals of time are empty in floating point.
+    if not 0 < dfm.TIME_POWER <= 8:
+        yield f"MODEL.DFM.TIME_POWER is {dfm.TIME_POWER}; it must be greater than 0 and at most 8."
+    if 0 < dfm.LOSS.FOCAL_GAMMA < 1:
+        yield (
+            f"MODEL.DFM.LOSS.FOCAL_GAMMA is {dfm.LOSS.FOCAL_GAMMA}; set 0 or at least 1: between them the "
+            "gradient of a saturated class is infinite."
+        )
+    if not 0 < dfm.LOSS.FOCAL_ALPHA < 1:
+        yield f"MODEL.DFM.LOSS.FOCAL_ALPHA is {dfm.LOSS.FOCAL_ALPHA}; it must be between 0 and 1."
+    weights = ("CLS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "VELOCITY_WEIGHT")
+    if not any(dfm.LOSS[key] > 0 for key in weights):
+        yield f"MODEL.DFM.LOSS has no weight above 0; set one of {', '.join(weights)}."
+    for key, number in (("PIXEL_MEAN", 3), ("PIXEL_STD", 3)):
+        if len(cfg.MODEL[key]) != number:
+            yield f"MODEL.{key} is {list(cfg.MODEL[key])}; it must have {number} numbers."
+    if not all(value > 0 for value in cfg.MODEL.PIXEL_STD):
+        yield f"MODEL.PIXEL_STD is {list(cfg.MODEL.PIXEL_STD)}; each must be greater than 0."
     head = dfm.HEAD
+    if len(head.BOX_WEIGHTS) != 4 or not all(value > 0 for value in head.BOX_WEIGHTS):
+        yield f"MODEL.DFM.HEAD.BOX_WEIGHTS is {list(head.BOX_WEIGHTS)}; it must be 4 numbers above 0."
     if not head.IN_FEATURES:
         yield "MODEL.DFM.HEAD.IN_FEATURES is empty; name outputs of the backbone, such as p2."
     if head.HIDDEN_DIM % head.NUM_HEADS:

@@ -41,12 +41,14 @@ def merge_config_opts(cfg, opts: list[str] | None) -> None:
             f"Config overrides come in pairs KEY VALUE, but {len(opts)} words were given "
             f"({' '.join(opts)}): the value of {opts[-1]} is missing or a space is."
         )
-    known = _leaf_keys(cfg)
+    known = _leaf_values(cfg)
     for key, value in zip(opts[0::2], opts[1::2]):
         if key not in known:
             if any(name.startswith(f"{key}.") for name in known):
                 raise ValueError(f"Config key {key} is a section: name a key inside of it.")
             raise ValueError(f"Unknown config key {key}{_suggestion(cfg, key)}.")
+        if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
+            value = f"{value}.0"  # a whole number typed for a key that holds a float
         try:
             cfg.merge_from_list([key, value])
         except (ValueError, AssertionError) as error:
@@ -113,14 +115,14 @@ def _one_line(error: Exception) -> str:
     return re.sub(r"<class '([^']*)'>", r"\1", text).rstrip(".")
 
 
-def _leaf_keys(cfg, prefix: str = "") -> list[str]:
-    keys = []
+def _leaf_values(cfg, prefix: str = "") -> dict[str, object]:
+    leaves: dict[str, object] = {}
     for name, value in cfg.items():
         full = f"{prefix}{name}"
-        keys.extend(_leaf_keys(value, full + ".") if isinstance(value, dict) else [full])
-    return keys
+        leaves |= _leaf_values(value, full + ".") if isinstance(value, dict) else {full: value}
+    return leaves
 
 
 def _suggestion(cfg, key: str) -> str:
-    close = difflib.get_close_matches(key, _leaf_keys(cfg), n=1, cutoff=0.8)
+    close = difflib.get_close_matches(key, _leaf_values(cfg), n=1, cutoff=0.8)
     return f": did you mean {close[0]}?" if close else ": see dfm_d2/config.py and Detectron2's defaults"

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import yaml
 from toy_model import ToyModel
 
 from dfm_d2 import __version__
@@ -165,3 +166,22 @@ def test_a_strict_load_refuses_a_predictor_too_many(tmp_path):
     delattr(holder, name.rpartition(".")[2])
     with pytest.raises(CheckpointError, match=f"has {name}, which this run's model does not have"):
         SafeCheckpointer(smaller, str(tmp_path)).load(str(tmp_path / "one.pth"), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "then", "now"),
+    [("MODEL.DFM.TIME", "partitioned", "shared"), ("INPUT.FORMAT", "RGB", "BGR")],
+)
+def test_weights_that_would_mean_something_else_are_refused(tmp_path, key, then, now):
+    def config(value):
+        text = value
+        for part in reversed(key.split(".")):
+            text = {part: text}
+        return yaml.safe_dump(text)
+
+    SafeCheckpointer(ToyModel(), str(tmp_path), config=config(then)).save("model")
+    path = str(tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=f"was trained with {key} {then}, but the config has {now}"):
+        SafeCheckpointer(ToyModel(), str(tmp_path), config=config(now)).load(path, strict=True)
+    SafeCheckpointer(ToyModel(), str(tmp_path), config=config(then)).load(path, strict=True)
+    SafeCheckpointer(ToyModel(), str(tmp_path), config=config(now)).load(path)  # fine-tuning may

@@ -34,6 +34,27 @@ BAD = {
         ["MODEL.DFM.SAMPLER.PREDICTORS", "[0]"],
         "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
     ),
+    "time power": (["MODEL.DFM.TIME_POWER", "60.0"], "TIME_POWER is 60.0; it must be .* at most 8"),
+    "gamma": (["MODEL.DFM.LOSS.FOCAL_GAMMA", "0.5"], "set 0 or at least 1"),
+    "alpha": (["MODEL.DFM.LOSS.FOCAL_ALPHA", "-3.0"], "FOCAL_ALPHA is -3.0"),
+    "three box weights": (["MODEL.DFM.HEAD.BOX_WEIGHTS", "(1.0, 1.0, 1.0)"], "must be 4 numbers above 0"),
+    "pixel mean": (["MODEL.PIXEL_MEAN", "[1.0]"], "PIXEL_MEAN is .1.0.; it must have 3 numbers"),
+    "pixel std": (["MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"], "PIXEL_STD .* greater than 0"),
+    "no loss": (
+        [w for k in ("CLS", "L1", "GIOU") for w in (f"MODEL.DFM.LOSS.{k}_WEIGHT", "0")],
+        "no weight above 0",
+    ),
+    "shared cascade": (
+        [
+            "MODEL.META_ARCHITECTURE",
+            "CascadeDetector",
+            "MODEL.DFM.UPDATE",
+            "joint",
+            "MODEL.DFM.TIME",
+            "shared",
+        ],
+        "CascadeDetector asks all its heads in a row",
+    ),
     "ema": (["SOLVER.EMA_DECAY", "1.0"], "EMA_DECAY is 1.0"),
     "ap": (["TEST.AP", "('coco', 'voc12')"], "'voc12'; choose among coco, voc07, voc"),
     "clip": (["SOLVER.CLIP_GRADIENTS.ENABLED", "True"], "SOLVER.CLIP_GRADIENTS"),
@@ -71,3 +92,7 @@ def test_every_least_value_holds(key):
     cfg = load_config(SHAPES, [])
     value = type(get_key(cfg, key))(LEAST[key] - 1)
     assert f"{key} is {value}; it must be at least {LEAST[key]}." in check([key, str(value)])
+
+
+def test_a_whole_number_will_do_for_a_float():
+    assert load_config(SHAPES, ["MODEL.DFM.TIME_POWER", "1"]).MODEL.DFM.TIME_POWER == 1.0

@@ -60,6 +60,12 @@ def test_train_resume_and_evaluate(tool, options, tmp_path, capsys):
     evaluated = last_line(out)
     assert evaluated["bbox/AP50"] == trained["bbox/AP50"]
 
+    config = (out / "config.yaml").read_text()
+    other = ["MODEL.DFM.SIGNAL_SCALE", "1"]
+    assert tool.run_command([*train, "--resume", *options, *other]) == 2
+    assert "was trained with MODEL.DFM.SIGNAL_SCALE 2.0" in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == config, "a refused run replaced the config"
+
     assert tool.run_command([*train, "--resume", *options, "SOLVER.MAX_ITER", "3"]) == 0
     lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     steps = [line["iteration"] for line in lines if "total_loss" in line]
