@@ -69,15 +69,22 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def save_rows(name: str, rows: Iterable[Row], append: bool = False) -> Path:
-    """Write (or append to) benchmarks/results/<name>.csv; print each row's gist. Returns the path."""
-    path = RESULTS / f"{name}.csv"
+def save_rows(name: str, rows: Iterable[Row]) -> Path:
+    """Write benchmarks/results/<name>.csv; print each row's gist. Returns the path.
+
+    Rows of providers that are not among `rows` are kept: they were measured by another call.
+    """
+    path, rows = RESULTS / f"{name}.csv", list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not (append and path.exists())
-    with path.open("w" if fresh else "a", newline="") as file:
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            measured = {row.provider for row in rows}
+            kept = [old for old in csv.DictReader(file) if old["provider"] not in measured]
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if fresh:
-            writer.writeheader()
+        writer.writeheader()
+        writer.writerows(kept)
         for row in rows:
             writer.writerow(asdict(row))
             print(
