@@ -23,8 +23,8 @@ class FlowLoss(NamedTuple):
     velocity: Tensor
 
 
-def _giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and GIoU (arXiv 1902.09630, alg. 1) of corner boxes of broadcast shapes `(..., 4)`."""
+def paired_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and GIoU (arXiv 1902.09630, alg. 1) of corner boxes `(..., 4)`, pair by pair: `(...)`."""
     area_a = (a[..., 2:] - a[..., :2]).clamp(min=0).prod(-1)
     area_b = (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1)
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
@@ -36,14 +36,9 @@ def _giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull.clamp(min=_AREA_EPS)
 
 
-def paired_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and GIoU of corner boxes `(..., 4)`, pair by pair: `(...)`."""
-    return _giou(a, b)
-
-
 def pairwise_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and GIoU of every box of `a` `(N, 4)` with every box of `b` `(M, 4)`: `(N, M)`."""
-    return _giou(a[:, None], b[None])
+    return paired_giou(a[:, None], b[None])
 
 
 def flow_loss(
