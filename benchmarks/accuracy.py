@@ -27,21 +27,37 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
 
+_CASCADE = ["MODEL.META_ARCHITECTURE", "CascadeDetector", "MODEL.DFM.UPDATE", "joint"]
+_ONE_STEP = ["MODEL.DFM.SAMPLER.STEPS", "1"]
+_SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
+
 # Trainings: overrides of the config. The first is what the config says.
 VARIANTS: dict[str, list[str]] = {
     "local": [],
     "joint": ["MODEL.DFM.UPDATE", "joint"],
-    "cascade": ["MODEL.META_ARCHITECTURE", "CascadeDetector", "MODEL.DFM.UPDATE", "joint"],
-    "shared": ["MODEL.DFM.TIME", "shared"],
+    # The backprop twin as DiffusionDet trains it, at every t; and at t = 0 only, where inference begins.
+    "cascade": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.TIME", "shared"],
+    "cascade_t0": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.TIME", "partitioned"],
+    # Later predictors trained on the path instead of where the earlier ones lead.
+    "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],
+    "half_on_policy": ["MODEL.DFM.ON_POLICY", "0.5"],
+    "time_power_1": ["MODEL.DFM.TIME_POWER", "1.0"],
+    "time_power_2": ["MODEL.DFM.TIME_POWER", "2.0"],
+    "time_power_4": ["MODEL.DFM.TIME_POWER", "4.0"],
+    "endpoint_noise_0": ["MODEL.DFM.ENDPOINT_NOISE", "0.0"],
+    "gt_repeat_1": ["MODEL.DFM.GT_REPEAT", "1"],
+    "gt_repeat_4": ["MODEL.DFM.GT_REPEAT", "4"],
     "one_predictor": ["MODEL.DFM.NUM_PREDICTORS", "1"],
+    "shared": _SHARED,
+    "shared_path": [*_SHARED, "MODEL.DFM.ASSIGNMENT", "path"],
     "path": ["MODEL.DFM.ASSIGNMENT", "path"],
     "independent": ["MODEL.DFM.COUPLING", "independent"],
     "independent_path": ["MODEL.DFM.COUPLING", "independent", "MODEL.DFM.ASSIGNMENT", "path"],
-    "shared_path": ["MODEL.DFM.TIME", "shared", "MODEL.DFM.ASSIGNMENT", "path"],
     "velocity": ["MODEL.DFM.PREDICTION", "velocity"],
     "velocity_loss": ["MODEL.DFM.LOSS.VELOCITY_WEIGHT", "0.1"],
     "quality_focal": ["MODEL.DFM.LOSS.CLS", "quality_focal"],
     "cross_attention": ["MODEL.DFM.HEAD.INTERACTION", "cross_attention"],
+    "dynamic_conv": ["MODEL.DFM.HEAD.INTERACTION", "dynamic_conv"],
 }
 
 # Samplers: fields of SamplerSettings. "fresh_noise" spends what 4 steps spend on passes of one step.

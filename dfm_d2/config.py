@@ -84,6 +84,9 @@ def _add_model_keys(cfg: CN) -> None:
     # sigma: the inputs x_t of training lie on the path to x_1 + sigma (w, h, w, h) xi, xi ~ N(0, I), as those
     # of inference lie on the path to an endpoint that is not exact. Targets stay exact. 0: off.
     dfm.ENDPOINT_NOISE = 0.1
+    # Share of the images on which predictor d + 1 trains, in place of the path, where a solver step of
+    # predictor d's detached answer leads: the states of inference. No gradient crosses. TIME "partitioned".
+    dfm.ON_POLICY = 0.0
     # What a predictor's box branch answers: the endpoint x_1, or the velocity.
     dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
     # How the D answers of TIME "shared" are averaged.

@@ -16,6 +16,7 @@ STREAM_TIME = 1
 STREAM_BACKGROUND = 2
 STREAM_PERMUTATION = 3
 STREAM_ENDPOINT = 4
+STREAM_POLICY = 5
 
 
 def stream_key(*parts: int | str) -> int:

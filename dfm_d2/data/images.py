@@ -47,10 +47,23 @@ def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
         raise ValueError(f'INPUT.FORMAT is {image_format!r}: set it to "RGB" or "BGR".')
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            pixels = np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     except _DECODE_ERRORS as error:
         raise ImageError(f"{path} cannot be decoded ({_reason(error)})") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if image_format == "BGR" else pixels
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Images of 16 bits scaled to 8: Pillow's own conversion clips them, to white for the most part.
+
+    Raises ValueError for floating-point pixels, whose range is not known.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits a channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    return image
 
 
 def _reason(error: BaseException) -> str:

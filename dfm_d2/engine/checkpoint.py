@@ -149,10 +149,18 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._check_meaning(checkpoint.get(ABOUT, {}))
             _check_shapes(self.model.state_dict(), checkpoint["model"], self._path)
         incompatible = super()._load_model(checkpoint)
-        names = set(self.model.state_dict())
-        if names <= set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}:
+        missing = set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}
+        if set(self.model.state_dict()) <= missing:
             raise CheckpointError(
                 f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and MODEL.RESNETS.DEPTH."
+            )
+        frozen = (name for name, value in self.model.named_parameters() if not value.requires_grad)
+        random = next((name for name in frozen if name in missing), None)
+        if random is not None:
+            raise CheckpointError(
+                f"{self._path} has no {random}, which this run keeps frozen and would leave random: "
+                "give weights that have it, or set MODEL.DFM.BACKBONE_UPDATE accumulate and "
+                "MODEL.BACKBONE.FREEZE_AT 0."
             )
         return incompatible
 

@@ -90,10 +90,15 @@ def resolve_classes(cfg: CfgNode) -> list[str]:
 
 
 def resolve_device(cfg: CfgNode, explicit: bool) -> None:
-    """Fall back from CUDA to the CPU where there is none, with a warning; ValueError if it was asked for.
+    """Fall back from CUDA to the CPU where there is none, with a warning; ValueError if it was asked for, or
+    if no device has this name.
 
     explicit: the user gave ``MODEL.DEVICE`` on the command line.
     """
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to cpu, cuda or cuda:0.") from error
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return
     if explicit:

@@ -40,6 +40,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Keys with a least value.
 LEAST: dict[str, float] = {
     "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.MAX_SIZE_TEST": 1,
+    "INPUT.MAX_SIZE_TRAIN": 1,
+    "INPUT.MIN_SIZE_TEST": 0,
     "MODEL.DFM.ENDPOINT_NOISE": 0.0,
     "MODEL.DFM.GT_REPEAT": 1,
     "MODEL.DFM.HEAD.DYNAMIC_DIM": 1,
@@ -102,6 +105,8 @@ def _problems(cfg: CfgNode) -> Iterator[str]:
         value = get_key(cfg, key)
         if not value >= least:
             yield f"{key} is {value}; it must be at least {least}."
+    if not cfg.SEED < 2**31:
+        yield f"SEED is {cfg.SEED}; it must be less than {2**31} (negative: a random one)."
     if not 0.0 <= cfg.SOLVER.EMA_DECAY < 1.0:
         yield f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}; it must be at least 0 (off) and less than 1."
     unknown = [kind for kind in cfg.TEST.AP if kind not in AP_KINDS]
@@ -127,8 +132,10 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but {name} passes gradients between its predictors: "
             "set MODEL.DFM.UPDATE joint."
         )
-    elif not known[name].is_local and (dfm.TIME != "partitioned" or dfm.SAMPLER.PREDICTORS):
-        yield f"{name} asks all its heads in a row: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS as they are."
+    elif not known[name].is_local and dfm.SAMPLER.PREDICTORS:
+        yield f"{name} asks all its heads in a row: leave MODEL.DFM.SAMPLER.PREDICTORS empty."
+    if not 0 <= dfm.ON_POLICY <= 1:
+        yield f"MODEL.DFM.ON_POLICY is {dfm.ON_POLICY}; it is a share, from 0 to 1."
     if not dfm.SIGNAL_SCALE > 0:
         yield f"MODEL.DFM.SIGNAL_SCALE is {dfm.SIGNAL_SCALE}; it must be greater than 0."
     # Beyond, the last intervals of time are empty in floating point.
@@ -170,7 +177,11 @@ def _sampler_problems(dfm: CfgNode) -> Iterator[str]:
             "MODEL.DFM.SAMPLER.NMS_THRESH is 0, but NOISE_PASSES and ENSEMBLE_STEPS merge detections by NMS: "
             "set it, for example to 0.6."
         )
+    if dfm.SAMPLER.NMS_THRESH > 1:
+        yield f"MODEL.DFM.SAMPLER.NMS_THRESH is {dfm.SAMPLER.NMS_THRESH}; it is an IoU, at most 1 (0: off)."
     predictors = list(dfm.SAMPLER.PREDICTORS)
+    if len(set(predictors)) < len(predictors):
+        yield f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; name each predictor once."
     if predictors and dfm.TIME == "partitioned":
         yield "MODEL.DFM.SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared: partitioned time needs them all."
     if any(not 0 <= index < dfm.NUM_PREDICTORS for index in predictors):

@@ -8,6 +8,7 @@ Shapes: B images, N proposals, D heads, K classes.
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from dfm_kernels.reference import BoxFlowUpdate
 from torch import Tensor
 
@@ -20,7 +21,11 @@ from dfm_d2.predictors import HeadAnswer
 
 @META_ARCH_REGISTRY.register()
 class CascadeDetector(FlowDetector):
-    """As FlowDetector, with heads in a row instead of predictors side by side. UPDATE must be "joint"."""
+    """As FlowDetector, with heads in a row instead of predictors side by side. UPDATE must be "joint".
+
+    TIME "shared": trained at every t, so that it may take several steps. TIME "partitioned": trained at t = 0
+    only, where a single step starts.
+    """
 
     is_local = False
 
@@ -72,4 +77,8 @@ class CascadeDetector(FlowDetector):
         return flow
 
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        return [keyed_uniform(keys, 1, device=self.device)[:, 0]] * self.num_predictors
+        """One t for all heads: in [0, 1) where time is shared, as DiffusionDet trains; else 0, where one pass
+        of inference begins."""
+        uniform = keyed_uniform(keys, 1, device=self.device)[:, 0]
+        t = uniform if self.predictors.time == "shared" else torch.zeros_like(uniform)
+        return [t] * self.num_predictors

@@ -4,7 +4,6 @@ Shapes: B images, N proposals, D predictors, C channels, K classes, G ground-tru
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from dfm_kernels.reference import BoxFlowUpdate
@@ -14,18 +13,17 @@ from dfm_d2.core import (
     BoxFlow,
     BoxSpace,
     CondOTPath,
-    PathSample,
     Trajectory,
     keyed_normal,
     keyed_uniform,
     stream_key,
     time_like,
 )
+from dfm_d2.core.noise import STREAM_POLICY
 from dfm_d2.framework import META_ARCH_REGISTRY, Backbone, ImageList, configurable
 from dfm_d2.losses import (
     BlockLoss,
     DynamicK,
-    GroundTruth,
     assigned_targets,
     build_slots,
     couple,
@@ -34,22 +32,8 @@ from dfm_d2.losses import (
 from dfm_d2.modeling.from_config import detector_arguments
 from dfm_d2.modeling.postprocess import detections
 from dfm_d2.modeling.sampler import BoxSampler, Flow
+from dfm_d2.modeling.training import Prepared, disagreement, pad_ground_truth
 from dfm_d2.predictors import PredictorStack
-
-
-class Prepared(NamedTuple):
-    """All that one training step needs, without gradients.
-
-    images: padded, normalised. image_sizes: `(B, 2)` height, width. ground_truth: padded.
-    samples: the path sample of every predictor. gt_index: the coupled (or, for TIME "shared" with
-    dynamic_k, the predictor-independent) assignment `(B, N)`; None where each predictor assigns.
-    """
-
-    images: ImageList
-    image_sizes: Tensor
-    ground_truth: GroundTruth
-    samples: list[PathSample]
-    gt_index: Tensor | None
 
 
 @META_ARCH_REGISTRY.register()
@@ -66,6 +50,7 @@ class FlowDetector(nn.Module):
         criterion, assigner: loss of a block, dynamic_k.
         num_proposals: N in training. gt_repeat: see losses.coupling.build_slots.
         endpoint_noise: see losses.coupling.noisy_endpoints.
+        on_policy: share of the images whose later predictors train where the earlier ones lead.
         coupling, assignment: see the config keys of those names.
         seed: of noise and t in training.
         freeze_backbone: the backbone neither learns nor moves its running statistics.
@@ -91,6 +76,7 @@ class FlowDetector(nn.Module):
         num_proposals: int,
         gt_repeat: int,
         endpoint_noise: float,
+        on_policy: float,
         coupling: str,
         assignment: str,
         seed: int,
@@ -111,6 +97,7 @@ class FlowDetector(nn.Module):
         self.num_proposals = num_proposals
         self.gt_repeat = gt_repeat
         self.endpoint_noise = endpoint_noise
+        self.on_policy = on_policy
         self.coupling = coupling
         self.assignment = assignment
         self.seed = seed
@@ -165,7 +152,7 @@ class FlowDetector(nn.Module):
         """
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
-        ground_truth = self._ground_truth(batched_inputs, image_sizes)
+        ground_truth = pad_ground_truth(batched_inputs, image_sizes, self.space, self.num_classes)
         ids = self._image_ids(batched_inputs)
         keys = [stream_key("train", self.seed, iteration, image_id) for image_id in ids]
         x_0 = keyed_normal(keys, self.num_proposals, device=self.device)
@@ -175,26 +162,41 @@ class FlowDetector(nn.Module):
         samples = [self.path.sample(x_0, x_1, t) for t in self._times(keys)]
         if self.assignment == "path":
             gt_index = slots.gt_index
-        elif self.predictors.time == "shared":
+        elif self.is_local and self.predictors.time == "shared":
             # One assignment for all: predictors that are averaged must not pull a query to different objects.
             gt_index = self.assigner(ground_truth, samples[0].x_t)
         else:
             gt_index = None
-        return Prepared(images, image_sizes, ground_truth, samples, gt_index)
+        inputs = [sample.x_t for sample in samples]
+        on_policy = keyed_uniform(keys, 1, STREAM_POLICY, self.device)[:, 0] < self.on_policy
+        return Prepared(images, image_sizes, ground_truth, samples, inputs, on_policy, gt_index)
 
     def extract_features(self, prepared: Prepared) -> list[Tensor]:
         """The shared block: L maps `(B, C, H_l, W_l)`, float32 so that gradients of blocks add up in it."""
         return self._features(prepared.images)
 
     def block_losses(self, index: int, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
-        """The local loss of predictor `index`: weighted scalars `loss_cls/p0`, ..."""
-        sample = prepared.samples[index]
-        boxes_xyxy = self.space.proposals(sample.x_t, prepared.image_sizes)
-        answer = self.predictors[index](features, boxes_xyxy, sample.x_t, sample.t)
-        losses, _ = self._losses(
-            answer.class_logits, answer.boxes, sample.x_t, sample.t, prepared, prepared.gt_index
-        )
-        return {f"loss_{name}/p{index}": value for name, value in losses.items()}
+        """The local loss of predictor `index`: weighted scalars `loss_cls/p0`, ...
+
+        With dynamic_k in shared time also the metric `disagreement/p0`, see modeling.training.disagreement.
+
+        Where an image is on-policy, the detached answer then takes the place of the path in the input of the
+        next predictor: one solver step, as at inference.
+        """
+        x_t, t = prepared.inputs[index], prepared.samples[index].t
+        boxes_xyxy = self.space.proposals(x_t, prepared.image_sizes)
+        answer = self.predictors[index](features, boxes_xyxy, x_t, t)
+        losses, x_1_hat = self._losses(answer.class_logits, answer.boxes, x_t, t, prepared, prepared.gt_index)
+        terms = {f"loss_{name}/p{index}": value for name, value in losses.items()}
+        if self.assignment == "dynamic_k" and prepared.gt_index is not None:
+            terms[f"disagreement/p{index}"] = disagreement(
+                self.assigner, prepared, answer.class_logits, x_1_hat
+            )
+        if self.on_policy > 0 and index + 1 < self.num_predictors:
+            following = prepared.samples[index + 1]
+            x_next = self.path.step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
+            prepared.inputs[index + 1] = torch.where(prepared.on_policy[:, None, None], x_next, following.x_t)
+        return terms
 
     def all_losses(self, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
         """The losses of all predictors, for the joint update."""
@@ -220,24 +222,6 @@ class FlowDetector(nn.Module):
         if self.predictors.time == "shared":
             return [uniform[:, 0]] * self.num_predictors
         return [self.predictors.training_time(d, uniform[:, d]) for d in range(self.num_predictors)]
-
-    def _ground_truth(self, batched_inputs: Sequence[dict], image_sizes: Tensor) -> GroundTruth:
-        x_1, classes = [], []
-        for index, (item, size) in enumerate(zip(batched_inputs, image_sizes)):
-            if "instances" not in item:
-                raise ValueError(
-                    f"training input {item.get('file_name', index)!r} has no 'instances' to learn from"
-                )
-            instances = item["instances"].to(self.device)
-            labels = instances.gt_classes
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise ValueError(
-                    f"{item.get('file_name', index)!r} has a class outside [0, {self.num_classes}): "
-                    "set MODEL.DFM.NUM_CLASSES to the data set's number of classes"
-                )
-            x_1.append(self.space.encode(instances.gt_boxes.tensor, size))
-            classes.append(labels)
-        return GroundTruth.pad(x_1, classes)
 
     # --------------------------------------------------------------- inference
 

@@ -19,7 +19,13 @@ def detector_arguments(cfg) -> dict:
             f"MODEL.DFM.NUM_CLASSES must be at least 1, got {dfm.NUM_CLASSES} "
             "(0 is filled in from the data set by tools/train_net.py)"
         )
-    backbone = build_backbone(cfg)
+    try:
+        backbone = build_backbone(cfg)
+    except KeyError as error:
+        raise ValueError(
+            f"no backbone can be built: {error.args[0]!r} is not known; see MODEL.BACKBONE.NAME, "
+            "MODEL.RESNETS.NORM and MODEL.FPN.NORM"
+        ) from error
     space = BoxSpace(dfm.SIGNAL_SCALE)
     loss = dfm.LOSS
     return {
@@ -57,6 +63,7 @@ def detector_arguments(cfg) -> dict:
         "num_proposals": dfm.NUM_PROPOSALS,
         "gt_repeat": dfm.GT_REPEAT,
         "endpoint_noise": dfm.ENDPOINT_NOISE,
+        "on_policy": dfm.ON_POLICY,
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,

@@ -9,8 +9,8 @@ from dfm_d2.core import BoxSpace
 from dfm_d2.framework import Boxes, Instances, batched_nms, detector_postprocess
 from dfm_d2.modeling.sampler import Candidates, SamplerSettings
 
-# Candidates of one image that enter NMS at most, best first: ten times what is usually kept.
-_MAX_BEFORE_NMS = 1000
+# Candidates of one image that enter NMS at most, best first: ten times what is kept.
+_BEFORE_NMS = 10
 
 
 def detections(
@@ -43,7 +43,7 @@ def _instances(
     num_classes = probs.shape[1]
     boxes = Boxes(boxes_xyxy)
     boxes.clip(size)
-    scores, order = probs.flatten().topk(min(_MAX_BEFORE_NMS, probs.numel()))
+    scores, order = probs.flatten().topk(min(_BEFORE_NMS * settings.detections_per_image, probs.numel()))
     above = scores > settings.score_thresh  # false for NaN, which topk puts first
     scores, order = scores[above], order[above]
     chosen = boxes.tensor[order // num_classes]

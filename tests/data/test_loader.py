@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dfm_d2.data import loader as loader_module
-from dfm_d2.data.images import read_image
+from dfm_d2.data.images import ImageError, read_image
 from dfm_d2.data.loader import build_test_loader, build_train_loader
 from dfm_d2.data.problems import DataProblemError
 from dfm_d2.data.registration import register_datasets
@@ -172,5 +172,11 @@ def test_channel_order_and_orientation(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", "BGR"), pixels[::-1, ::-1, ::-1])
     Image.new("L", (3, 3), 7).save(tmp_path / "grey.png")
     assert read_image(tmp_path / "grey.png").shape == (3, 3, 3)
+    deep = np.array([[0, 257 * 7], [257 * 200, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png")[..., 1].tolist() == [[0, 7], [200, 255]]
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ImageError, match="float.tiff cannot be decoded .floating-point pixels"):
+        read_image(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="INPUT.FORMAT"):
         read_image(tmp_path / "a.png", "YUV")

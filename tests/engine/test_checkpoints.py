@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
 from toy_model import ToyModel
 
 from dfm_d2 import __version__
@@ -135,6 +136,16 @@ class Evil:
 
     def __reduce__(self):
         return (open, (self.marker, "w"))
+
+
+def test_a_frozen_part_that_the_weights_lack_is_an_error(tmp_path):
+    """ImageNet weights have no FPN: frozen, it would stay random."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    torch.save({"model": {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}}, tmp_path / "part.pth")
+    SafeCheckpointer(model, str(tmp_path)).load(str(tmp_path / "part.pth"))
+    model.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="has no 1.weight, which this run keeps frozen"):
+        SafeCheckpointer(model, str(tmp_path)).load(str(tmp_path / "part.pth"))
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pt"])

@@ -44,7 +44,7 @@ BAD = {
         [w for k in ("CLS", "L1", "GIOU") for w in (f"MODEL.DFM.LOSS.{k}_WEIGHT", "0")],
         "no weight above 0",
     ),
-    "shared cascade": (
+    "chosen heads of a cascade": (
         [
             "MODEL.META_ARCHITECTURE",
             "CascadeDetector",
@@ -52,9 +52,18 @@ BAD = {
             "joint",
             "MODEL.DFM.TIME",
             "shared",
+            "MODEL.DFM.SAMPLER.PREDICTORS",
+            "[0]",
         ],
         "CascadeDetector asks all its heads in a row",
     ),
+    "a predictor twice": (
+        ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.PREDICTORS", "[1, 1]"],
+        "name each predictor once",
+    ),
+    "on-policy share": (["MODEL.DFM.ON_POLICY", "1.5"], "ON_POLICY is 1.5; it is a share"),
+    "iou above 1": (["MODEL.DFM.SAMPLER.NMS_THRESH", "60.0"], "NMS_THRESH is 60.0; it is an IoU"),
+    "seed": (["SEED", "99999999999"], "SEED is 99999999999; it must be less than"),
     "ema": (["SOLVER.EMA_DECAY", "1.0"], "EMA_DECAY is 1.0"),
     "ap": (["TEST.AP", "('coco', 'voc12')"], "'voc12'; choose among coco, voc07, voc"),
     "clip": (["SOLVER.CLIP_GRADIENTS.ENABLED", "True"], "SOLVER.CLIP_GRADIENTS"),

@@ -90,6 +90,9 @@ CASES = {
     "levels apart": (["MODEL.DFM.HEAD.IN_FEATURES", "['p2', 'p4']"], "strides [4, 16]"),
     "no such level": (["MODEL.DFM.HEAD.IN_FEATURES", "['p9']"], "names ['p9']"),
     "no train set": (["DATASETS.TRAIN", "()"], "no image to train on"),
+    "no such device": (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu': set it to cpu, cuda"),
+    "no such backbone": (["MODEL.BACKBONE.NAME", "build_resnet"], "see MODEL.BACKBONE.NAME"),
+    "no such norm": (["MODEL.RESNETS.NORM", "BatchNorm"], "BatchNorm' is not"),
     "no sizes": (["INPUT.MIN_SIZE_TRAIN", "()"], "INPUT.MIN_SIZE_TRAIN is empty"),
 }
 

@@ -8,6 +8,7 @@ import torch
 from dfm_d2.framework import META_ARCH_REGISTRY
 from dfm_d2.modeling import CascadeDetector, FlowDetector, postprocess
 from dfm_d2.modeling.sampler import SamplerSettings
+from dfm_d2.modeling.training import disagreement
 
 
 def _losses(model, inputs, iteration=0):
@@ -26,15 +27,16 @@ def test_registered():
     assert META_ARCH_REGISTRY.get("CascadeDetector") is CascadeDetector
 
 
-@pytest.mark.parametrize("time", ["partitioned", "shared"])
+@pytest.mark.parametrize("time, on_policy", [("partitioned", 0.0), ("partitioned", 1.0), ("shared", 0.0)])
 @pytest.mark.parametrize("assignment", ["dynamic_k", "path"])
-def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, time, assignment):
-    model = make_model(TIME=time, ASSIGNMENT=assignment, LOSS__VELOCITY_WEIGHT=1.0)
+def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, time, on_policy, assignment):
+    model = make_model(TIME=time, ASSIGNMENT=assignment, ON_POLICY=on_policy, LOSS__VELOCITY_WEIGHT=1.0)
     prepared = model.prepare([make_input("a"), make_input("b")], 0)
     features = [f.detach().requires_grad_() for f in model.extract_features(prepared)]
     for i in range(model.num_predictors):
         losses = model.block_losses(i, features, prepared)
-        assert set(losses) == {f"loss_{term}/p{i}" for term in ("cls", "l1", "giou", "velocity")}
+        metrics = {f"disagreement/p{i}"} if (time, assignment) == ("shared", "dynamic_k") else set()
+        assert set(losses) == {f"loss_{t}/p{i}" for t in ("cls", "l1", "giou", "velocity")} | metrics
         model.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         for name, parameters in model.blocks().items():
@@ -44,6 +46,60 @@ def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, t
             else:
                 assert all(g is None for g in grads), f"the loss of p{i} reached {name}"
     assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in features[:1])
+
+
+def test_on_policy_inputs_are_where_a_solver_step_leads(make_model, make_input):
+    model = make_model(ON_POLICY=1.0, SEED=3)
+    prepared = model.prepare([make_input("a"), make_input("b")], 5)
+    features = model.extract_features(prepared)
+    path = [sample.x_t.clone() for sample in prepared.samples]
+    torch.testing.assert_close(prepared.inputs[0], path[0], rtol=0, atol=0)
+    model.block_losses(0, features, prepared)
+    # The same step by the sampler's own arithmetic.
+    t, t_next = (prepared.samples[d].t for d in (0, 1))
+    boxes = model.space.proposals(path[0], prepared.image_sizes)
+    answer = model.predictors[0](features, boxes, path[0], t)
+    step = model.flow.update(
+        path[0], answer.boxes[None], answer.class_logits[None], t, t_next, prepared.image_sizes
+    )
+    torch.testing.assert_close(prepared.inputs[1], step.x_next)
+    assert not prepared.inputs[1].requires_grad
+    assert (prepared.inputs[1] - path[1]).abs().max() > 1e-3
+    torch.testing.assert_close(prepared.inputs[2], path[2], rtol=0, atol=0)
+
+
+def test_the_share_of_on_policy_images(make_model, make_input):
+    inputs = [make_input(f"{i}") for i in range(40)]
+    for share in (0.0, 0.5, 1.0):
+        prepared = make_model(ON_POLICY=share).prepare(inputs, 0)
+        assert abs(float(prepared.on_policy.float().mean()) - share) < 0.25
+    half = make_model(ON_POLICY=0.5)
+    prepared = half.prepare(inputs[:8], 0)
+    half.block_losses(0, half.extract_features(prepared), prepared)
+    moved = (prepared.inputs[1] - prepared.samples[1].x_t).abs().amax((1, 2)) > 0
+    assert moved.tolist() == prepared.on_policy.tolist()
+
+
+def test_disagreement_is_none_where_a_predictor_would_choose_as_all_do(make_model, make_input):
+    model = make_model(TIME="shared")
+    prepared = model.prepare([make_input("a"), make_input("empty", boxes=())], 0)
+    logits = torch.zeros(2, 12, 3)
+    own = model.assigner(prepared.ground_truth, prepared.samples[0].x_t, logits)
+    same = disagreement(model.assigner, prepared._replace(gt_index=own), logits, prepared.samples[0].x_t)
+    assert float(same) == 0.0
+    background = torch.full_like(own, -1)
+    other = disagreement(
+        model.assigner, prepared._replace(gt_index=background), logits, prepared.samples[0].x_t
+    )
+    assert float(other) == 1.0
+
+
+def test_a_cascade_of_partitioned_time_is_trained_where_inference_begins(make_model, make_input):
+    for time, spread in (("partitioned", False), ("shared", True)):
+        prepared = make_model("CascadeDetector", TIME=time).prepare([make_input("a"), make_input("b")], 0)
+        t = torch.stack([sample.t for sample in prepared.samples])
+        assert bool((t > 0).all()) is spread and bool((t == t[0]).all())
+        assert prepared.gt_index is None
 
 
 def test_blocks_partition_the_trainable_parameters(make_model):

@@ -1,0 +1,74 @@
+"""What a training step of the detectors needs besides the model.
+
+Shapes: B images, N proposals, D predictors, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfm_d2.core import BoxSpace, PathSample
+from dfm_d2.framework import ImageList
+from dfm_d2.losses import DynamicK, GroundTruth
+
+
+class Prepared(NamedTuple):
+    """All that one training step needs, without gradients.
+
+    images: padded, normalised. image_sizes: `(B, 2)` height, width. ground_truth: padded.
+    samples: the path sample of every predictor. inputs: `x_t` `(B, N, 4)` of every predictor: the path's or,
+    where `on_policy` `(B,)`, where the predictor before leads (FlowDetector.block_losses puts it there).
+    gt_index: the coupled (or, for TIME "shared" with dynamic_k, the predictor-independent) assignment
+    `(B, N)`; None where each predictor assigns.
+    """
+
+    images: ImageList
+    image_sizes: Tensor
+    ground_truth: GroundTruth
+    samples: list[PathSample]
+    inputs: list[Tensor]
+    on_policy: Tensor
+    gt_index: Tensor | None
+
+
+def pad_ground_truth(
+    batched_inputs: Sequence[dict], image_sizes: Tensor, space: BoxSpace, num_classes: int
+) -> GroundTruth:
+    """The boxes of a batch in signal space, on the device of `image_sizes` `(B, 2)`.
+
+    Raises:
+        ValueError: an input without "instances", or with a class outside [0, K); the sentence names it.
+    """
+    x_1, classes = [], []
+    for index, (item, size) in enumerate(zip(batched_inputs, image_sizes)):
+        if "instances" not in item:
+            raise ValueError(
+                f"training input {item.get('file_name', index)!r} has no 'instances' to learn from"
+            )
+        instances = item["instances"].to(image_sizes.device)
+        labels = instances.gt_classes
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ValueError(
+                f"{item.get('file_name', index)!r} has a class outside [0, {num_classes}): "
+                "set MODEL.DFM.NUM_CLASSES to the data set's number of classes"
+            )
+        x_1.append(space.encode(instances.gt_boxes.tensor, size))
+        classes.append(labels)
+    return GroundTruth.pad(x_1, classes)
+
+
+@torch.no_grad()
+def disagreement(assigner: DynamicK, prepared: Prepared, class_logits: Tensor, x_1_hat: Tensor) -> Tensor:
+    """Share of the queries with an object for which a predictor, asked alone, would take another one.
+
+    Averaged predictors have one common assignment (`prepared.gt_index`), so none of these conflicts is
+    trained on; this is what they would suffer without it.
+
+    Args:
+        class_logits: `(B, N, K)`. x_1_hat: `(B, N, 4)` signal, both of one predictor.
+    """
+    own, common = assigner(prepared.ground_truth, x_1_hat, class_logits), prepared.gt_index
+    involved = (own >= 0) | (common >= 0)
+    return ((own != common) & involved).sum() / involved.sum().clamp(min=1)
