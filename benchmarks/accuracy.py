@@ -44,7 +44,7 @@ VARIANTS: dict[str, list[str]] = {
     "time_power_1": ["MODEL.DFM.TIME_POWER", "1.0"],
     "time_power_2": ["MODEL.DFM.TIME_POWER", "2.0"],
     "time_power_4": ["MODEL.DFM.TIME_POWER", "4.0"],
-    "endpoint_noise_0": ["MODEL.DFM.ENDPOINT_NOISE", "0.0"],
+    "endpoint_noise": ["MODEL.DFM.ENDPOINT_NOISE", "0.1"],
     "gt_repeat_1": ["MODEL.DFM.GT_REPEAT", "1"],
     "gt_repeat_4": ["MODEL.DFM.GT_REPEAT", "4"],
     "one_predictor": ["MODEL.DFM.NUM_PREDICTORS", "1"],
@@ -104,10 +104,21 @@ def run_one(config: str, opts: list[str], out: str, samplers: list[str]) -> None
     result = {
         "samplers": scores, "seconds": seconds, "peak_mib": peak, "commit": commit(),
         "device": device_name(cfg.MODEL.DEVICE), "iterations": cfg.SOLVER.MAX_ITER,
+        "disagreement": last_disagreement(Path(out) / "metrics.json"),
     }  # fmt: skip
     partial = Path(out) / "result.json.partial"
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(Path(out) / "result.json")
+
+
+def last_disagreement(metrics: Path) -> float | None:
+    """Share of the queries, in %, at the end of a training of shared time, averaged over its predictors (see
+    dfm_d2.modeling.training.disagreement); None where a training has no such thing."""
+    shares = None
+    for line in metrics.read_text().splitlines():
+        found = [value for key, value in json.loads(line).items() if key.startswith("disagreement/")]
+        shares = found or shares
+    return 100 * sum(shares) / len(shares) if shares else None
 
 
 def train_variant(args: argparse.Namespace, variant: str, seed: int) -> dict:
@@ -172,9 +183,17 @@ def summarize(args: argparse.Namespace, variant: str, results: list[dict]) -> li
         rows.append(
             Row(op, variant, "eval", "time", "s", "sampler", sampler, *quantiles(times), *tail, seeds)
         )
-    for metric, unit, key in (("time", "s", "seconds"), ("peak memory", "MiB", "peak_mib")):
-        values = [r[key] for r in results]
-        rows.append(Row(op, variant, "train", metric, unit, "seeds", "all", *quantiles(values), *tail, seeds))
+    of_training = (
+        ("time", "s", "seconds"),
+        ("peak memory", "MiB", "peak_mib"),
+        ("disagreement", "%", "disagreement"),
+    )
+    for metric, unit, key in of_training:
+        values = [r[key] for r in results if r.get(key) is not None]
+        if values:
+            rows.append(
+                Row(op, variant, "train", metric, unit, "seeds", "all", *quantiles(values), *tail, seeds)
+            )
     return rows
 
 

@@ -80,13 +80,13 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.TIME = "partitioned"
     # p of t(u) = 1 - (1 - u)^p: the intervals of partitioned time and the sampler's steps are even in u.
     # 1: even in t; more: the first predictor goes far and the later ones refine.
-    dfm.TIME_POWER = 2.0
+    dfm.TIME_POWER = 8.0
     # sigma: the inputs x_t of training lie on the path to x_1 + sigma (w, h, w, h) xi, xi ~ N(0, I), as those
     # of inference lie on the path to an endpoint that is not exact. Targets stay exact. 0: off.
-    dfm.ENDPOINT_NOISE = 0.1
+    dfm.ENDPOINT_NOISE = 0.0
     # Share of the images on which predictor d + 1 trains, in place of the path, where a solver step of
     # predictor d's detached answer leads: the states of inference. No gradient crosses. TIME "partitioned".
-    dfm.ON_POLICY = 0.0
+    dfm.ON_POLICY = 1.0
     # What a predictor's box branch answers: the endpoint x_1, or the velocity.
     dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
     # How the D answers of TIME "shared" are averaged.
@@ -132,6 +132,7 @@ def _add_model_keys(cfg: CN) -> None:
 
     # The sampler, all of it changeable at test time without retraining.
     dfm.SAMPLER = CN()
+    # Heun's correction divides by 1 - t_next: it wants TIME_POWER near 1, or an even TIME_GRID.
     dfm.SAMPLER.METHOD = "euler"  # "euler" | "heun"
     # K, the number of steps; 0: D for TIME "partitioned", 1 for "shared".
     dfm.SAMPLER.STEPS = 0

@@ -179,7 +179,8 @@ def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_inpu
 @pytest.mark.parametrize("meta_architecture", ["FlowDetector", "CascadeDetector"])
 @pytest.mark.parametrize("settings", [{}, {"method": "heun", "steps": 5}, {"renewal_thresh": 0.9}])
 def test_a_batch_of_two_is_two_batches_of_one(make_model, make_input, meta_architecture, settings):
-    model = make_model(meta_architecture)
+    # Heun's correction divides by 1 - t_next: with late times rounding would be what is compared.
+    model = make_model(meta_architecture, TIME_POWER=2.0)
     a, b = make_input("a"), make_input("b")
     both = _detections(model, [a, b], **settings)
     for item, found in zip((a, b), both):
