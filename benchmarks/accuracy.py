@@ -41,9 +41,9 @@ VARIANTS: dict[str, list[str]] = {
     # Later predictors trained on the path instead of where the earlier ones lead.
     "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],
     "half_on_policy": ["MODEL.DFM.ON_POLICY", "0.5"],
-    "time_power_1": ["MODEL.DFM.TIME_POWER", "1.0"],
-    "time_power_2": ["MODEL.DFM.TIME_POWER", "2.0"],
-    "time_power_4": ["MODEL.DFM.TIME_POWER", "4.0"],
+    "time_shift_1": ["MODEL.DFM.TIME_SHIFT", "1.0"],
+    "time_shift_3": ["MODEL.DFM.TIME_SHIFT", "3.0"],
+    "time_shift_9": ["MODEL.DFM.TIME_SHIFT", "9.0"],
     "endpoint_noise": ["MODEL.DFM.ENDPOINT_NOISE", "0.1"],
     "gt_repeat_1": ["MODEL.DFM.GT_REPEAT", "1"],
     "gt_repeat_4": ["MODEL.DFM.GT_REPEAT", "4"],

@@ -78,9 +78,9 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.ASSIGNMENT = "dynamic_k"  # "dynamic_k" | "path"
     # "partitioned": predictor floor(u D) answers at t(u); "shared": every predictor answers at every t.
     dfm.TIME = "partitioned"
-    # p of t(u) = 1 - (1 - u)^p: the intervals of partitioned time and the sampler's steps are even in u.
-    # 1: even in t; more: the first predictor goes far and the later ones refine.
-    dfm.TIME_POWER = 8.0
+    # s of t(u) = s u / (1 + (s - 1) u): the intervals of partitioned time and the sampler's steps are even in
+    # u. 1: even in t; more: the first predictor goes far and the later ones refine.
+    dfm.TIME_SHIFT = 27.0
     # sigma: the inputs x_t of training lie on the path to x_1 + sigma (w, h, w, h) xi, xi ~ N(0, I), as those
     # of inference lie on the path to an endpoint that is not exact. Targets stay exact. 0: off.
     dfm.ENDPOINT_NOISE = 0.0
@@ -132,7 +132,7 @@ def _add_model_keys(cfg: CN) -> None:
 
     # The sampler, all of it changeable at test time without retraining.
     dfm.SAMPLER = CN()
-    # Heun's correction divides by 1 - t_next: it wants TIME_POWER near 1, or an even TIME_GRID.
+    # Heun's correction divides by 1 - t_next: a TIME_SHIFT near 1 suits it best.
     dfm.SAMPLER.METHOD = "euler"  # "euler" | "heun"
     # K, the number of steps; 0: D for TIME "partitioned", 1 for "shared".
     dfm.SAMPLER.STEPS = 0

@@ -10,9 +10,10 @@ from dfm_d2.core.solver import (
     SolverStep,
     Trajectory,
     endpoint_field,
-    power_grid,
-    power_time,
+    shifted_grid,
+    shifted_time,
     time_like,
+    unshifted_time,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "keyed_uniform",
     "stream_key",
     "time_like",
-    "power_grid",
-    "power_time",
+    "shifted_grid",
+    "shifted_time",
+    "unshifted_time",
 ]

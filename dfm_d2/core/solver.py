@@ -42,22 +42,30 @@ class Trajectory(NamedTuple):
     last: SolverStep
 
 
-def power_time(u: float | Tensor, power: float) -> float | Tensor:
-    """`t = 1 - (1 - u)^power`: for power > 1 even steps of u are large steps of t first, small ones last."""
-    return 1 - (1 - u) ** power
+def shifted_time(u: float | Tensor, shift: float) -> float | Tensor:
+    """`t = s u / (1 + (s - 1) u)`: for s > 1 even steps of u are large steps of t first, small ones last.
+
+    The shift of the schedule of arXiv 2403.03206, equation 23, with t running from noise to data.
+    """
+    return shift * u / (1 + (shift - 1) * u)
 
 
-def power_grid(num_steps: int, power: float = 1.0) -> tuple[float, ...]:
-    """`t(0), t(1/K), ..., t(1)` of power_time: from 0 to 1 in K steps, even ones for power 1.
+def unshifted_time(t: float | Tensor, shift: float) -> float | Tensor:
+    """The u of a t: the inverse of shifted_time."""
+    return t / (t + shift * (1 - t))
+
+
+def shifted_grid(num_steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """`t(0), t(1/K), ..., t(1)` of shifted_time: from 0 to 1 in K steps, even ones for a shift of 1.
 
     Raises:
-        ValueError: `num_steps` or `power` is not positive.
+        ValueError: `num_steps` or `shift` is not positive.
     """
     if num_steps < 1:
         raise ValueError(f"a time grid needs at least one step, got {num_steps}")
-    if not power > 0:
-        raise ValueError(f"the power of a time grid must be positive, got {power}")
-    return tuple(power_time(k / num_steps, power) for k in range(num_steps)) + (1.0,)
+    if not shift > 0:
+        raise ValueError(f"the shift of a time grid must be positive, got {shift}")
+    return tuple(shifted_time(k / num_steps, shift) for k in range(num_steps)) + (1.0,)
 
 
 def check_grid(time_grid: Sequence[float]) -> tuple[float, ...]:

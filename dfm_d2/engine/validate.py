@@ -138,9 +138,9 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
         yield f"MODEL.DFM.ON_POLICY is {dfm.ON_POLICY}; it is a share, from 0 to 1."
     if not dfm.SIGNAL_SCALE > 0:
         yield f"MODEL.DFM.SIGNAL_SCALE is {dfm.SIGNAL_SCALE}; it must be greater than 0."
-    # Beyond, the last intervals of time are empty in floating point.
-    if not 0 < dfm.TIME_POWER <= 8:
-        yield f"MODEL.DFM.TIME_POWER is {dfm.TIME_POWER}; it must be greater than 0 and at most 8."
+    # Beyond, the last intervals of time are empty in float32.
+    if not 0 < dfm.TIME_SHIFT <= 1000:
+        yield f"MODEL.DFM.TIME_SHIFT is {dfm.TIME_SHIFT}; it must be greater than 0 and at most 1000."
     if 0 < dfm.LOSS.FOCAL_GAMMA < 1:
         yield (
             f"MODEL.DFM.LOSS.FOCAL_GAMMA is {dfm.LOSS.FOCAL_GAMMA}; set 0 or at least 1: between them the "

@@ -90,7 +90,7 @@ def sampler_settings(cfg) -> SamplerSettings:
         score_thresh=sampler.SCORE_THRESH,
         nms_thresh=sampler.NMS_THRESH,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        time_power=dfm.TIME_POWER,
+        time_shift=dfm.TIME_SHIFT,
     )
 
 
@@ -132,4 +132,4 @@ def _predictors(cfg, backbone) -> PredictorStack:
             num_reg=head.NUM_REG,
         )
 
-    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_POWER)
+    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_SHIFT)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dfm_d2.core import power_time
+from dfm_d2.core import shifted_time, unshifted_time
 from dfm_d2.predictors.flow_head import FlowHead
 
 TIMES = ("partitioned", "shared")
@@ -17,30 +17,30 @@ class PredictorStack(nn.ModuleList):
     Args:
         make_head: called D times.
         num_predictors: D.
-        time: "partitioned" (predictor `floor(u D)` answers at `t(u) = 1 - (1 - u)^power` and is trained on
+        time: "partitioned" (predictor `floor(u D)` answers at `t(u)` and is trained on
             its own interval) or "shared" (every predictor answers at, and is trained on, all of [0, 1]).
-        power: see dfm_d2.core.power_time.
+        shift: of t(u), see dfm_d2.core.shifted_time.
 
     Raises:
         ValueError: no predictor, or an unknown `time`.
     """
 
-    def __init__(self, make_head: Callable[[], FlowHead], num_predictors: int, time: str, power: float = 1.0):
+    def __init__(self, make_head: Callable[[], FlowHead], num_predictors: int, time: str, shift: float = 1.0):
         if num_predictors < 1:
             raise ValueError(f"at least one predictor is needed, got {num_predictors}")
         if time not in TIMES:
             raise ValueError(f"time must be one of {TIMES}, got {time!r}")
         super().__init__(make_head() for _ in range(num_predictors))
-        if not power > 0:
-            raise ValueError(f"the power of partitioned time must be positive, got {power}")
+        if not shift > 0:
+            raise ValueError(f"the shift of partitioned time must be positive, got {shift}")
         self.time = time
-        self.power = power
+        self.shift = shift
 
     def training_time(self, index: int, uniform: Tensor) -> Tensor:
         """The t that predictor `index` is trained on, from uniforms `(B,)` in [0, 1)."""
         if self.time == "shared":
             return uniform
-        return power_time((index + uniform) / len(self), self.power)
+        return shifted_time((index + uniform) / len(self), self.shift)
 
     def answering(self, t: float, chosen: Sequence[int] = ()) -> list[int]:
         """Indices of the predictors that answer at `t`.
@@ -59,7 +59,7 @@ class PredictorStack(nn.ModuleList):
                     "no other predictor was trained on the interval of a dropped one"
                 )
             # 1e-6: a time such as 3 * (1 / 6), or one in float32, must not fall short of its interval.
-            u = 1 - max(1 - t, 0.0) ** (1 / self.power)
+            u = unshifted_time(t, self.shift)
             return [min(int(u * len(self) + 1e-6), len(self) - 1)]
         wrong = [d for d in chosen if not 0 <= d < len(self)]
         if wrong:

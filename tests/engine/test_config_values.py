@@ -34,7 +34,7 @@ BAD = {
         ["MODEL.DFM.SAMPLER.PREDICTORS", "[0]"],
         "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
     ),
-    "time power": (["MODEL.DFM.TIME_POWER", "60.0"], "TIME_POWER is 60.0; it must be .* at most 8"),
+    "time shift": (["MODEL.DFM.TIME_SHIFT", "6e9"], "TIME_SHIFT is 6000000000.0; it must be .* at most 1000"),
     "gamma": (["MODEL.DFM.LOSS.FOCAL_GAMMA", "0.5"], "set 0 or at least 1"),
     "alpha": (["MODEL.DFM.LOSS.FOCAL_ALPHA", "-3.0"], "FOCAL_ALPHA is -3.0"),
     "three box weights": (["MODEL.DFM.HEAD.BOX_WEIGHTS", "(1.0, 1.0, 1.0)"], "must be 4 numbers above 0"),
@@ -104,4 +104,4 @@ def test_every_least_value_holds(key):
 
 
 def test_a_whole_number_will_do_for_a_float():
-    assert load_config(SHAPES, ["MODEL.DFM.TIME_POWER", "1"]).MODEL.DFM.TIME_POWER == 1.0
+    assert load_config(SHAPES, ["MODEL.DFM.TIME_SHIFT", "1"]).MODEL.DFM.TIME_SHIFT == 1.0

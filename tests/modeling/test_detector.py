@@ -167,7 +167,7 @@ def test_one_class(make_model, make_input):
 
 
 def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_input):
-    model = make_model(TIME_POWER=1.0)
+    model = make_model(TIME_SHIFT=1.0)
     a, b = make_input("a"), make_input("b")
     together, alone = model.prepare([a, b], 3), model.prepare([b], 3)
     for d in range(3):
@@ -180,7 +180,7 @@ def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_inpu
 @pytest.mark.parametrize("settings", [{}, {"method": "heun", "steps": 5}, {"renewal_thresh": 0.9}])
 def test_a_batch_of_two_is_two_batches_of_one(make_model, make_input, meta_architecture, settings):
     # Heun's correction divides by 1 - t_next: with late times rounding would be what is compared.
-    model = make_model(meta_architecture, TIME_POWER=2.0)
+    model = make_model(meta_architecture, TIME_SHIFT=2.0)
     a, b = make_input("a"), make_input("b")
     both = _detections(model, [a, b], **settings)
     for item, found in zip((a, b), both):
@@ -243,7 +243,7 @@ def test_sampler_settings_are_checked(make_model):
 
 
 def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
-    model = make_model(TIME_POWER=1.0).eval()
+    model = make_model(TIME_SHIFT=1.0).eval()
     trajectory, sizes = model.trajectory([make_input()])
     assert trajectory.times == (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
     assert len(trajectory.states) == 4 and sizes.tolist() == [[48, 64]]
@@ -251,9 +251,9 @@ def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
 
 
 def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(make_model, make_input):
-    model = make_model(TIME_POWER=2.0).eval()
+    model = make_model(TIME_SHIFT=2.0).eval()
     grid = model.sampler.settings.grid
-    assert grid == (0.0, pytest.approx(5 / 9), pytest.approx(8 / 9), 1.0)
+    assert grid == (0.0, pytest.approx(1 / 2), pytest.approx(4 / 5), 1.0)
     assert [model.predictors.answering(t) for t in grid[:-1]] == [[0], [1], [2]]
     samples = model.prepare([make_input()], 0).samples
     assert all(grid[d] <= samples[d].t <= grid[d + 1] for d in range(3))
