@@ -35,15 +35,17 @@ _SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
 VARIANTS: dict[str, list[str]] = {
     "local": [],
     "joint": ["MODEL.DFM.UPDATE", "joint"],
-    # The backprop twin as DiffusionDet trains it, at every t; and at t = 0 only, where inference begins.
-    "cascade": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.TIME", "shared"],
-    "cascade_t0": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.TIME", "partitioned"],
+    # The backprop twin; trained at every t as DiffusionDet is; and at t = 0 only, where inference begins.
+    "cascade": [*_CASCADE, *_ONE_STEP],
+    "cascade_any_t": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.FROM_NOISE", "0.0"],
+    "cascade_t0": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.FROM_NOISE", "1.0"],
+    "from_noise_0": ["MODEL.DFM.FROM_NOISE", "0.0"],
     # Later predictors trained on the path instead of where the earlier ones lead.
     "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],
     "half_on_policy": ["MODEL.DFM.ON_POLICY", "0.5"],
-    "time_shift_1": ["MODEL.DFM.TIME_SHIFT", "1.0"],
-    "time_shift_3": ["MODEL.DFM.TIME_SHIFT", "3.0"],
-    "time_shift_9": ["MODEL.DFM.TIME_SHIFT", "9.0"],
+    "time_rate_0": ["MODEL.DFM.TIME_RATE", "0.0"],
+    "time_rate_3": ["MODEL.DFM.TIME_RATE", "3.0"],
+    "time_rate_6": ["MODEL.DFM.TIME_RATE", "6.0"],
     "endpoint_noise": ["MODEL.DFM.ENDPOINT_NOISE", "0.1"],
     "gt_repeat_1": ["MODEL.DFM.GT_REPEAT", "1"],
     "gt_repeat_4": ["MODEL.DFM.GT_REPEAT", "4"],

@@ -78,19 +78,24 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.ASSIGNMENT = "dynamic_k"  # "dynamic_k" | "path"
     # "partitioned": predictor floor(u D) answers at t(u); "shared": every predictor answers at every t.
     dfm.TIME = "partitioned"
-    # s of t(u) = s u / (1 + (s - 1) u): the intervals of partitioned time and the sampler's steps are even in
-    # u. 1: even in t; more: the first predictor goes far and the later ones refine.
-    dfm.TIME_SHIFT = 27.0
+    # r of t(u) = (1 - exp(-r u)) / (1 - exp(-r)): the intervals of partitioned time and the sampler's steps
+    # are even in u. 0: even in t; more: the first predictor goes far and the later ones refine.
+    dfm.TIME_RATE = 9.0
     # sigma: the inputs x_t of training lie on the path to x_1 + sigma (w, h, w, h) xi, xi ~ N(0, I), as those
     # of inference lie on the path to an endpoint that is not exact. Targets stay exact. 0: off.
     dfm.ENDPOINT_NOISE = 0.0
     # Share of the images on which predictor d + 1 trains, in place of the path, where a solver step of
     # predictor d's detached answer leads: the states of inference. No gradient crosses. TIME "partitioned".
     dfm.ON_POLICY = 1.0
+    # Share of the images on which training starts at t = 0, as inference does; the others draw t.
+    dfm.FROM_NOISE = 0.0
     # What a predictor's box branch answers: the endpoint x_1, or the velocity.
     dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
     # How the D answers of TIME "shared" are averaged.
     dfm.AGGREGATION = "uniform"  # "uniform" | "confidence"
+    # "triton": kernels where there are any (inference's box-flow update so far), an error where they cannot
+    # run; "auto": for CUDA tensors only. "torch" stays the default until they have been measured on a GPU.
+    dfm.KERNELS = "torch"  # "auto" | "torch" | "triton"
     # Who is updated when (docs/math.md, section 5).
     dfm.UPDATE = "sequential"  # "sequential" | "joint"
     # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
@@ -132,7 +137,7 @@ def _add_model_keys(cfg: CN) -> None:
 
     # The sampler, all of it changeable at test time without retraining.
     dfm.SAMPLER = CN()
-    # Heun's correction divides by 1 - t_next: a TIME_SHIFT near 1 suits it best.
+    # Heun's correction divides by 1 - t_next: a small TIME_RATE suits it best.
     dfm.SAMPLER.METHOD = "euler"  # "euler" | "heun"
     # K, the number of steps; 0: D for TIME "partitioned", 1 for "shared".
     dfm.SAMPLER.STEPS = 0

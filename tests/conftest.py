@@ -1,7 +1,16 @@
 """A detector small enough for tests."""
 
-import pytest
+# ruff: noqa: E402
+import os
+
 import torch
+
+# Where there is no GPU, Triton's interpreter runs the kernels. Triton reads this when it is first imported,
+# which other packages than ours do, too.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 
 from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import Boxes, Instances, build_model, get_cfg

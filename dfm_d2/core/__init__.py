@@ -10,10 +10,10 @@ from dfm_d2.core.solver import (
     SolverStep,
     Trajectory,
     endpoint_field,
-    shifted_grid,
-    shifted_time,
     time_like,
-    unshifted_time,
+    unwarped_time,
+    warped_grid,
+    warped_time,
 )
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "keyed_uniform",
     "stream_key",
     "time_like",
-    "shifted_grid",
-    "shifted_time",
-    "unshifted_time",
+    "warped_grid",
+    "warped_time",
+    "unwarped_time",
 ]

@@ -17,6 +17,7 @@ STREAM_BACKGROUND = 2
 STREAM_PERMUTATION = 3
 STREAM_ENDPOINT = 4
 STREAM_POLICY = 5
+STREAM_FROM_NOISE = 6
 
 
 def stream_key(*parts: int | str) -> int:

@@ -3,6 +3,7 @@
 Shapes: B samples; any trailing dimensions. Static shapes, no host synchronisation.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,30 +43,33 @@ class Trajectory(NamedTuple):
     last: SolverStep
 
 
-def shifted_time(u: float | Tensor, shift: float) -> float | Tensor:
-    """`t = s u / (1 + (s - 1) u)`: for s > 1 even steps of u are large steps of t first, small ones last.
+def warped_time(u: float | Tensor, rate: float) -> float | Tensor:
+    """`t = (1 - exp(-r u)) / (1 - exp(-r))`: even steps of u divide the noise left by about as much.
 
-    The shift of the schedule of arXiv 2403.03206, equation 23, with t running from noise to data.
+    `t = u` for a rate r of 0.
     """
-    return shift * u / (1 + (shift - 1) * u)
+    if rate == 0:
+        return u
+    expm1 = torch.expm1 if isinstance(u, Tensor) else math.expm1
+    return expm1(-rate * u) / math.expm1(-rate)
 
 
-def unshifted_time(t: float | Tensor, shift: float) -> float | Tensor:
-    """The u of a t: the inverse of shifted_time."""
-    return t / (t + shift * (1 - t))
+def unwarped_time(t: float, rate: float) -> float:
+    """The u of a t in [0, 1]: the inverse of warped_time."""
+    return t if rate == 0 else -math.log1p(t * math.expm1(-rate)) / rate
 
 
-def shifted_grid(num_steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """`t(0), t(1/K), ..., t(1)` of shifted_time: from 0 to 1 in K steps, even ones for a shift of 1.
+def warped_grid(num_steps: int, rate: float = 0.0) -> tuple[float, ...]:
+    """`t(0), t(1/K), ..., t(1)` of warped_time: from 0 to 1 in K steps, even ones for a rate of 0.
 
     Raises:
-        ValueError: `num_steps` or `shift` is not positive.
+        ValueError: `num_steps` is not positive, or `rate` is negative.
     """
     if num_steps < 1:
         raise ValueError(f"a time grid needs at least one step, got {num_steps}")
-    if not shift > 0:
-        raise ValueError(f"the shift of a time grid must be positive, got {shift}")
-    return tuple(shifted_time(k / num_steps, shift) for k in range(num_steps)) + (1.0,)
+    if not rate >= 0:
+        raise ValueError(f"the rate of a time grid must be at least 0, got {rate}")
+    return tuple(warped_time(k / num_steps, rate) for k in range(num_steps)) + (1.0,)
 
 
 def check_grid(time_grid: Sequence[float]) -> tuple[float, ...]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from dfm_kernels.dispatch import BACKENDS
+
 import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.core import AGGREGATIONS, PREDICTIONS, ODESolver
 from dfm_d2.engine.block_optimizer import OPTIMIZERS
@@ -26,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "MODEL.DFM.BACKBONE_UPDATE": BACKBONE_UPDATES,
     "MODEL.DFM.COUPLING": COUPLINGS,
     "MODEL.DFM.HEAD.INTERACTION": INTERACTIONS,
+    "MODEL.DFM.KERNELS": BACKENDS,
     "MODEL.DFM.LOSS.CLS": CLASS_LOSSES,
     "MODEL.DFM.PREDICTION": PREDICTIONS,
     "MODEL.DFM.SAMPLER.METHOD": ODESolver.METHODS,
@@ -132,15 +135,16 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but {name} passes gradients between its predictors: "
             "set MODEL.DFM.UPDATE joint."
         )
-    elif not known[name].is_local and dfm.SAMPLER.PREDICTORS:
-        yield f"{name} asks all its heads in a row: leave MODEL.DFM.SAMPLER.PREDICTORS empty."
-    if not 0 <= dfm.ON_POLICY <= 1:
-        yield f"MODEL.DFM.ON_POLICY is {dfm.ON_POLICY}; it is a share, from 0 to 1."
+    elif not known[name].is_local and (dfm.TIME != "partitioned" or dfm.SAMPLER.PREDICTORS):
+        yield f"{name} asks all its heads in a row: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS as they are."
+    for key in ("ON_POLICY", "FROM_NOISE"):
+        if not 0 <= dfm[key] <= 1:
+            yield f"MODEL.DFM.{key} is {dfm[key]}; it is a share, from 0 to 1."
     if not dfm.SIGNAL_SCALE > 0:
         yield f"MODEL.DFM.SIGNAL_SCALE is {dfm.SIGNAL_SCALE}; it must be greater than 0."
     # Beyond, the last intervals of time are empty in float32.
-    if not 0 < dfm.TIME_SHIFT <= 1000:
-        yield f"MODEL.DFM.TIME_SHIFT is {dfm.TIME_SHIFT}; it must be greater than 0 and at most 1000."
+    if not 0 <= dfm.TIME_RATE <= 12:
+        yield f"MODEL.DFM.TIME_RATE is {dfm.TIME_RATE}; it must be from 0 (even in t) to 12."
     if 0 < dfm.LOSS.FOCAL_GAMMA < 1:
         yield (
             f"MODEL.DFM.LOSS.FOCAL_GAMMA is {dfm.LOSS.FOCAL_GAMMA}; set 0 or at least 1: between them the "

@@ -8,11 +8,11 @@ Shapes: B images, N proposals, D heads, K classes.
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from dfm_kernels.reference import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.core import keyed_uniform, time_like
+from dfm_d2.core.noise import STREAM_FROM_NOISE
 from dfm_d2.framework import META_ARCH_REGISTRY
 from dfm_d2.modeling.detector import FlowDetector, Prepared
 from dfm_d2.modeling.sampler import Flow
@@ -21,11 +21,7 @@ from dfm_d2.predictors import HeadAnswer
 
 @META_ARCH_REGISTRY.register()
 class CascadeDetector(FlowDetector):
-    """As FlowDetector, with heads in a row instead of predictors side by side. UPDATE must be "joint".
-
-    TIME "shared": trained at every t, so that it may take several steps. TIME "partitioned": trained at t = 0
-    only, where a single step starts.
-    """
+    """As FlowDetector, with heads in a row instead of predictors side by side. UPDATE must be "joint"."""
 
     is_local = False
 
@@ -77,8 +73,8 @@ class CascadeDetector(FlowDetector):
         return flow
 
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        """One t for all heads: in [0, 1) where time is shared, as DiffusionDet trains; else 0, where one pass
-        of inference begins."""
-        uniform = keyed_uniform(keys, 1, device=self.device)[:, 0]
-        t = uniform if self.predictors.time == "shared" else torch.zeros_like(uniform)
-        return [t] * self.num_predictors
+        """One t for all heads, in [0, 1) as DiffusionDet trains, or 0 for images from noise."""
+        t = keyed_uniform(keys, 1, device=self.device)[:, 0]
+        return [
+            t.masked_fill(self._drawn(keys, STREAM_FROM_NOISE, self.from_noise), 0.0)
+        ] * self.num_predictors

@@ -19,7 +19,7 @@ from dfm_d2.core import (
     stream_key,
     time_like,
 )
-from dfm_d2.core.noise import STREAM_POLICY
+from dfm_d2.core.noise import STREAM_FROM_NOISE, STREAM_POLICY
 from dfm_d2.framework import META_ARCH_REGISTRY, Backbone, ImageList, configurable
 from dfm_d2.losses import (
     BlockLoss,
@@ -51,6 +51,7 @@ class FlowDetector(nn.Module):
         num_proposals: N in training. gt_repeat: see losses.coupling.build_slots.
         endpoint_noise: see losses.coupling.noisy_endpoints.
         on_policy: share of the images whose later predictors train where the earlier ones lead.
+        from_noise: share of the images that start at t = 0, as inference does.
         coupling, assignment: see the config keys of those names.
         seed: of noise and t in training.
         freeze_backbone: the backbone neither learns nor moves its running statistics.
@@ -77,6 +78,7 @@ class FlowDetector(nn.Module):
         gt_repeat: int,
         endpoint_noise: float,
         on_policy: float,
+        from_noise: float,
         coupling: str,
         assignment: str,
         seed: int,
@@ -98,6 +100,7 @@ class FlowDetector(nn.Module):
         self.gt_repeat = gt_repeat
         self.endpoint_noise = endpoint_noise
         self.on_policy = on_policy
+        self.from_noise = from_noise
         self.coupling = coupling
         self.assignment = assignment
         self.seed = seed
@@ -162,13 +165,13 @@ class FlowDetector(nn.Module):
         samples = [self.path.sample(x_0, x_1, t) for t in self._times(keys)]
         if self.assignment == "path":
             gt_index = slots.gt_index
-        elif self.is_local and self.predictors.time == "shared":
+        elif self.predictors.time == "shared":
             # One assignment for all: predictors that are averaged must not pull a query to different objects.
             gt_index = self.assigner(ground_truth, samples[0].x_t)
         else:
             gt_index = None
         inputs = [sample.x_t for sample in samples]
-        on_policy = keyed_uniform(keys, 1, STREAM_POLICY, self.device)[:, 0] < self.on_policy
+        on_policy = self._drawn(keys, STREAM_POLICY, self.on_policy)
         return Prepared(images, image_sizes, ground_truth, samples, inputs, on_policy, gt_index)
 
     def extract_features(self, prepared: Prepared) -> list[Tensor]:
@@ -216,9 +219,14 @@ class FlowDetector(nn.Module):
         classes, target_x_1 = assigned_targets(prepared.ground_truth, gt_index, self.num_classes)
         return self.criterion(class_logits, x_1_hat, classes, target_x_1, t), x_1_hat
 
+    def _drawn(self, keys: Sequence[int], stream: int, share: float) -> Tensor:
+        """`(B,)` bool, true for a share of the images."""
+        return keyed_uniform(keys, 1, stream, self.device)[:, 0] < share
+
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        """t `(B,)` of every predictor."""
+        """t `(B,)` of every predictor; of images from noise, the beginning of its interval."""
         uniform = keyed_uniform(keys, self.num_predictors, device=self.device)
+        uniform = uniform.masked_fill(self._drawn(keys, STREAM_FROM_NOISE, self.from_noise)[:, None], 0.0)
         if self.predictors.time == "shared":
             return [uniform[:, 0]] * self.num_predictors
         return [self.predictors.training_time(d, uniform[:, d]) for d in range(self.num_predictors)]

@@ -39,6 +39,7 @@ def detector_arguments(cfg) -> dict:
             box_weights=tuple(dfm.HEAD.BOX_WEIGHTS),
             prediction=dfm.PREDICTION,
             aggregation=dfm.AGGREGATION,
+            backend=dfm.KERNELS,
         ),
         "sampler": BoxSampler(space, sampler_settings(cfg)),
         "criterion": BlockLoss(
@@ -64,6 +65,7 @@ def detector_arguments(cfg) -> dict:
         "gt_repeat": dfm.GT_REPEAT,
         "endpoint_noise": dfm.ENDPOINT_NOISE,
         "on_policy": dfm.ON_POLICY,
+        "from_noise": dfm.FROM_NOISE,
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
@@ -90,7 +92,7 @@ def sampler_settings(cfg) -> SamplerSettings:
         score_thresh=sampler.SCORE_THRESH,
         nms_thresh=sampler.NMS_THRESH,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        time_shift=dfm.TIME_SHIFT,
+        time_rate=dfm.TIME_RATE,
     )
 
 
@@ -132,4 +134,4 @@ def _predictors(cfg, backbone) -> PredictorStack:
             num_reg=head.NUM_REG,
         )
 
-    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_SHIFT)
+    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfm_d2.core import BoxSpace, ODESolver, SolverStep, Trajectory, keyed_normal, stream_key
 from dfm_d2.core.noise import STREAM_BACKGROUND
-from dfm_d2.core.solver import check_grid, shifted_grid
+from dfm_d2.core.solver import check_grid, warped_grid
 from dfm_d2.losses.coupling import BACKGROUND_STD
 
 # (x_t (B, N, 4), boxes_xyxy (B, N, 4), t, t_next) -> one step of the flow on the features of these images.
@@ -36,7 +36,7 @@ class SamplerSettings:
     score_thresh: float = 0.0
     nms_thresh: float = 0.6
     detections_per_image: int = 100
-    time_shift: float = 1.0
+    time_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
@@ -52,7 +52,7 @@ class SamplerSettings:
     @property
     def grid(self) -> tuple[float, ...]:
         """The time grid: the explicit one, else `steps` steps even in the predictors' intervals."""
-        return check_grid(self.time_grid) if self.time_grid else shifted_grid(self.steps, self.time_shift)
+        return check_grid(self.time_grid) if self.time_grid else warped_grid(self.steps, self.time_rate)
 
 
 class Candidates(NamedTuple):

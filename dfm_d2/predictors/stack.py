@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dfm_d2.core import shifted_time, unshifted_time
+from dfm_d2.core import unwarped_time, warped_time
 from dfm_d2.predictors.flow_head import FlowHead
 
 TIMES = ("partitioned", "shared")
@@ -19,28 +19,28 @@ class PredictorStack(nn.ModuleList):
         num_predictors: D.
         time: "partitioned" (predictor `floor(u D)` answers at `t(u)` and is trained on
             its own interval) or "shared" (every predictor answers at, and is trained on, all of [0, 1]).
-        shift: of t(u), see dfm_d2.core.shifted_time.
+        rate: of t(u), see dfm_d2.core.warped_time.
 
     Raises:
         ValueError: no predictor, or an unknown `time`.
     """
 
-    def __init__(self, make_head: Callable[[], FlowHead], num_predictors: int, time: str, shift: float = 1.0):
+    def __init__(self, make_head: Callable[[], FlowHead], num_predictors: int, time: str, rate: float = 0.0):
         if num_predictors < 1:
             raise ValueError(f"at least one predictor is needed, got {num_predictors}")
         if time not in TIMES:
             raise ValueError(f"time must be one of {TIMES}, got {time!r}")
         super().__init__(make_head() for _ in range(num_predictors))
-        if not shift > 0:
-            raise ValueError(f"the shift of partitioned time must be positive, got {shift}")
+        if not rate >= 0:
+            raise ValueError(f"the rate of partitioned time must be at least 0, got {rate}")
         self.time = time
-        self.shift = shift
+        self.rate = rate
 
     def training_time(self, index: int, uniform: Tensor) -> Tensor:
         """The t that predictor `index` is trained on, from uniforms `(B,)` in [0, 1)."""
         if self.time == "shared":
             return uniform
-        return shifted_time((index + uniform) / len(self), self.shift)
+        return warped_time((index + uniform) / len(self), self.rate)
 
     def answering(self, t: float, chosen: Sequence[int] = ()) -> list[int]:
         """Indices of the predictors that answer at `t`.
@@ -59,7 +59,7 @@ class PredictorStack(nn.ModuleList):
                     "no other predictor was trained on the interval of a dropped one"
                 )
             # 1e-6: a time such as 3 * (1 / 6), or one in float32, must not fall short of its interval.
-            u = unshifted_time(t, self.shift)
+            u = unwarped_time(t, self.rate)
             return [min(int(u * len(self) + 1e-6), len(self) - 1)]
         wrong = [d for d in chosen if not 0 <= d < len(self)]
         if wrong:

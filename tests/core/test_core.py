@@ -15,8 +15,8 @@ from dfm_d2.core import (
     SolverStep,
     endpoint_field,
     keyed_normal,
-    shifted_grid,
     stream_key,
+    warped_grid,
 )
 
 DTYPES = [torch.float32, torch.float64]
@@ -45,7 +45,7 @@ def test_path_refuses_what_does_not_agree():
 def test_a_constant_endpoint_is_reached_exactly(method, num_steps):
     target = torch.randn(2, 3, 4)
     field = endpoint_field(lambda x, t: target)
-    found = ODESolver(method).sample(field, torch.randn(2, 3, 4), shifted_grid(num_steps))
+    found = ODESolver(method).sample(field, torch.randn(2, 3, 4), warped_grid(num_steps))
     assert torch.equal(found.x, target)
 
 
@@ -61,7 +61,7 @@ def test_order_of_convergence(method, order):
     errors = []
     for num_steps in (20, 40):
         # Up to t = 0.8: Heun's step to t = 1 is Euler by design.
-        grid = [0.8 * t for t in shifted_grid(num_steps)]
+        grid = [0.8 * t for t in warped_grid(num_steps)]
         x = ODESolver(method).sample(_decay, x_0, grid).x
         errors.append(abs(x.item() - math.exp(-0.8)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)

@@ -34,7 +34,7 @@ BAD = {
         ["MODEL.DFM.SAMPLER.PREDICTORS", "[0]"],
         "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
     ),
-    "time shift": (["MODEL.DFM.TIME_SHIFT", "6e9"], "TIME_SHIFT is 6000000000.0; it must be .* at most 1000"),
+    "time rate": (["MODEL.DFM.TIME_RATE", "60.0"], "TIME_RATE is 60.0; it must be from 0"),
     "gamma": (["MODEL.DFM.LOSS.FOCAL_GAMMA", "0.5"], "set 0 or at least 1"),
     "alpha": (["MODEL.DFM.LOSS.FOCAL_ALPHA", "-3.0"], "FOCAL_ALPHA is -3.0"),
     "three box weights": (["MODEL.DFM.HEAD.BOX_WEIGHTS", "(1.0, 1.0, 1.0)"], "must be 4 numbers above 0"),
@@ -52,8 +52,6 @@ BAD = {
             "joint",
             "MODEL.DFM.TIME",
             "shared",
-            "MODEL.DFM.SAMPLER.PREDICTORS",
-            "[0]",
         ],
         "CascadeDetector asks all its heads in a row",
     ),
@@ -104,4 +102,4 @@ def test_every_least_value_holds(key):
 
 
 def test_a_whole_number_will_do_for_a_float():
-    assert load_config(SHAPES, ["MODEL.DFM.TIME_SHIFT", "1"]).MODEL.DFM.TIME_SHIFT == 1.0
+    assert load_config(SHAPES, ["MODEL.DFM.TIME_RATE", "1"]).MODEL.DFM.TIME_RATE == 1.0

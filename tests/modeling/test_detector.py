@@ -94,12 +94,19 @@ def test_disagreement_is_none_where_a_predictor_would_choose_as_all_do(make_mode
     assert float(other) == 1.0
 
 
-def test_a_cascade_of_partitioned_time_is_trained_where_inference_begins(make_model, make_input):
-    for time, spread in (("partitioned", False), ("shared", True)):
-        prepared = make_model("CascadeDetector", TIME=time).prepare([make_input("a"), make_input("b")], 0)
-        t = torch.stack([sample.t for sample in prepared.samples])
-        assert bool((t > 0).all()) is spread and bool((t == t[0]).all())
-        assert prepared.gt_index is None
+@pytest.mark.parametrize("meta_architecture", ["FlowDetector", "CascadeDetector"])
+def test_images_from_noise_start_where_inference_does(make_model, make_input, meta_architecture):
+    inputs = [make_input(f"{i}") for i in range(30)]
+    for share in (0.0, 0.5, 1.0):
+        model = make_model(meta_architecture, FROM_NOISE=share)
+        samples = model.prepare(inputs, 0).samples
+        started = samples[0].t == 0
+        assert abs(float(started.float().mean()) - share) < 0.3
+        for d, sample in enumerate(samples):
+            begin = model.sampler.settings.grid[d] if meta_architecture == "FlowDetector" else 0.0
+            torch.testing.assert_close(sample.t[started], torch.full_like(sample.t[started], begin))
+            assert (sample.t[~started] > begin).all()
+            torch.testing.assert_close(samples[0].x_t[started], samples[0].x_0[started])
 
 
 def test_blocks_partition_the_trainable_parameters(make_model):
@@ -167,7 +174,7 @@ def test_one_class(make_model, make_input):
 
 
 def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_input):
-    model = make_model(TIME_SHIFT=1.0)
+    model = make_model(TIME_RATE=0.0)
     a, b = make_input("a"), make_input("b")
     together, alone = model.prepare([a, b], 3), model.prepare([b], 3)
     for d in range(3):
@@ -180,7 +187,7 @@ def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_inpu
 @pytest.mark.parametrize("settings", [{}, {"method": "heun", "steps": 5}, {"renewal_thresh": 0.9}])
 def test_a_batch_of_two_is_two_batches_of_one(make_model, make_input, meta_architecture, settings):
     # Heun's correction divides by 1 - t_next: with late times rounding would be what is compared.
-    model = make_model(meta_architecture, TIME_SHIFT=2.0)
+    model = make_model(meta_architecture, TIME_RATE=2.0)
     a, b = make_input("a"), make_input("b")
     both = _detections(model, [a, b], **settings)
     for item, found in zip((a, b), both):
@@ -243,7 +250,7 @@ def test_sampler_settings_are_checked(make_model):
 
 
 def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
-    model = make_model(TIME_SHIFT=1.0).eval()
+    model = make_model(TIME_RATE=0.0).eval()
     trajectory, sizes = model.trajectory([make_input()])
     assert trajectory.times == (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
     assert len(trajectory.states) == 4 and sizes.tolist() == [[48, 64]]
@@ -251,9 +258,9 @@ def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
 
 
 def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(make_model, make_input):
-    model = make_model(TIME_SHIFT=2.0).eval()
+    model = make_model(TIME_RATE=2.0).eval()
     grid = model.sampler.settings.grid
-    assert grid == (0.0, pytest.approx(1 / 2), pytest.approx(4 / 5), 1.0)
+    assert grid == (0.0, pytest.approx(0.5627, abs=1e-4), pytest.approx(0.8516, abs=1e-4), 1.0)
     assert [model.predictors.answering(t) for t in grid[:-1]] == [[0], [1], [2]]
     samples = model.prepare([make_input()], 0).samples
     assert all(grid[d] <= samples[d].t <= grid[d + 1] for d in range(3))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfm_d2.core import shifted_grid
+from dfm_d2.core import warped_grid
 from dfm_d2.predictors import FeaturePooler, FlowHead, PredictorStack, TimeEmbedding
 from dfm_d2.predictors.flow_head import INTERACTIONS
 
@@ -75,11 +75,11 @@ def test_time_embedding_tells_times_apart():
     assert torch.cdist(embedded, embedded).add(torch.eye(11)).min() > 1e-3
 
 
-@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 27.0, 1000.0])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 3.0, 9.0, 12.0])
 @pytest.mark.parametrize("num_predictors", [1, 3, 4, 6, 7])
-def test_partitioned_time_covers_the_unit_interval_once(num_predictors, shift):
-    stack = PredictorStack(lambda: torch.nn.Identity(), num_predictors, "partitioned", shift)
-    grid = shifted_grid(num_predictors, shift)
+def test_partitioned_time_covers_the_unit_interval_once(num_predictors, rate):
+    stack = PredictorStack(lambda: torch.nn.Identity(), num_predictors, "partitioned", rate)
+    grid = warped_grid(num_predictors, rate)
     for k in range(num_predictors):
         assert stack.answering(grid[k]) == [k]
         t = stack.training_time(k, torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
@@ -91,8 +91,8 @@ def test_partitioned_time_covers_the_unit_interval_once(num_predictors, shift):
 def test_time_of_a_grid_that_rounding_made_fall_short():
     stack = PredictorStack(lambda: torch.nn.Identity(), 6, "partitioned")
     assert stack.answering(3 * (1 / 6)) == [3] and stack.answering(0.8333333134651184) == [5]
-    with pytest.raises(ValueError, match="shift"):
-        PredictorStack(lambda: torch.nn.Identity(), 6, "partitioned", 0.0)
+    with pytest.raises(ValueError, match="rate"):
+        PredictorStack(lambda: torch.nn.Identity(), 6, "partitioned", -1.0)
 
 
 def test_shared_time_asks_all_or_those_chosen():

@@ -17,11 +17,12 @@ from dfm_kernels.reference.box_flow_update import (
 from dfm_kernels.reference.dynamic_interaction import dynamic_interaction
 from dfm_kernels.reference.flow_loss import FlowLoss, flow_loss, paired_giou, pairwise_giou
 from dfm_kernels.reference.multilevel_roi_align import assign_levels, multilevel_roi_align
-from dfm_kernels.reference.path_sample import path_sample
+from dfm_kernels.reference.path_sample import BoxPathSample, path_sample, sample_box_paths
 from dfm_kernels.reference.philox import philox_4x32, philox_normal, philox_uniform
 
 __all__ = [
     "BoxFlowUpdate",
+    "BoxPathSample",
     "FlowLoss",
     "aggregate",
     "assign_levels",
@@ -40,6 +41,7 @@ __all__ = [
     "philox_4x32",
     "philox_normal",
     "philox_uniform",
+    "sample_box_paths",
     "signal_to_boxes_xyxy",
     "signal_to_cxcywh",
     "velocity_from_endpoint",

@@ -1,0 +1,124 @@
+"""Compiling the kernels without a GPU: registers, spills and shared memory of what ships."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+import triton.backends.nvidia.compiler as nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dfm_kernels.triton import box_flow_update, path_sample
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Parameters by the ends of their names; the rest are float32 numbers.
+_TYPES = {"_ptr": "*fp32", "_stride": "i32"}
+_INTEGER_POINTERS = {"seed_ptr": "*i64", "offset_ptr": "*i64"}
+
+
+class Configuration(NamedTuple):
+    """One kernel as it is launched. name: for people. answers: dtype of raw answers and logits."""
+
+    name: str
+    kernel: triton.JITFunction
+    constants: dict
+    answers: str = "fp32"
+
+
+class Compiled(NamedTuple):
+    """registers a thread. spills: bytes of stores and loads (of vector registers on gfx942). shared: bytes."""
+
+    configuration: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every configuration that ships: 1, 20, 80 and 1203 classes; both predictions and aggregations."""
+    for num_classes in (1, 20, 80, 1203):
+        block_m, block_k = box_flow_update.block_sizes(num_classes)
+        for velocity in (False, True):
+            for confidence in (False, True):
+                for answers in ("fp32", "bf16"):
+                    yield Configuration(
+                        f"box_flow_update K={num_classes} "
+                        f"{'velocity' if velocity else 'endpoint'} "
+                        f"{'confidence' if confidence else 'uniform'} {answers}",
+                        box_flow_update._box_flow_update_fwd_kernel,
+                        {
+                            "VELOCITY": velocity,
+                            "CONFIDENCE": confidence,
+                            "BLOCK_M": block_m,
+                            "BLOCK_K": block_k,
+                        },
+                        answers,
+                    )
+    yield Configuration(
+        "sample_box_paths", path_sample._path_sample_fwd_kernel, {"BLOCK_M": path_sample._BLOCK_M}
+    )
+
+
+def compile_for(configuration: Configuration, target: str) -> Compiled:
+    """Compile one configuration for one of TARGETS.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET), or the assembler fails.
+    """
+    if not isinstance(configuration.kernel, triton.JITFunction):
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
+    signature = {name: _type_of(name, configuration) for name in configuration.kernel.arg_names}
+    source = ASTSource(configuration.kernel, signature, configuration.constants)
+    kernel = triton.compile(source, target=TARGETS[target])
+    if "ptx" in kernel.asm:
+        registers, spills = _assemble(kernel.asm["ptx"], target)
+    else:
+        counts = (".vgpr_count", ".vgpr_spill_count")
+        registers, spills = (
+            int(re.search(rf"{re.escape(key)}:\s*(\d+)", kernel.asm["amdgcn"])[1]) for key in counts
+        )
+    return Compiled(configuration.name, target, registers, spills, kernel.metadata.shared)
+
+
+def _type_of(name: str, configuration: Configuration) -> str:
+    if name in configuration.constants:
+        return "constexpr"
+    if name in ("answer_ptr", "logit_ptr"):
+        return f"*{configuration.answers}"
+    if name in _INTEGER_POINTERS:
+        return _INTEGER_POINTERS[name]
+    if name.startswith("num_"):
+        return "i32"
+    return next((kind for end, kind in _TYPES.items() if name.endswith(end)), "fp32")
+
+
+def _assemble(ptx: str, target: str) -> tuple[int, int]:
+    """Registers and bytes of spills that the assembler reports."""
+    folder = Path(nvidia.__file__).parent / "bin"
+    # For sm_90 Triton writes PTX that only the newer of its two assemblers reads, as sm_90a.
+    newer = folder / "ptxas-blackwell"
+    assembler = newer if newer.exists() else folder / "ptxas"
+    name = "sm_90a" if target == "sm_90" else target
+    with tempfile.TemporaryDirectory() as work:
+        (Path(work) / "kernel.ptx").write_text(ptx)
+        done = subprocess.run(
+            [assembler, "-v", f"--gpu-name={name}", f"{work}/kernel.ptx", "-o", f"{work}/kernel.cubin"],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{assembler.name} for {name}: {done.stderr.strip()}")
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill", done.stderr)
+    if registers is None or not spills:
+        raise RuntimeError(f"{assembler.name} does not say registers and spills: {done.stderr.strip()}")
+    return int(registers[1]), sum(map(int, spills))
