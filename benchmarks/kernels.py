@@ -102,6 +102,16 @@ def launches(run: Callable[[], object]) -> int:
     return sum(event.count for event in profiled.key_averages() if event.device_type.name == "CUDA")
 
 
+def peak_mib(run: Callable[[], object]) -> float:
+    """MiB that one call allocates at most at a time on the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> list[Row]:
     """Rows of one op at one size, after what will be timed has been compared with the reference."""
     case = OPS[op](*size, device)
@@ -127,27 +137,13 @@ def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> list[Row]:
         times = measure(run, device)
         rows.append(Row(op, name, "forward", "time", "ms", "size", label, *times, *tail))
         if device == "cuda":
-            share = 100 * clone[1] / times[1]
-            rows.append(
-                Row(
-                    op,
-                    name,
-                    "forward",
-                    "share of a clone's bandwidth",
-                    "%",
-                    "size",
-                    label,
-                    *[share] * 3,
-                    *tail,
-                )
-            )
-            number = float(launches(run))
-            rows.append(Row(op, name, "forward", "launches", "", "size", label, *[number] * 3, *tail))
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-            rows.append(Row(op, name, "forward", "peak memory", "MiB", "size", label, *[peak] * 3, *tail))
+            found = {
+                ("share of a clone's bandwidth", "%"): 100 * clone[1] / times[1],
+                ("launches", ""): float(launches(run)),
+                ("peak memory", "MiB"): peak_mib(run),
+            }
+            for (metric, unit), value in found.items():
+                rows.append(Row(op, name, "forward", metric, unit, "size", label, *[value] * 3, *tail))
     print(f"{op} {label}: " + ", ".join(f"{r.provider} {r.p50:.4f} ms" for r in rows if r.metric == "time"))
     return rows
 

@@ -34,7 +34,7 @@ class Configuration(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """registers a thread. spills: bytes of stores and loads (of vector registers on gfx942). shared: bytes."""
+    """registers a thread. spills: bytes of stores and loads (gfx942: vector registers). shared: bytes."""
 
     configuration: str
     target: str
@@ -82,10 +82,9 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
     if "ptx" in kernel.asm:
         registers, spills = _assemble(kernel.asm["ptx"], target)
     else:
-        counts = (".vgpr_count", ".vgpr_spill_count")
-        registers, spills = (
-            int(re.search(rf"{re.escape(key)}:\s*(\d+)", kernel.asm["amdgcn"])[1]) for key in counts
-        )
+        code = kernel.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
     return Compiled(configuration.name, target, registers, spills, kernel.metadata.shared)
 
 
