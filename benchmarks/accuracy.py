@@ -35,11 +35,10 @@ _SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
 VARIANTS: dict[str, list[str]] = {
     "local": [],
     "joint": ["MODEL.DFM.UPDATE", "joint"],
-    # The backprop twin; trained at every t as DiffusionDet is; and at t = 0 only, where inference begins.
+    # The backprop twin, trained at every t as DiffusionDet is; and at t = 0 only, where inference begins.
     "cascade": [*_CASCADE, *_ONE_STEP],
-    "cascade_any_t": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.FROM_NOISE", "0.0"],
     "cascade_t0": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.FROM_NOISE", "1.0"],
-    "from_noise_0": ["MODEL.DFM.FROM_NOISE", "0.0"],
+    "half_from_noise": ["MODEL.DFM.FROM_NOISE", "0.5"],
     # Later predictors trained on the path instead of where the earlier ones lead.
     "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],
     "half_on_policy": ["MODEL.DFM.ON_POLICY", "0.5"],
