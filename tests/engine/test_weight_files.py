@@ -121,6 +121,7 @@ def test_a_caffe2_file_is_matched_by_name(tmp_path):
     content = caffe2_names(50)
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": content}, protocol=2))
     detector = Detector(50)
+    detector.requires_grad_(True)  # the file has a few layers only, and what is frozen must be in it
     SafeCheckpointer(detector, preprocessing=FOR_MSRA).load(str(tmp_path / "R-50.pkl"))
     bottom_up = detector.backbone.bottom_up
     for key, value in (
