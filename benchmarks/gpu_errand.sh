@@ -27,6 +27,7 @@ run() {
     data="$(mktemp -d)"
     if [ -f "$CARRY/bccd.tar" ]; then tar -C "$data" -xf "$CARRY/bccd.tar"; fi
     python3 -m pytest -m gpu 2>&1 | tee "$out/gpu_tests.txt"
+    python3 benchmarks/kernels.py --device cuda --save
     python3 benchmarks/roi_align.py --device cuda
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128
     # shellcheck disable=SC2086
