@@ -35,6 +35,13 @@ class Case(NamedTuple):
     num_bytes: int
 
 
+class Gradients(NamedTuple):
+    """Of a loss by the logits and by the boxes."""
+
+    logits: torch.Tensor
+    boxes: torch.Tensor
+
+
 def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
     """Inference's step; answers and logits in float32."""
     x_t = torch.randn(b, n, 4, device=device)
@@ -71,7 +78,28 @@ def sample_box_paths(b: int, n: int, d: int, k: int, device: str) -> Case:
     )
 
 
-OPS = {"box_flow_update": box_flow_update, "sample_box_paths": sample_box_paths}
+def flow_loss(b: int, n: int, d: int, k: int, device: str) -> Case:
+    """Training's loss of one predictor, forward and backward, logits in float32; D does not enter."""
+    logits = torch.randn(b, n, k, device=device, requires_grad=True)
+    x_1_hat = torch.randn(b, n, 4, device=device, requires_grad=True)
+    target = torch.randn(b, n, 4, device=device)
+    classes = torch.randint(0, k + 1, (b, n), device=device)
+    t, normalizer = torch.rand(b, device=device), torch.tensor(float(b * n), device=device)
+    options = {"signal_scale": 2.0, "kind": "focal", "alpha": 0.25, "gamma": 2.0, "velocity_max": 25.0}
+
+    def gradients(loss: Callable, **more) -> Gradients:
+        terms = loss(logits, x_1_hat, classes, target, t, normalizer, **options, **more)
+        return Gradients(*torch.autograd.grad(sum(terms), (logits, x_1_hat)))
+
+    return Case(
+        lambda: gradients(reference.flow_loss),
+        lambda backend: gradients(ops.flow_loss, backend=backend),
+        4 * (2 * logits.numel() + 3 * x_1_hat.numel() + 2 * classes.numel()),
+    )
+
+
+OPS = {"box_flow_update": box_flow_update, "sample_box_paths": sample_box_paths, "flow_loss": flow_loss}
+MODES = {"flow_loss": "forward and backward"}
 
 
 def measure(run: Callable[[], object], device: str) -> tuple[float, float, float]:
@@ -114,7 +142,7 @@ def peak_mib(run: Callable[[], object]) -> float:
 
 def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> list[Row]:
     """Rows of one op at one size, after what will be timed has been compared with the reference."""
-    case = OPS[op](*size, device)
+    case, mode = OPS[op](*size, device), MODES.get(op, "forward")
     providers: dict[str, Callable[[], object]] = {"eager": case.eager}
     torch._dynamo.reset()
     providers["compile"] = torch.compile(case.eager)
@@ -132,10 +160,10 @@ def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> list[Row]:
     label = "B={} N={} D={} K={}".format(*size)
     source = torch.empty(case.num_bytes // 2 // 4, device=device)  # a clone reads and writes
     clone = measure(source.clone, device)
-    rows = [Row(op, "clone of as many bytes", "forward", "time", "ms", "size", label, *clone, *tail)]
+    rows = [Row(op, "clone of as many bytes", mode, "time", "ms", "size", label, *clone, *tail)]
     for name, run in providers.items():
         times = measure(run, device)
-        rows.append(Row(op, name, "forward", "time", "ms", "size", label, *times, *tail))
+        rows.append(Row(op, name, mode, "time", "ms", "size", label, *times, *tail))
         if device == "cuda":
             found = {
                 ("share of a clone's bandwidth", "%"): 100 * clone[1] / times[1],
@@ -143,7 +171,7 @@ def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> list[Row]:
                 ("peak memory", "MiB"): peak_mib(run),
             }
             for (metric, unit), value in found.items():
-                rows.append(Row(op, name, "forward", metric, unit, "size", label, *[value] * 3, *tail))
+                rows.append(Row(op, name, mode, metric, unit, "size", label, *[value] * 3, *tail))
     print(f"{op} {label}: " + ", ".join(f"{r.provider} {r.p50:.4f} ms" for r in rows if r.metric == "time"))
     return rows
 

@@ -93,7 +93,7 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
     # How the D answers of TIME "shared" are averaged.
     dfm.AGGREGATION = "uniform"  # "uniform" | "confidence"
-    # "triton": kernels where there are any (inference's box-flow update so far), an error where they cannot
+    # "triton": kernels where there are any (box-flow update, flow loss), an error where they cannot
     # run; "auto": for CUDA tensors only. "torch" stays the default until they have been measured on a GPU.
     dfm.KERNELS = "torch"  # "auto" | "torch" | "triton"
     # Who is updated when (docs/math.md, section 5).

@@ -52,6 +52,7 @@ def detector_arguments(cfg) -> dict:
             focal_alpha=loss.FOCAL_ALPHA,
             focal_gamma=loss.FOCAL_GAMMA,
             velocity_max=loss.VELOCITY_MAX,
+            backend=dfm.KERNELS,
         ),
         "assigner": DynamicK(
             signal_scale=dfm.SIGNAL_SCALE,

@@ -1,6 +1,7 @@
 """The ops of the flow head: each chooses between its reference and its Triton kernel (see dispatch)."""
 
 from dfm_kernels.ops.box_flow_update import box_flow_update
+from dfm_kernels.ops.flow_loss import flow_loss
 from dfm_kernels.ops.path_sample import sample_box_paths
 
-__all__ = ["box_flow_update", "sample_box_paths"]
+__all__ = ["box_flow_update", "flow_loss", "sample_box_paths"]

@@ -12,7 +12,7 @@ import triton.backends.nvidia.compiler as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfm_kernels.triton import box_flow_update, path_sample
+from dfm_kernels.triton import box_flow_update, flow_loss, path_sample
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -21,7 +21,7 @@ TARGETS = {
 }
 # Parameters by the ends of their names; the rest are float32 numbers.
 _TYPES = {"_ptr": "*fp32", "_stride": "i32"}
-_INTEGER_POINTERS = {"seed_ptr": "*i64", "offset_ptr": "*i64"}
+_INTEGER_POINTERS = {"seed_ptr": "*i64", "offset_ptr": "*i64", "class_ptr": "*i64"}
 
 
 class Configuration(NamedTuple):
@@ -44,8 +44,8 @@ class Compiled(NamedTuple):
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every configuration that ships: 1, 20, 80 and 1203 classes; both predictions and aggregations."""
-    for num_classes in (1, 20, 80, 1203):
+    """VOC, COCO and LVIS classes, every variant of every kernel, float32 and bfloat16 answers."""
+    for num_classes in (20, 80, 1203):
         block_m, block_k = box_flow_update.block_sizes(num_classes)
         for velocity in (False, True):
             for confidence in (False, True):
@@ -60,6 +60,22 @@ def configurations() -> Iterator[Configuration]:
                             "CONFIDENCE": confidence,
                             "BLOCK_M": block_m,
                             "BLOCK_K": block_k,
+                        },
+                        answers,
+                    )
+    for num_classes in (20, 80):  # from there on the tile is the same
+        for kind in ("focal", "quality_focal"):
+            for gradients in (False, True):
+                for answers in ("fp32", "bf16"):
+                    yield Configuration(
+                        f"flow_loss K={num_classes} {kind} "
+                        f"{'with' if gradients else 'without'} gradients {answers}",
+                        flow_loss._flow_loss_kernel,
+                        {
+                            "QUALITY": kind == "quality_focal",
+                            "GRADIENTS": gradients,
+                            "BLOCK_M": flow_loss._BLOCK_M,
+                            "BLOCK_K": flow_loss.block_k(num_classes),
                         },
                         answers,
                     )
