@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import Boxes, Instances, build_model, get_cfg
 

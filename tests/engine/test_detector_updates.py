@@ -6,7 +6,6 @@ import copy
 import pytest
 from toy_model import toy_config
 
-import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.engine.block_optimizer import build_block_optimizer
 from dfm_d2.engine.local_update import build_update
 
