@@ -66,7 +66,7 @@ def draw_predictions(
     truths: Sequence[Sequence[tuple[Sequence[float], int]]],
     detections: Sequence[Instances],
     class_names: Sequence[str],
-    score_thresh: float = 0.4,
+    score_thresh: float = 0.3,
 ) -> Path:
     """Ground truth (upper row) beside detections above `score_thresh` (lower row), one column an image.
 
@@ -99,7 +99,7 @@ def draw_flow(
     item: dict,
     image: np.ndarray,
     class_names: Sequence[str],
-    score_thresh: float = 0.4,
+    score_thresh: float = 0.3,
 ) -> Path:
     """Every proposal of one image at every time of the solver's grid, then what is left after NMS.
 

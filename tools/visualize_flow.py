@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--image", nargs="+", default=[], help="image files; else the first of DATASETS.TEST")
     parser.add_argument("--number", type=int, default=6, help="images of predictions.png")
-    parser.add_argument("--score", type=float, default=0.4, help="least score that is drawn")
+    parser.add_argument("--score", type=float, default=0.3, help="least score that is drawn")
     parser.add_argument("--out", default="", help="folder of the pictures; else OUTPUT_DIR")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args(arguments)

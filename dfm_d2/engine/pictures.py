@@ -21,7 +21,7 @@ def write_pictures(
     folder: str | Path,
     image_files: Sequence[str] = (),
     number: int = 6,
-    score_thresh: float = 0.4,
+    score_thresh: float = 0.3,
 ) -> list[Path]:
     """Write predictions.png of `number` images and flow.png of the one with the most objects among them.
 
