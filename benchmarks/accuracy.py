@@ -6,8 +6,9 @@ python benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --de
     --opts DATASETS.VOC_ROOT ../shared/data/bccd
     --variants local cascade      only these trainings (the names are printed by --help)
 
-Resumable: a training that is done is not run again, one that was interrupted continues. Every (variant,
-seed) is trained in a process of its own under output/accuracy/ and then evaluated with several samplers.
+Resumable: a training that is done is not run again (only samplers that it lacks), one that was interrupted
+continues. Every (variant, seed) is trained in a process of its own under output/accuracy/ and then evaluated
+with several samplers.
 """
 
 import argparse
@@ -70,6 +71,7 @@ SAMPLERS: dict[str, dict] = {
     "steps_8": {"steps": 8},
     "heun_4": {"steps": 4, "method": "heun"},
     "fresh_noise_4x1": {"steps": 1, "noise_passes": 4},
+    "fresh_noise_4x4": {"steps": 4, "noise_passes": 4},
     "ensemble_4": {"steps": 4, "ensemble_steps": True},
     "renewal_4": {"steps": 4, "renewal_thresh": 0.3},
 }
@@ -88,12 +90,15 @@ def run_one(config: str, opts: list[str], out: str, samplers: list[str]) -> None
     started = time.perf_counter()
     train(cfg, classes, resume=True)
     seconds = time.perf_counter() - started
+    before = read_result(out)
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(Path(out) / "model_final.pth")
     cfg.freeze()
     model = load_for_inference(cfg, classes)
-    settings, scores = model.sampler.settings, {}
+    settings, scores = model.sampler.settings, before.get("samplers", {})
     for name in samplers:
+        if name in scores:
+            continue
         model.sampler.settings = dataclasses.replace(settings, **SAMPLERS[name])
         begun = time.perf_counter()
         found = evaluate(cfg, model)["bbox"]
@@ -107,9 +112,17 @@ def run_one(config: str, opts: list[str], out: str, samplers: list[str]) -> None
         "device": device_name(cfg.MODEL.DEVICE), "iterations": cfg.SOLVER.MAX_ITER,
         "disagreement": last_disagreement(Path(out) / "metrics.json"),
     }  # fmt: skip
+    # Of a training that was done, only samplers are new.
+    result |= {key: value for key, value in before.items() if key != "samplers"}
     partial = Path(out) / "result.json.partial"
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(Path(out) / "result.json")
+
+
+def read_result(out: str | Path) -> dict:
+    """What is known of a training already; empty if it is not done."""
+    file = Path(out) / "result.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def last_disagreement(metrics: Path) -> float | None:
@@ -126,8 +139,7 @@ def train_variant(args: argparse.Namespace, variant: str, seed: int) -> dict:
     """The result of one training, from its file if it is done already."""
     name = Path(args.config).stem
     out = ROOT / "output" / "accuracy" / (args.name or name) / variant / f"seed{seed}"
-    file = out / "result.json"
-    if not file.exists():
+    if not set(args.samplers) <= set(read_result(out).get("samplers", {})):
         opts = [*args.opts, *VARIANTS[variant], "SEED", str(seed), "MODEL.DFM.SEED", str(seed)]
         if args.device:
             opts += ["MODEL.DEVICE", args.device]
@@ -137,7 +149,7 @@ def train_variant(args: argparse.Namespace, variant: str, seed: int) -> dict:
         with (out / "stdout.txt").open("a") as log:
             print(f"training {variant}, seed {seed}: {out}", flush=True)
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
-    return json.loads(file.read_text())
+    return read_result(out)
 
 
 def main() -> None:
@@ -172,7 +184,7 @@ def summarize(args: argparse.Namespace, variant: str, results: list[dict]) -> li
     tail = (first["device"], torch.__version__, first["commit"])
     seeds = f"seeds 0-{len(results) - 1}, {first['iterations']} iterations"
     rows = []
-    for sampler in first["samplers"]:
+    for sampler in args.samplers:
         for metric in METRICS:
             values = [r["samplers"][sampler][metric] for r in results if metric in r["samplers"][sampler]]
             if values:
