@@ -29,6 +29,7 @@ run() {
     python3 -m pytest -m gpu 2>&1 | tee "$out/gpu_tests.txt"
     python3 benchmarks/kernels.py --device cuda --save
     python3 benchmarks/roi_align.py --device cuda
+    python3 benchmarks/sampler.py --device cuda --save
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128
     # shellcheck disable=SC2086
     python3 benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda \
@@ -38,7 +39,7 @@ run() {
         python3 benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda --name bccd_cuda \
             ${EXTRA:-} --opts DATASETS.VOC_ROOT "$data/bccd"
     fi
-    cp benchmarks/results/*cuda*.csv "$out/"
+    cp benchmarks/results/*cuda* "$out/"
 }
 
 case "${1:-}" in

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torchvision.ops import roi_align
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "kernels"), str(Path(__file__).resolve().parent)]
 
+from dfm_kernels import ops  # noqa: E402
 from dfm_kernels.reference import assign_levels, multilevel_roi_align  # noqa: E402
 from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
 
@@ -76,7 +78,11 @@ def main() -> None:
         boxes = torch.rand(images, proposals, 4, generator=generator)
         boxes[..., 2:] = boxes[..., :2] + boxes[..., 2:] * (1 - boxes[..., :2])
         boxes = (boxes * torch.tensor([width, height, width, height])).to(args.device)
-        for provider, op in (("torchvision", by_level), ("embedding_bag", multilevel_roi_align)):
+        providers = [("torchvision", by_level), ("embedding_bag", multilevel_roi_align)]
+        if args.device == "cuda":
+            # Its time includes bringing the features to channels_last.
+            providers.append(("triton", partial(ops.multilevel_roi_align, backend="triton")))
+        for provider, op in providers:
             for mode in ("forward", "both"):
 
                 def run(op=op, mode=mode, features=features, boxes=boxes, grid=grid, samples=samples) -> None:

@@ -72,15 +72,15 @@ def commit() -> str:
 def save_rows(name: str, rows: Iterable[Row]) -> Path:
     """Write benchmarks/results/<name>.csv; print each row's gist. Returns the path.
 
-    Rows of providers that are not among `rows` are kept: they were measured by another call.
+    Rows of pairs of op and provider that are not among `rows` are kept: another call measured them.
     """
     path, rows = RESULTS / f"{name}.csv", list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if path.exists():
         with path.open(newline="") as file:
-            measured = {row.provider for row in rows}
-            kept = [old for old in csv.DictReader(file) if old["provider"] not in measured]
+            measured = {(row.op, row.provider) for row in rows}
+            kept = [old for old in csv.DictReader(file) if (old["op"], old["provider"]) not in measured]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()

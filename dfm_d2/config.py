@@ -93,8 +93,9 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.PREDICTION = "endpoint"  # "endpoint" | "velocity"
     # How the D answers of TIME "shared" are averaged.
     dfm.AGGREGATION = "uniform"  # "uniform" | "confidence"
-    # "triton": kernels where there are any (box-flow update, flow loss), an error where they cannot
-    # run; "auto": for CUDA tensors only. "torch" stays the default until they have been measured on a GPU.
+    # "triton": the kernels of docs/kernels.md, an error where one cannot run; "auto": for CUDA tensors that
+    # they take. With either the sampler is one CUDA graph for each padded shape that comes back (but with
+    # SAMPLER.RENEWAL_THRESH). "torch" stays the default until they have been measured on a GPU.
     dfm.KERNELS = "torch"  # "auto" | "torch" | "triton"
     # Who is updated when (docs/math.md, section 5).
     dfm.UPDATE = "sequential"  # "sequential" | "joint"

@@ -3,7 +3,7 @@
 Shapes: B images, N proposals, D predictors, C channels, K classes, G ground-truth boxes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from dfm_kernels.reference import BoxFlowUpdate
@@ -254,9 +254,18 @@ class FlowDetector(nn.Module):
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
         ids = self._image_ids(batched_inputs)
-        flow = self._flow(self._features(images), image_sizes)
-        candidates = self.sampler.sample(flow, image_sizes, ids)
+        features = self._features(images)
+        candidates = self.sampler.sample(self._flow, features, image_sizes, ids, self._graph_owner())
         return detections(candidates, self.space, image_sizes, batched_inputs, self.sampler.settings)
+
+    def _graph_owner(self) -> Hashable | None:
+        """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
+        # The reference's RoIAlign brings numbers of the host to the device, which a graph cannot record.
+        recording = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if self.device.type != "cuda" or self.flow.backend == "torch" or self.training or recording:
+            return None
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return autocast, tuple(p.data_ptr() for p in self.predictors.parameters())
 
     @torch.no_grad()
     def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
@@ -298,4 +307,8 @@ class FlowDetector(nn.Module):
 
     def _features(self, images: ImageList) -> list[Tensor]:
         features = self.backbone(images.tensor)
-        return [features[name].float() for name in self.in_features]
+        found = [features[name].float() for name in self.in_features]
+        if self.flow.backend == "torch":
+            return found
+        # The RoIAlign kernel reads pixels of all channels: laid out once here, not once a predictor and step.
+        return [f.contiguous(memory_format=torch.channels_last) for f in found]

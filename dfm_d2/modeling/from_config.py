@@ -120,6 +120,7 @@ def _predictors(cfg, backbone) -> PredictorStack:
         output_size=head.POOLER_RESOLUTION,
         sampling_ratio=head.POOLER_SAMPLING_RATIO,
         canonical_size=head.POOLER_CANONICAL_SIZE,
+        backend=dfm.KERNELS,
     )
 
     def make_head() -> FlowHead:

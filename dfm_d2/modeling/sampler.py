@@ -3,8 +3,8 @@
 Shapes: B images, N proposals, D predictors, K classes, M candidate detections.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from dfm_d2.core import BoxSpace, ODESolver, SolverStep, Trajectory, keyed_norma
 from dfm_d2.core.noise import STREAM_BACKGROUND
 from dfm_d2.core.solver import check_grid, warped_grid
 from dfm_d2.losses.coupling import BACKGROUND_STD
+from dfm_d2.modeling.captured import GraphCache
 
 # (x_t (B, N, 4), boxes_xyxy (B, N, 4), t, t_next) -> one step of the flow on the features of these images.
 Flow = Callable[[Tensor, Tensor, float, float], BoxFlowUpdate]
@@ -73,18 +74,46 @@ class BoxSampler:
 
     Args:
         space: the box space. settings: may be replaced between calls.
+        graphs: of the shapes that were captured.
     """
 
     space: BoxSpace
     settings: SamplerSettings
+    graphs: GraphCache = field(default_factory=GraphCache)
 
-    def sample(self, flow: Flow, image_sizes: Tensor, image_ids: Sequence[int | str]) -> Candidates:
-        """Candidates of all noise passes (and, with `ensemble_steps`, of all steps), concatenated."""
+    def sample(
+        self,
+        make_flow: Callable[[Sequence[Tensor], Tensor], Flow],
+        features: Sequence[Tensor],
+        image_sizes: Tensor,
+        image_ids: Sequence[int | str],
+        owner: Hashable | None = None,
+    ) -> Candidates:
+        """Candidates of all noise passes (and, with `ensemble_steps`, of all steps), concatenated.
+
+        Args:
+            make_flow: of features (L maps) and image sizes `(B, 2)` height, width.
+            owner: what the flow depends on besides, see GraphCache; None: not to be captured.
+        """
+        settings = self.settings
+
+        def run(x_0: Tensor, image_sizes: Tensor, *features: Tensor) -> Candidates:
+            flow = make_flow(features, image_sizes)
+            trajectory = self._integrate(flow, x_0, image_sizes, keys, settings.ensemble_steps)
+            steps = trajectory.steps if settings.ensemble_steps else [trajectory.last]
+            found = [(step.x_1_hat, step.info.class_probs) for step in steps]
+            return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found)))
+
         found = []
-        for noise_pass in range(self.settings.noise_passes):
-            trajectory = self.trajectory(flow, image_sizes, image_ids, noise_pass)
-            steps = trajectory.steps if self.settings.ensemble_steps else [trajectory.last]
-            found += [Candidates(step.x_1_hat, step.info.class_probs) for step in steps]
+        for noise_pass in range(settings.noise_passes):
+            keys = self._keys(image_ids, noise_pass)
+            x_0 = keyed_normal(keys, settings.num_proposals, device=image_sizes.device)
+            inputs = (x_0, image_sizes, *features)
+            # Renewal's noise is made on the host for these very images.
+            if owner is None or settings.renewal_thresh > 0:
+                found.append(run(*inputs))
+            else:
+                found.append(Candidates(*self.graphs((owner, repr(settings)), run, inputs)))
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found)))
 
     def trajectory(
@@ -101,12 +130,22 @@ class BoxSampler:
             image_sizes: `(B, 2)` height, width.
             return_intermediates: keep states and steps; `ensemble_steps` keeps them too.
         """
+        keys = self._keys(image_ids, noise_pass)
+        x_0 = keyed_normal(keys, self.settings.num_proposals, device=image_sizes.device)
+        return self._integrate(
+            flow, x_0, image_sizes, keys, return_intermediates or self.settings.ensemble_steps
+        )
+
+    def _keys(self, image_ids: Sequence[int | str], noise_pass: int) -> list[int]:
+        return [stream_key("sampler", self.settings.seed, image_id, noise_pass) for image_id in image_ids]
+
+    def _integrate(
+        self, flow: Flow, x_0: Tensor, image_sizes: Tensor, keys: Sequence[int], return_intermediates: bool
+    ) -> Trajectory:
         settings = self.settings
-        keys = [stream_key("sampler", settings.seed, image_id, noise_pass) for image_id in image_ids]
-        x_0 = keyed_normal(keys, settings.num_proposals, device=image_sizes.device)
         last: list[SolverStep] = []
 
-        def field(x_t: Tensor, t: float, t_next: float) -> SolverStep:
+        def velocity_field(x_t: Tensor, t: float, t_next: float) -> SolverStep:
             # The last update has already made the pixel boxes of the state that it led to.
             if last and last[0].x_next is x_t:
                 boxes_xyxy = last[0].info.boxes_xyxy
@@ -121,10 +160,10 @@ class BoxSampler:
             return self._renew(x, step.info.class_probs, t_next, keys)
 
         return ODESolver(settings.method).sample(
-            field,
+            velocity_field,
             x_0,
             settings.grid,
-            return_intermediates=return_intermediates or settings.ensemble_steps,
+            return_intermediates=return_intermediates,
             after_step=renew if settings.renewal_thresh > 0 else None,
         )
 

@@ -70,5 +70,7 @@ class PredictorStack(nn.ModuleList):
         self, indices: Sequence[int], features: Sequence[Tensor], boxes_xyxy: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Raw box answers `(D', B, N, 4)` and class logits `(D', B, N, K)` of some predictors."""
-        answers = [self[d](features, boxes_xyxy, x_t, t) for d in indices]
+        # They all look at the same boxes, and share one pooler.
+        pooled = self[indices[0]].pooler(features, boxes_xyxy)
+        answers = [self[d].answer(pooled, x_t, t) for d in indices]
         return torch.stack([a.boxes for a in answers]), torch.stack([a.class_logits for a in answers])

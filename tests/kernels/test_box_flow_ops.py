@@ -190,26 +190,3 @@ def test_triton_where_it_cannot_run_is_an_error_and_auto_takes_the_reference():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "BackendError: op: the Triton kernel was asked for" in done.stderr
     assert not use_triton("op", "auto", torch.zeros(1), "reasons")
-
-
-def test_a_detector_with_the_flow_loss_kernel_has_the_same_losses(make_model, make_input, kernel_device):
-    losses = {}
-    for backend in ("torch", "triton"):
-        model = make_model(KERNELS=backend, LOSS__VELOCITY_WEIGHT=0.5).to(kernel_device)
-        prepared = model.prepare([make_input("a"), make_input("b", boxes=())], 0)
-        losses[backend] = model.all_losses(model.extract_features(prepared), prepared)
-    for name, value in losses["torch"].items():
-        torch.testing.assert_close(losses["triton"][name], value, rtol=1e-5, atol=1e-6)
-        assert losses["triton"][name].requires_grad
-
-
-def test_a_detector_with_the_box_flow_update_kernel_finds_the_same(make_model, make_input, kernel_device):
-    found = {}
-    for backend in ("torch", "triton"):
-        model = make_model(KERNELS=backend, TIME_RATE=3.0).eval().to(kernel_device)
-        found[backend] = model([make_input("a"), make_input("b", size=(40, 64))])
-    for a, b in zip(found["torch"], found["triton"]):
-        a, b = a["instances"], b["instances"]
-        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-5)
-        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=0.01)
-        assert torch.equal(a.pred_classes, b.pred_classes)

@@ -115,7 +115,8 @@ def decode_endpoint(
     if prediction != "endpoint":
         raise ValueError(f"prediction must be 'endpoint' or 'velocity', got {prediction!r}")
     proposal = _proposal_cxcywh(x_t, signal_scale)
-    delta = answer / torch.as_tensor(box_weights, dtype=answer.dtype, device=answer.device)
+    # A tensor of the weights would have to be brought to the device.
+    delta = torch.stack([a / w for a, w in zip(answer.unbind(-1), box_weights)], dim=-1)
     center = proposal[..., :2] + delta[..., :2] * proposal[..., 2:]
     size = proposal[..., 2:] * torch.exp(delta[..., 2:].clamp(max=MAX_LOG_SCALE))
     return boxes_to_signal(torch.cat([center, size], dim=-1), signal_scale)

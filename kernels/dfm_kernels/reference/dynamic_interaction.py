@@ -1,11 +1,19 @@
 """Box-feature interaction by a convolution whose weights each query makes (Sparse R-CNN, arXiv 2011.12450).
 
-Shapes: M queries, P^2 positions of the RoI grid, C channels, H dynamic channels.
+Shapes: M queries, P^2 positions of the RoI grid, C channels, H dynamic channels, D sets of norms.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
+
+
+def _norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm of `(M, P^2, C)`; with gain and bias `(D, C)`, query m takes set `m // (M / D)`."""
+    if gain.dim() == 1:
+        return layer_norm(x, x.shape[-1:], gain, bias)
+    gain, bias = (v.repeat_interleave(len(x) // len(gain), dim=0)[:, None] for v in (gain, bias))
+    return layer_norm(x, x.shape[-1:]) * gain + bias
 
 
 def dynamic_interaction(
@@ -19,10 +27,11 @@ def dynamic_interaction(
 
     Args:
         roi: `(M, P^2, C)`. weight_in: `(M, C, H)`. weight_out: `(M, H, C)`.
-        norm_in, norm_out: weight and bias of the LayerNorms, `(H,)` and `(C,)`.
+        norm_in, norm_out: weight and bias of the LayerNorms, `(H,)` and `(C,)`; or, where M holds the queries
+            of D predictors one after another, `(D, H)` and `(D, C)`.
 
     Returns:
         `(M, P^2, C)`.
     """
-    hidden = torch.relu(layer_norm(torch.bmm(roi, weight_in), weight_in.shape[-1:], *norm_in))
-    return torch.relu(layer_norm(torch.bmm(hidden, weight_out), weight_out.shape[-1:], *norm_out))
+    hidden = torch.relu(_norm(torch.bmm(roi, weight_in), *norm_in))
+    return torch.relu(_norm(torch.bmm(hidden, weight_out), *norm_out))

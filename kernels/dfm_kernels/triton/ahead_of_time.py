@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.backends.nvidia.compiler as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfm_kernels.triton import box_flow_update, flow_loss, path_sample
+from dfm_kernels.triton import (
+    box_flow_update,
+    dynamic_interaction,
+    flow_loss,
+    multilevel_roi_align,
+    path_sample,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -21,16 +28,23 @@ TARGETS = {
 }
 # Parameters by the ends of their names; the rest are float32 numbers.
 _TYPES = {"_ptr": "*fp32", "_stride": "i32"}
+# Pointers to the dtype of a configuration: raw answers, logits, features, grids, the matrices of queries.
+_VALUE_POINTERS = {
+    *("answer_ptr", "logit_ptr", "pooled_ptr", *(f"level{i}_ptr" for i in range(5))),
+    *("roi_ptr", "weight_in_ptr", "weight_out_ptr", "mixed_ptr", "d_mixed_ptr"),
+    *("d_roi_ptr", "d_weight_in_ptr", "d_weight_out_ptr"),
+}
 _INTEGER_POINTERS = {"seed_ptr": "*i64", "offset_ptr": "*i64", "class_ptr": "*i64"}
 
 
 class Configuration(NamedTuple):
-    """One kernel as it is launched. name: for people. answers: dtype of raw answers and logits."""
+    """One kernel as it is launched. name: for people. values: dtype of what _VALUE_POINTERS name."""
 
     name: str
     kernel: triton.JITFunction
     constants: dict
-    answers: str = "fp32"
+    values: str = "fp32"
+    options: dict = {}
 
 
 class Compiled(NamedTuple):
@@ -82,6 +96,57 @@ def configurations() -> Iterator[Configuration]:
     yield Configuration(
         "sample_box_paths", path_sample._path_sample_fwd_kernel, {"BLOCK_M": path_sample._BLOCK_M}
     )
+    yield from _roi_align_configurations()
+    yield from _interaction_configurations()
+
+
+def _roi_align_configurations() -> Iterator[Configuration]:
+    """Four levels of 128 and 256 channels, fixed and adaptive samples; the backward is in float32 only."""
+    for channels, cells, samples in ((128, 5, 1), (256, 7, 2), (256, 7, 0)):
+        for backward, values in ((False, "fp32"), (False, "bf16"), (True, "fp32")):
+            yield Configuration(
+                f"multilevel_roi_align C={channels} P={cells} S={samples} "
+                f"{'backward' if backward else 'forward'} {values}",
+                multilevel_roi_align._roi_align_kernel,
+                {
+                    "NUM_LEVELS": 4,
+                    "P": cells,
+                    "SAMPLES": samples,
+                    "BACKWARD": backward,
+                    "BLOCK_CELLS": multilevel_roi_align._BLOCK_CELLS,
+                    "BLOCK_C": multilevel_roi_align.block_c(channels),
+                },
+                values,
+            )
+
+
+def _interaction_configurations() -> Iterator[Configuration]:
+    """Small and full heads; float32 is multiplied as TF32."""
+    module = dynamic_interaction
+    for cells, channels, hidden in ((25, 128, 32), (49, 256, 64)):
+        for values, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            shape = (cells, channels, hidden, dtype)
+            size = f"P^2={cells} C={channels} H={hidden}"
+            for statistics in (False, True):
+                yield Configuration(
+                    f"dynamic_interaction {size} forward{' and statistics' * statistics} {values}",
+                    module._dynamic_interaction_fwd_kernel,
+                    module.forward_constants(*shape) | {"STATISTICS": statistics},
+                    values,
+                    module.FORWARD,
+                )
+            outer, inner = module.backward_constants(*shape)
+            for half, kernel, constants in (
+                ("out", module._dynamic_interaction_bwd_out_kernel, outer),
+                ("in", module._dynamic_interaction_bwd_in_kernel, inner),
+            ):
+                yield Configuration(
+                    f"dynamic_interaction {size} backward {half} {values}",
+                    kernel,
+                    constants,
+                    values,
+                    module.BACKWARD,
+                )
 
 
 def compile_for(configuration: Configuration, target: str) -> Compiled:
@@ -94,7 +159,7 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
     signature = {name: _type_of(name, configuration) for name in configuration.kernel.arg_names}
     source = ASTSource(configuration.kernel, signature, configuration.constants)
-    kernel = triton.compile(source, target=TARGETS[target])
+    kernel = triton.compile(source, target=TARGETS[target], options=configuration.options)
     if "ptx" in kernel.asm:
         registers, spills = _assemble(kernel.asm["ptx"], target)
     else:
@@ -107,8 +172,8 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
 def _type_of(name: str, configuration: Configuration) -> str:
     if name in configuration.constants:
         return "constexpr"
-    if name in ("answer_ptr", "logit_ptr"):
-        return f"*{configuration.answers}"
+    if name in _VALUE_POINTERS:
+        return f"*{configuration.values}"
     if name in _INTEGER_POINTERS:
         return _INTEGER_POINTERS[name]
     if name.startswith("num_"):

@@ -1,0 +1,165 @@
+"""A detector with MODEL.DFM.KERNELS 'triton' against the same with 'torch'; the sampler as a graph."""
+
+import copy
+
+import pytest
+import torch
+from dfm_kernels.dispatch import is_interpreted
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dfm_d2.modeling.captured import GraphCache
+
+INTERACTIONS = ("dynamic_conv", "grid_linear")
+
+
+@pytest.fixture(autouse=True)
+def tf32_is_allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def tolerance():
+    """TF32 on a GPU, exact products in the interpreter."""
+    return {"rtol": 1e-4, "atol": 1e-5} if is_interpreted() else {"rtol": 2e-2, "atol": 2e-2}
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_a_detector_on_kernels_has_the_same_losses_and_gradients(
+    make_model, make_input, kernel_device, interaction
+):
+    losses, gradients = {}, {}
+    for backend in ("torch", "triton"):
+        model = make_model(KERNELS=backend, LOSS__VELOCITY_WEIGHT=0.5, HEAD__INTERACTION=interaction)
+        model.to(kernel_device)
+        prepared = model.prepare([make_input("a"), make_input("b", boxes=())], 0)
+        losses[backend] = model.all_losses(model.extract_features(prepared), prepared)
+        sum(losses[backend].values()).backward()
+        gradients[backend] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, value in losses["torch"].items():
+        torch.testing.assert_close(losses["triton"][name], value, **tolerance())
+    assert gradients["torch"].keys() == gradients["triton"].keys()
+    for name, value in gradients["torch"].items():
+        scale = float(value.abs().max())
+        limit = {"rtol": 0, "atol": max(tolerance()["rtol"] * scale, 1e-6)}
+        found = gradients["triton"][name]
+        torch.testing.assert_close(found, value, **limit, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("options", [{"TIME_RATE": 3.0}, {"TIME": "shared"}])
+def test_a_detector_on_kernels_finds_the_same(make_model, make_input, kernel_device, options):
+    found = {}
+    for backend in ("torch", "triton"):
+        model = make_model(KERNELS=backend, HEAD__INTERACTION="grid_linear", **options)
+        found[backend] = model.eval().to(kernel_device)([make_input("a"), make_input("b", size=(40, 64))])
+    for a, b in zip(found["torch"], found["triton"]):
+        a, b = a["instances"], b["instances"]
+        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=0.01)
+        assert torch.equal(a.pred_classes, b.pred_classes)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails at what waits for the device, brings numbers of the host to it, or has a shape made of data."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "lift", "item")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name.rstrip("_0123456789") not in self.FORBIDDEN, f"{name} cannot be captured"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mode_notices_synchronisation():
+    one = torch.ones(1)
+    for wrong in (one.item, lambda: torch.tensor([1.0]), one.nonzero):
+        with pytest.raises(AssertionError, match="cannot be captured"), NoSynchronisation():
+            wrong()
+
+
+@pytest.mark.parametrize("meta_architecture", ["FlowDetector", "CascadeDetector"])
+@pytest.mark.parametrize("interaction", ["dynamic_conv", "cross_attention", "grid_linear"])
+@pytest.mark.parametrize("time", ["partitioned", "shared"])
+def test_a_sampler_on_kernels_never_waits_for_the_device(
+    make_model, make_input, kernel_device, interaction, time, meta_architecture
+):
+    options = {"KERNELS": "triton", "TIME": time, "HEAD__INTERACTION": interaction, "SAMPLER__STEPS": 2}
+    model = make_model(meta_architecture, **options).eval().to(kernel_device)
+    images = model._images([make_input("a")])
+    sizes = model._image_sizes(images)
+    with torch.no_grad():
+        features = model._features(images)
+        x_0 = torch.randn(1, 12, 4, device=kernel_device)
+        flow = model._flow(features, sizes)
+        with NoSynchronisation():
+            model.sampler._integrate(flow, x_0, sizes, [0], False)
+
+
+def double(x):
+    return [2 * x]
+
+
+class Recorder:
+    """Instead of a CUDA graph: counts captures and replays."""
+
+    def __init__(self):
+        self.captures, self.replays = 0, 0
+
+    def __call__(self, run, inputs):
+        self.captures += 1
+
+        def replay(*inputs):
+            self.replays += 1
+            return run(*inputs)
+
+        return replay
+
+
+def test_a_shape_is_captured_the_second_time_until_the_cache_is_full():
+    recorder = Recorder()
+    cache = GraphCache(size=2, capture=recorder)
+    for expected, length in ((0, 1), (1, 1), (1, 1), (1, 2), (2, 2), (2, 3), (2, 3), (2, 3)):
+        assert torch.equal(cache("model", double, [torch.ones(length)])[0], torch.full((length,), 2.0))
+        assert recorder.captures == len(cache) == expected
+    assert recorder.replays == 3
+
+
+def test_graphs_of_other_parameters_are_dropped_and_not_copied():
+    recorder = Recorder()
+    cache = GraphCache(capture=recorder)
+    for owner in ("a", "a", "b", "b", "a"):
+        cache(owner, double, [torch.ones(1)])
+    assert recorder.captures == 2 and len(cache) == 0
+    cache("a", double, [torch.ones(1)])
+    assert len(cache) == 1 and len(copy.deepcopy(cache)) == 0
+
+
+def test_a_detector_on_a_cpu_captures_nothing(make_model, make_input):
+    model = make_model().eval()
+    for _ in range(3):
+        model([make_input("a")])
+    assert len(model.sampler.graphs) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"TIME": "shared"}, {"SAMPLER__NOISE_PASSES": 2}])
+def test_a_captured_detector_finds_what_the_eager_one_finds(make_model, make_input, options):
+    model = make_model(KERNELS="triton", HEAD__INTERACTION="grid_linear", **options).eval().cuda()
+    inputs = [[make_input(name)] for name in "abc"]
+    model.sampler.graphs.size = 0
+    eager = [model(x)[0]["instances"] for x in inputs]
+    model.sampler.graphs.size = 8
+    model(inputs[0])  # seen before, so captured now
+    assert len(model.sampler.graphs) == 1
+    for expected, x in zip(eager, inputs):
+        found = model(x)[0]["instances"]
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=0, atol=0.01)
+    with torch.no_grad():
+        for parameter in model.predictors.parameters():
+            parameter.mul_(1.1)  # in place: the graph reads the new values
+    changed = model(inputs[0])[0]["instances"]
+    model.sampler.graphs.size = 0
+    model.sampler.graphs._graphs.clear()
+    torch.testing.assert_close(changed.scores, model(inputs[0])[0]["instances"].scores, rtol=0, atol=1e-5)
