@@ -107,6 +107,7 @@ class JointUpdate:
             features = model.extract_features(prepared)
         with autocast():
             losses = model.all_losses(features, prepared)
+        del features  # what the backward needs of them, the graph holds
         check_finite(losses)
         optimizer.scale(sum_losses(losses)).backward()
         optimizer.step()
@@ -166,14 +167,38 @@ class SequentialUpdate:
 
     @staticmethod
     def _backward_shared(features: list[Tensor], leaves: list[Tensor]) -> None:
-        """One backward through the shared block, from the gradients that met in the leaves."""
+        """One backward through the shared block, from the gradients that met in the leaves.
+
+        Empties both lists: features and their gradients are freed as the backward goes on, as in a joint one.
+        """
         pairs = [
             (feature, leaf.grad)
             for feature, leaf in zip(features, leaves)
             if feature.requires_grad and leaf.grad is not None
         ]
+        features.clear()
+        leaves.clear()
         if pairs:
-            torch.autograd.backward([feature for feature, _ in pairs], [grad for _, grad in pairs])
+            root = _HandOver.apply([grad for _, grad in pairs], *[feature for feature, _ in pairs])
+            del pairs
+            root.backward()
+
+
+class _HandOver(torch.autograd.Function):
+    """A scalar whose backward gives the features their gradients and keeps none of them.
+
+    ``torch.autograd.backward(features, gradients)`` would hold all of both until its end.
+    """
+
+    @staticmethod
+    def forward(ctx, gradients: list[Tensor], *features: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return features[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple:
+        gradients, ctx.gradients = ctx.gradients, []
+        return None, *gradients
 
 
 Update = JointUpdate | SequentialUpdate
