@@ -3,6 +3,7 @@
 
 python benchmarks/sampler.py [--device cpu|cuda] [--config configs/voc_flow_r50.yaml] [--save]
     --steps 4 --proposals 300 --predictors 6 --batch 1 --size 800 1216    the sizes; weights are random
+    --interactions dynamic_conv cross_attention grid_linear    compare heads; none: the config's
     --precision high|highest    of float32 products; the dynamic convolution's kernel needs "high" (TF32)
 """
 
@@ -37,20 +38,22 @@ def main() -> None:
     parser.add_argument("--predictors", type=int, default=6)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--interactions", nargs="+", default=[""])
     parser.add_argument("--precision", choices=("highest", "high"), default="high")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/sampler_<device>.csv")
+    parser.add_argument("--name", help="of the rows; none: sampler_<device>")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.csv")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: use --device cpu")
     torch.set_float32_matmul_precision(args.precision)
-    rows = rows_of(args)
+    rows = [row for interaction in args.interactions for row in rows_of(args, interaction)]
     for row in rows:
         print(f"{row.provider:24s} {row.mode:12s} {row.metric} {row.p50:.4g} {row.unit}")
     if args.save:
-        print(save_rows(f"sampler_{args.device}", rows))
+        print(save_rows(args.name or f"sampler_{args.device}", rows))
 
 
-def detector(args: argparse.Namespace, time: str) -> torch.nn.Module:
+def detector(args: argparse.Namespace, time: str, interaction: str) -> torch.nn.Module:
     """Of the config, with random weights."""
     cfg = get_cfg()
     add_dfm_config(cfg)
@@ -58,16 +61,18 @@ def detector(args: argparse.Namespace, time: str) -> torch.nn.Module:
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = args.device, ""
     cfg.MODEL.DFM.NUM_CLASSES = cfg.MODEL.DFM.NUM_CLASSES or 20
     cfg.MODEL.DFM.NUM_PREDICTORS, cfg.MODEL.DFM.TIME = args.predictors, time
+    if interaction:
+        cfg.MODEL.DFM.HEAD.INTERACTION = interaction
     cfg.MODEL.DFM.SAMPLER.STEPS, cfg.MODEL.DFM.SAMPLER.NUM_PROPOSALS = args.steps, args.proposals
     torch.manual_seed(0)
     return build_model(cfg).eval()
 
 
-def rows_of(args: argparse.Namespace) -> list[Row]:
+def rows_of(args: argparse.Namespace, interaction: str) -> list[Row]:
     """Rows for partitioned (K head evaluations) and shared time (D K of them)."""
     rows = []
     for time in ("partitioned", "shared"):
-        base = detector(args, time)
+        base = detector(args, time, interaction)
         shapes = base.backbone.output_shape()
         features = [
             torch.randn(
@@ -106,7 +111,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
             )
             for (metric, unit), three in values.items():
                 rows.append(
-                    Row("sampler", name, time, metric, unit, "size", label, *three,
+                    Row("sampler", f"{interaction} {name}".strip(), time, metric, unit, "size", label, *three,
                         device_name(args.device), torch.__version__, commit(), f"float32 {args.precision}")
                 )  # fmt: skip
     return rows
