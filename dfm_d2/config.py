@@ -97,8 +97,9 @@ def _add_model_keys(cfg: CN) -> None:
     # they take. With either the sampler is one CUDA graph for each padded shape that comes back (but with
     # SAMPLER.RENEWAL_THRESH). "torch" stays the default until they have been measured on a GPU.
     dfm.KERNELS = "torch"  # "auto" | "torch" | "triton"
-    # Who is updated when (docs/math.md, section 5).
-    dfm.UPDATE = "sequential"  # "sequential" | "joint"
+    # Who is updated when (docs/math.md, section 5). "parallel": on a GPU all predictors at once, batched,
+    # with the memory of "joint"; if they train on-policy, after a pass without gradients.
+    dfm.UPDATE = "sequential"  # "sequential" | "joint" | "parallel"
     # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
     dfm.BACKBONE_UPDATE = "accumulate"  # "accumulate" | "frozen"
     # Step each block's optimizer right after its backward and free its gradients.

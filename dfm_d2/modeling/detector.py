@@ -189,12 +189,7 @@ class FlowDetector(nn.Module):
         x_t, t = prepared.inputs[index], prepared.samples[index].t
         boxes_xyxy = self.space.proposals(x_t, prepared.image_sizes)
         answer = self.predictors[index](features, boxes_xyxy, x_t, t)
-        losses, x_1_hat = self._losses(answer.class_logits, answer.boxes, x_t, t, prepared, prepared.gt_index)
-        terms = {f"loss_{name}/p{index}": value for name, value in losses.items()}
-        if self.assignment == "dynamic_k" and prepared.gt_index is not None:
-            terms[f"disagreement/p{index}"] = disagreement(
-                self.assigner, prepared, answer.class_logits, x_1_hat
-            )
+        terms, x_1_hat = self._block_terms(index, answer.class_logits, answer.boxes, prepared)
         if self.on_policy > 0 and index + 1 < self.num_predictors:
             following = prepared.samples[index + 1]
             x_next = self.path.step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
@@ -207,6 +202,44 @@ class FlowDetector(nn.Module):
         for index in range(self.num_predictors):
             losses |= self.block_losses(index, features, prepared)
         return losses
+
+    def all_losses_together(
+        self, features: Sequence[Tensor], prepared: Prepared, batched: bool | None = None
+    ) -> dict[str, Tensor]:
+        """As all_losses, the predictors evaluated as one batched computation.
+
+        Where they train on-policy, each needs the answers before it: these are then found first, one by one
+        and without gradients.
+
+        Args:
+            batched: None: on a GPU only; a CPU is slower at many small products than at few large ones
+                (docs/memory.md), and takes the predictors one by one.
+        """
+        if not (self.device.type == "cuda" if batched is None else batched):
+            return self.all_losses(features, prepared)
+        if self.on_policy > 0 and self.predictors.time == "partitioned":
+            with torch.no_grad():
+                for index in range(self.num_predictors - 1):
+                    self.block_losses(index, features, prepared)
+        x_t = torch.stack(prepared.inputs)
+        t = torch.stack([sample.t for sample in prepared.samples])
+        boxes_xyxy = torch.stack([self.space.proposals(x, prepared.image_sizes) for x in prepared.inputs])
+        boxes, class_logits = self.predictors.answer_together(features, boxes_xyxy, x_t, t)
+        terms: dict[str, Tensor] = {}
+        for index in range(self.num_predictors):
+            terms |= self._block_terms(index, class_logits[index], boxes[index], prepared)[0]
+        return terms
+
+    def _block_terms(
+        self, index: int, class_logits: Tensor, boxes: Tensor, prepared: Prepared
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses and metrics of the raw answer of predictor `index`, and its endpoint `(B, N, 4)`."""
+        x_t, t = prepared.inputs[index], prepared.samples[index].t
+        losses, x_1_hat = self._losses(class_logits, boxes, x_t, t, prepared, prepared.gt_index)
+        terms = {f"loss_{name}/p{index}": value for name, value in losses.items()}
+        if self.assignment == "dynamic_k" and prepared.gt_index is not None:
+            terms[f"disagreement/p{index}"] = disagreement(self.assigner, prepared, class_logits, x_1_hat)
+        return terms, x_1_hat
 
     def _losses(
         self, class_logits: Tensor, boxes: Tensor, x_t: Tensor, t: Tensor, prepared: Prepared, gt_index

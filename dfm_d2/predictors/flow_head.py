@@ -153,11 +153,12 @@ class FlowHead(nn.Module):
 
     def forward(
         self,
-        features: Sequence[Tensor],
-        boxes_xyxy: Tensor,
+        features: Sequence[Tensor] | None,
+        boxes_xyxy: Tensor | None,
         x_t: Tensor,
         t: Tensor,
         queries: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> HeadAnswer:
         """Answer for every proposal.
 
@@ -165,11 +166,11 @@ class FlowHead(nn.Module):
             features: L maps `(B, C, H_l, W_l)`. boxes_xyxy: `(B, N, 4)` pixels, where to look.
             x_t: `(B, N, 4)` signal. t: `()` or `(B,)`.
             queries: `(B, N, C)` of an earlier head (the backprop cascade); None: made here.
+            pooled: `(B N, C, P, P)` features of the proposals, where they are there already; the first two
+                arguments are then not used.
         """
-        return self.answer(self.pooler(features, boxes_xyxy), x_t, t, queries)
-
-    def answer(self, pooled: Tensor, x_t: Tensor, t: Tensor, queries: Tensor | None = None) -> HeadAnswer:
-        """As forward, with the pooled features `(B N, C, P, P)` of the proposals."""
+        if pooled is None:
+            pooled = self.pooler(features, boxes_xyxy)
         num_images, num_proposals = x_t.shape[:2]
         roi = pooled.flatten(2).transpose(1, 2)
         if queries is None:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfm_d2.core import unwarped_time, warped_time
 from dfm_d2.predictors.flow_head import FlowHead
@@ -66,11 +68,41 @@ class PredictorStack(nn.ModuleList):
             raise ValueError(f"MODEL.DFM.SAMPLER.PREDICTORS names {wrong}, there are {len(self)} predictors")
         return list(chosen) or list(range(len(self)))
 
+    def answer_together(
+        self, features: Sequence[Tensor], boxes_xyxy: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """All D predictors, each at its own boxes and time, as one batched computation.
+
+        Their parameters are stacked, so that every linear layer is one batched product instead of D.
+
+        Args:
+            features: L maps `(B, C, H_l, W_l)`. boxes_xyxy: `(D, B, N, 4)` pixels.
+            x_t: `(D, B, N, 4)` signal. t: `(D, B)`.
+
+        Returns:
+            Raw box answers `(D, B, N, 4)` and class logits `(D, B, N, K)`, those of `answer` to rounding.
+        """
+        count, images, proposals = boxes_xyxy.shape[:3]
+        # One launch pools for all: predictors are more proposals of the same images.
+        pooled = self[0].pooler(features, boxes_xyxy.transpose(0, 1).flatten(1, 2))
+        pooled = pooled.unflatten(0, (images, count, proposals)).transpose(0, 1).flatten(1, 2)
+        names = [name for name, _ in self[0].named_parameters()]
+        heads = [dict(head.named_parameters()) for head in self]
+        stacked = {name: torch.stack([head[name] for head in heads]) for name in names}
+
+        def answer(parameters: dict[str, Tensor], pooled: Tensor, x_t: Tensor, t: Tensor):
+            found = functional_call(self[0], parameters, (None, None, x_t, t), {"pooled": pooled})
+            return found.boxes, found.class_logits
+
+        # The other kernels of attention have no batched form: vmap would call them in a loop.
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.vmap(answer)(stacked, pooled, x_t, t)
+
     def answer(
         self, indices: Sequence[int], features: Sequence[Tensor], boxes_xyxy: Tensor, x_t: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Raw box answers `(D', B, N, 4)` and class logits `(D', B, N, K)` of some predictors."""
         # They all look at the same boxes, and share one pooler.
         pooled = self[indices[0]].pooler(features, boxes_xyxy)
-        answers = [self[d].answer(pooled, x_t, t) for d in indices]
+        answers = [self[d](features, boxes_xyxy, x_t, t, pooled=pooled) for d in indices]
         return torch.stack([a.boxes for a in answers]), torch.stack([a.class_logits for a in answers])

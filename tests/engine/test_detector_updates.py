@@ -4,6 +4,7 @@ import contextlib
 import copy
 
 import pytest
+import torch
 from toy_model import toy_config
 
 from dfm_d2.engine.block_optimizer import build_block_optimizer
@@ -41,3 +42,36 @@ def test_sequential_gives_the_gradients_of_joint(make_model, make_input, options
         norm = sum(float(g.square().sum()) for g in expected) ** 0.5
         error = sum(float((a - b).square().sum()) for a, b in zip(sequential[block], expected)) ** 0.5
         assert 0 < norm and error <= 1e-5 * norm, block
+
+
+@pytest.mark.parametrize("interaction", ["dynamic_conv", "cross_attention", "grid_linear"])
+@pytest.mark.parametrize(
+    "options",
+    [{"ON_POLICY": 1.0}, {"ON_POLICY": 0.0}, {"TIME": "shared"}, {"NUM_PREDICTORS": 1}],
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_predictors_evaluated_together_have_the_losses_and_gradients_of_a_loop(
+    make_model, make_input, options, interaction
+):
+    inputs = [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
+    losses, gradients = {}, {}
+    for name, arguments in (("all_losses", {}), ("all_losses_together", {"batched": True})):
+        model = make_model(HEAD__INTERACTION=interaction, **options).train()
+        prepared = model.prepare(inputs, 7)
+        losses[name] = getattr(model, name)(model.extract_features(prepared), prepared, **arguments)
+        sum(value for key, value in losses[name].items() if key.startswith("loss")).backward()
+        gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    for key, value in losses["all_losses"].items():
+        torch.testing.assert_close(losses["all_losses_together"][key], value, rtol=1e-5, atol=1e-6)
+    assert gradients["all_losses"].keys() == gradients["all_losses_together"].keys()
+    for key, expected in gradients["all_losses"].items():
+        error = (gradients["all_losses_together"][key] - expected).norm()
+        assert error <= 1e-4 * expected.norm() + 1e-7, key
+
+
+def test_on_a_cpu_a_parallel_update_takes_the_predictors_one_by_one(make_model, make_input, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(model.predictors, "answer_together", lambda *_: pytest.fail("batched on a CPU"))
+    assert gradients_of(model, [make_input("a")], "parallel")[0].keys() == {
+        f"loss_{name}/p{d}" for name in ("cls", "l1", "giou") for d in range(3)
+    }

@@ -75,7 +75,7 @@ def test_sgd_agrees_in_float32():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("name", ["joint", "sequential"])
+@pytest.mark.parametrize("name", ["joint", "sequential", "parallel"])
 def test_bfloat16_autocast_trains(name):
     model = make_model()
     before = copy.deepcopy(model.state_dict())
@@ -203,8 +203,8 @@ def test_a_non_finite_gradient_changes_nothing():
 
 
 def test_bad_choices_name_the_good_ones():
-    with pytest.raises(ValueError, match="'parallel'; choose one of joint, sequential"):
-        build_update("parallel", "accumulate", False)
+    with pytest.raises(ValueError, match="'serial'; choose one of joint, sequential, parallel"):
+        build_update("serial", "accumulate", False)
     with pytest.raises(ValueError, match="choose one of accumulate, frozen"):
         build_update("joint", "local", False)
     with pytest.raises(ValueError, match="STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential"):

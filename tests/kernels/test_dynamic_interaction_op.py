@@ -91,6 +91,25 @@ def test_dynamic_interaction_of_several_predictors_is_that_of_each(kernel_device
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_dynamic_interaction_under_vmap_is_that_of_each(kernel_device):
+    tensors = [x.detach().unflatten(0, (2, -1)) for x in arguments_of(kernel_device, m=6, sets=2)]
+    tensors = [x.requires_grad_() for x in tensors]
+
+    def interact(*x, backend="triton"):
+        return dynamic_interaction(*x[:3], x[3:5], x[5:], backend=backend)
+
+    together = torch.vmap(interact)(*tensors)
+    alone = torch.stack([interact(*(x[d] for x in tensors), backend="torch") for d in range(2)])
+    limit = tolerance(torch.float32) * float(alone.detach().abs().max())
+    torch.testing.assert_close(together, alone, rtol=0, atol=limit)
+    found, expected = (torch.autograd.grad(x.square().sum(), tensors) for x in (together, alone))
+    for ours, theirs in zip(found, expected):
+        scale = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2 * tolerance(torch.float32) * scale)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(interact)(*tensors), alone, rtol=0, atol=limit)
+
+
 def test_dynamic_interaction_of_strided_inputs(kernel_device):
     tensors = [x.detach() for x in arguments_of(kernel_device)]
     tensors[:3] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]]

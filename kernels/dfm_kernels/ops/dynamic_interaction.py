@@ -103,6 +103,23 @@ def _(roi, weight_in, weight_out, gain_in, bias_in, gain_out, bias_out, statisti
     return roi.new_empty(roi.shape), roi.new_empty(shape, dtype=torch.float32)
 
 
+@_dynamic_interaction.register_vmap
+def _(info, in_dims, *arguments):
+    """A batch of predictors is more queries with more sets of norms."""
+    *tensors, statistics = arguments
+    folded = []
+    for tensor, dim in zip(tensors, in_dims):
+        batched = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        folded.append(batched.flatten(0, 1))
+    # Within vmap a tensor does not tell that it requires a gradient.
+    statistics = statistics or (torch.is_grad_enabled() and any(x.requires_grad for x in folded))
+    mixed, found = _dynamic_interaction(*folded, statistics)
+    shape = (info.batch_size, -1)
+    if not statistics:
+        return (mixed.unflatten(0, shape), found), (0, None)
+    return (mixed.unflatten(0, shape), found.unflatten(0, shape)), (0, 0)
+
+
 @torch.library.custom_op("dfm::dynamic_interaction_backward", mutates_args=())
 def _backward(
     roi: Tensor,
@@ -135,6 +152,8 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, d_mixed, _):
     *inputs, statistics = ctx.saved_tensors
+    if statistics.numel() == 0 and d_mixed.numel() > 0:
+        raise RuntimeError("dfm::dynamic_interaction was called without statistics, which its backward needs")
     found = _backward(*inputs, d_mixed, statistics)
     return *(gradient.to(x.dtype) for gradient, x in zip(found, inputs)), None
 
