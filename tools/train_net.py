@@ -3,6 +3,7 @@
 
 python tools/train_net.py --config-file configs/voc_flow_r50.yaml
 python tools/train_net.py --config-file configs/voc_flow_r50.yaml --resume
+python tools/train_net.py --config-file configs/voc_flow_r50.yaml --num-gpus 8     (or under torchrun)
 python tools/train_net.py --config-file configs/voc_flow_r50.yaml --eval-only MODEL.WEIGHTS model_final.pth
 """
 
@@ -15,9 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
-from dfm_d2.engine.errors import NonFiniteLossError, UserError  # noqa: E402
+from dfm_d2.engine.errors import UserError  # noqa: E402
+from dfm_d2.engine.launch import run_processes  # noqa: E402
 from dfm_d2.engine.run import evaluate_only, train  # noqa: E402
-from dfm_d2.engine.setup import check_processes, load_config, setup_run  # noqa: E402
+from dfm_d2.engine.setup import load_config, setup_run, uses_gpu  # noqa: E402
 from dfm_d2.framework import default_argument_parser  # noqa: E402
 
 
@@ -26,7 +28,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises UserError, one sentence, for whatever the user can put right.
     """
-    check_processes(args)
     cfg = load_config(args.config_file, args.opts)
     classes = setup_run(cfg, args)
     if args.eval_only:
@@ -38,14 +39,11 @@ def run_command(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right, 1 training became non-finite."""
     args = default_argument_parser().parse_args(arguments)
     try:
-        main(args)
+        on_gpu = uses_gpu(load_config(args.config_file, args.opts))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_processes(main, args, on_gpu)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfm_d2.engine.data_parallel import GradientReducer
 from dfm_d2.engine.errors import NonFiniteLossError
 from dfm_d2.framework import CfgNode
 
@@ -58,6 +59,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.clip_norm = float(clip_norm)
         self.scaler = scaler
         self.norms: dict[str, Tensor] = {}
+        self._reducer = GradientReducer()
         self._names = {parameter: name for named in blocks.values() for name, parameter in named}
         self._inner = {
             block: make_optimizer(_group(named, options)) for block, named in blocks.items() if named
@@ -111,10 +113,18 @@ class BlockOptimizer(torch.optim.Optimizer):
         for parameter in self.blocks[block]:
             parameter.grad = None
 
+    def reduce_block(self, block: str) -> None:
+        """Begin to average the gradient of a block over the processes: its backward is done."""
+        self._reducer.start(block, self.blocks[block])
+
     def _has_gradient(self, block: str) -> bool:
         return any(parameter.grad is not None for parameter in self.blocks[block])
 
     def _step_blocks(self, blocks: list[str]) -> None:
+        for block in blocks:
+            self.reduce_block(block)
+        for block in blocks:
+            self._reducer.finish(block, self.blocks[block])
         norms = {block: self.block_norm(block) for block in blocks}
         if self.scaler is None and norms:
             _check_norms(norms)

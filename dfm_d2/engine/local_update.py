@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_d2.engine.block_optimizer import BlockOptimizer
+from dfm_d2.engine.data_parallel import is_true_anywhere
 from dfm_d2.engine.errors import NonFiniteLossError
 
 SHARED_BLOCK = "shared"
@@ -71,7 +72,10 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
 
 
 def check_finite(losses: dict[str, Tensor]) -> None:
-    """NonFiniteLossError naming each entry that is a loss and not finite. One transfer from the device."""
+    """NonFiniteLossError naming each entry that is a loss and not finite. One transfer from the device.
+
+    All processes raise where one has such a loss, or the others would wait for it.
+    """
     keys = [key for key in losses if key.startswith("loss")]
     values = torch.stack([losses[key].detach().double() for key in keys]).tolist()
     bad = {
@@ -79,8 +83,8 @@ def check_finite(losses: dict[str, Tensor]) -> None:
         for key, value in zip(keys, values)
         if value != value or value in (float("inf"), -float("inf"))
     }
-    if bad:
-        raise NonFiniteLossError(bad)
+    if is_true_anywhere(bool(bad), losses[keys[0]].device):
+        raise NonFiniteLossError(bad or {"a loss of another process": float("nan")})
 
 
 def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,6 +157,7 @@ class SequentialUpdate:
         for index in range(model.num_predictors):
             block = predictor_block(index)
             losses = self._backward_block(model, index, leaves, prepared, optimizer, autocast)
+            optimizer.reduce_block(block)
             metrics |= losses
             if self.step_in_backward:
                 check_finite(losses)

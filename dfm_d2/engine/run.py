@@ -12,6 +12,7 @@ from dfm_d2.data.files import write_text_atomically
 from dfm_d2.data.loader import build_test_loader, build_train_loader
 from dfm_d2.engine.block_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
+from dfm_d2.engine.data_parallel import broadcast_model
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.errors import input_errors
 from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar
@@ -34,6 +35,7 @@ from dfm_d2.framework import (
     TensorboardXWriter,
     build_lr_scheduler,
     build_model,
+    comm,
     inference_on_dataset,
 )
 
@@ -55,11 +57,15 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
         trainer.register_hooks([EMAHook(ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
     start = _load_start(cfg, checkpointer, trainer, resume)
-    # Only now: a run that is refused must not replace the config of the checkpoints that are there.
-    write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
+    comm.synchronize()  # the main process must not touch what another still reads
+    if comm.is_main_process():
+        if start == 0:
+            _set_aside(Path(cfg.OUTPUT_DIR))
+        # Only now: a run that is refused must not replace the config of the checkpoints that are there.
+        write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
+        cut_back(Path(cfg.OUTPUT_DIR) / METRICS_FILE, start)
     if ema is not None and ema.updates == 0:
         ema.restart()
-    cut_back(Path(cfg.OUTPUT_DIR) / METRICS_FILE, start)
     if start >= cfg.SOLVER.MAX_ITER:
         _logger.info("Trained to iteration %d already (SOLVER.MAX_ITER): evaluating only", start)
         return _evaluate_and_record(cfg, model, ema, start)
@@ -74,22 +80,22 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
         return flatten(results)
 
     period, folder = cfg.SOLVER.LOG_PERIOD, cfg.OUTPUT_DIR
-    writers = [
-        JSONWriter(str(Path(folder) / METRICS_FILE), window_size=period),
-        TensorboardXWriter(folder, window_size=period, purge_step=start),
-    ]
-    trainer.register_hooks(
-        [
-            # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
-            EvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep),
-            BestCheckpointHook(checkpointer, cfg.TEST.BEST_METRIC) if cfg.TEST.BEST_METRIC else None,
-            ProgressBar(period),
-            PeriodicWriter(writers, period),
-            CheckpointHook(
-                checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP, writers
-            ),
+    # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
+    trainer.register_hooks([EvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
+    if comm.is_main_process():
+        writers = [
+            JSONWriter(str(Path(folder) / METRICS_FILE), window_size=period),
+            TensorboardXWriter(folder, window_size=period, purge_step=start),
         ]
-    )
+        solver = cfg.SOLVER
+        trainer.register_hooks(
+            [
+                BestCheckpointHook(checkpointer, cfg.TEST.BEST_METRIC) if cfg.TEST.BEST_METRIC else None,
+                ProgressBar(period),
+                PeriodicWriter(writers, period),
+                CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers),
+            ]
+        )
     model.train()
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     return results
@@ -200,7 +206,7 @@ def _load_start(
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     if resume:
         _logger.info("%s has no checkpoint yet: training from the start", cfg.OUTPUT_DIR)
-    _set_aside(Path(cfg.OUTPUT_DIR))
+    broadcast_model(trainer.model)
     return 0
 
 
@@ -217,6 +223,8 @@ def _evaluate_and_record(
     cfg: CfgNode, model: nn.Module, ema: ModelEMA | None, iteration: int
 ) -> dict[str, Any]:
     results = evaluate(cfg, model, ema)
+    if not comm.is_main_process():
+        return results
     with EventStorage(iteration) as storage:
         storage.put_scalars(**flatten(results), smoothing_hint=False)
         writer = JSONWriter(str(Path(cfg.OUTPUT_DIR) / METRICS_FILE))
@@ -229,5 +237,6 @@ def _evaluate_set(cfg: CfgNode, model: nn.Module, name: str, folder: str, title:
     evaluator = DetectionEvaluator(name, Path(cfg.OUTPUT_DIR) / folder, cfg.TEST.AP)
     with evaluation_bar(build_test_loader(cfg, name), name + title) as loader, inference_autocast(cfg):
         results = inference_on_dataset(model, loader, evaluator)
-    print(f"\n{name}{title}\n{format_table(results)}", flush=True)
+    if comm.is_main_process():
+        print(f"\n{name}{title}\n{format_table(results)}", flush=True)
     return results

@@ -10,7 +10,7 @@ from dfm_kernels.dispatch import use_triton
 from dfm_d2 import __version__
 from dfm_d2.config import add_dfm_config
 from dfm_d2.data.registration import register_datasets
-from dfm_d2.engine.errors import UserError, input_errors
+from dfm_d2.engine.errors import input_errors
 from dfm_d2.engine.log import start_log
 from dfm_d2.engine.precision import resolve_amp_dtype
 from dfm_d2.engine.validate import validate_config
@@ -114,10 +114,6 @@ def resolve_device(cfg: CfgNode, explicit: bool) -> None:
     cfg.MODEL.DEVICE = "cpu"
 
 
-def check_processes(args: argparse.Namespace) -> None:
-    """UserError for more than one process, which local updates do not have yet."""
-    if args.num_gpus > 1 or args.num_machines > 1:
-        raise UserError(
-            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: this version trains in one "
-            "process; run it without these options (they come with MODEL.DFM.UPDATE parallel)."
-        )
+def uses_gpu(cfg: CfgNode) -> bool:
+    """Whether a run of this config computes on GPUs of this machine."""
+    return str(cfg.MODEL.DEVICE).startswith("cuda") and torch.cuda.is_available()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfm_d2.core.processes import mean_over_processes
 from dfm_d2.engine.block_optimizer import BlockOptimizer
 from dfm_d2.engine.errors import NonFiniteLossError, UserError, input_errors
 from dfm_d2.engine.local_update import Autocast, LocallyTrainable, Update
@@ -106,7 +107,8 @@ class LocalUpdateTrainer(TrainerBase):
         return self._batches
 
     def _write_metrics(self, metrics: dict[str, Tensor], data_time: float) -> None:
-        values = torch.stack([value.detach().double() for value in metrics.values()]).tolist()
+        values = torch.stack([value.detach().double() for value in metrics.values()])
+        values = mean_over_processes(values).tolist()
         total = sum(value for key, value in zip(metrics, values) if key.startswith("loss"))
         scalars = {"total_loss": total, **dict(zip(metrics, values))}
         self.storage.put_scalars(**scalars)

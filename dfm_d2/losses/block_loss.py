@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from dfm_kernels.ops import flow_loss
 from torch import Tensor
 
+from dfm_d2.core.processes import mean_over_processes, world_size
+
 CLASS_LOSSES = ("focal", "quality_focal")
 
 
@@ -49,14 +51,16 @@ class BlockLoss:
             class_logits: `(B, N, K)`. x_1_hat, target_x_1: `(B, N, 4)` signal.
             target_classes: `(B, N)`, K for background. t: `()` or `(B,)`.
         """
-        foreground = (target_classes < class_logits.shape[-1]).sum().clamp(min=1)
+        # Of all processes together: W of them with B / W images give the loss of one with B.
+        foreground = (target_classes < class_logits.shape[-1]).sum().to(x_1_hat.dtype)
+        normalizer = mean_over_processes(foreground).clamp(min=1 / world_size())
         terms = flow_loss(
             class_logits,
             x_1_hat,
             target_classes,
             target_x_1,
             t,
-            foreground.to(x_1_hat.dtype),
+            normalizer,
             signal_scale=self.signal_scale,
             kind=self.cls,
             alpha=self.focal_alpha,

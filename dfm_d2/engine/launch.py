@@ -1,0 +1,132 @@
+"""Several processes of one run: started here, as Detectron2's `launch` does, or by torchrun; GPUs or CPUs."""
+
+import argparse
+import datetime
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dfm_d2.engine.errors import NonFiniteLossError, UserError
+from dfm_d2.framework import default_argument_parser
+
+# A process that waits this long for the others gives up. Those that wait while the main process computes the
+# AP of a large data set must not; one that died is noticed at once, by its connection.
+_TIMEOUT = datetime.timedelta(minutes=60)
+
+Main = Callable[[argparse.Namespace], object]
+
+
+def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
+    """Run ``main(args)`` in ``num_gpus`` x ``num_machines`` processes, or in those that torchrun started.
+
+    on_gpu: one GPU a process; otherwise processes on the CPU, which share its cores.
+    Returns the exit status of a command: 0 done, 2 something that the user can put right, 1 else.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _joined(main, args, on_gpu, int(os.environ.get("LOCAL_RANK", 0)), None)
+    try:
+        _check(args, on_gpu)
+    except UserError as error:
+        return _failed(error)
+    world = args.num_gpus * args.num_machines
+    if world <= 1:
+        return _guarded(main, args)
+    url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.num_gpus, 1))
+    context = mp.start_processes(
+        _worker, (main, args, on_gpu, url), nprocs=args.num_gpus, join=False, start_method="spawn"
+    )
+    return _wait(context)
+
+
+def _check(args: argparse.Namespace, on_gpu: bool) -> None:
+    if args.num_gpus < 1 or args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank "
+            f"{args.machine_rank}: give at least one of each, and ranks from 0."
+        )
+    if on_gpu and args.num_gpus > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs: give as "
+            "many as there are, or MODEL.DEVICE cpu for processes on the CPU."
+        )
+    if args.num_machines > 1 and args.dist_url in ("", "auto", _default_url()):
+        raise UserError(
+            "--num-machines needs --dist-url: the address of machine 0, such as tcp://10.0.0.1:29500."
+        )
+
+
+def _default_url() -> str:
+    return default_argument_parser().get_default("dist_url")
+
+
+def _local_url(url: str) -> str:
+    """The meeting point of processes of one machine."""
+    # The parser's default is one port a user: two runs of one user would meet each other.
+    if url not in ("", "auto", _default_url()):
+        return url
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+def _worker(local_rank: int, main: Main, args: argparse.Namespace, on_gpu: bool, url: str) -> None:
+    sys.exit(_joined(main, args, on_gpu, local_rank, url))
+
+
+def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int, url: str | None) -> int:
+    """Run ``main`` as one process of the group. url: None where torchrun's environment says all."""
+    place = {}
+    if url is not None:
+        rank = args.machine_rank * args.num_gpus + local_rank
+        place = {"init_method": url, "world_size": args.num_gpus * args.num_machines, "rank": rank}
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, **place)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        place = url or "the address of torchrun"
+        return _failed(UserError(f"the processes could not meet at {place}: {error}"))
+    status = _guarded(main, args)
+    if status == 0:  # the others of a failed one are stopped, not waited for
+        dist.destroy_process_group()
+    return status
+
+
+def _guarded(main: Main, args: argparse.Namespace) -> int:
+    """Exit status of ``main``; its errors that say all there is to say become a sentence."""
+    try:
+        main(args)
+    except (UserError, NonFiniteLossError) as error:
+        return _failed(error)
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    rank = f" (process {dist.get_rank()})" if dist.is_initialized() and dist.get_rank() else ""
+    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _wait(context: mp.ProcessContext) -> int:
+    """Wait for the processes; when one ends badly, stop the others and say which it was."""
+    try:
+        while not context.join(timeout=1.0):
+            time.sleep(0)
+    except mp.ProcessExitedException as error:
+        if error.signal_name is not None:
+            print(
+                f"error: process {error.error_index} was killed ({error.signal_name}), the others were "
+                "stopped: continue from the last checkpoint with --resume.",
+                file=sys.stderr,
+            )
+            return 1
+        return error.exit_code  # it has said why
+    return 0

@@ -1,0 +1,110 @@
+"""Several real processes on the CPU: the same training as one, and an end when one of them dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfm_d2.data.shapes import write_shapes
+
+ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools/train_net.py")
+# GroupNorm: batch norm's statistics are a process's own. SGD: AdamW amplifies rounding.
+TINY = (
+    "SEED 1 SOLVER.IMS_PER_BATCH 4 SOLVER.LOG_PERIOD 1 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 8 "
+    "MODEL.DFM.HEAD.FEEDFORWARD_DIM 32 TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0 SOLVER.OPTIMIZER sgd "
+    "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR SOLVER.STEPS () "
+    "SOLVER.BASE_LR 0.01 SOLVER.WARMUP_ITERS 0 SOLVER.AMP.ENABLED False MODEL.RESNETS.NORM GN "
+    "MODEL.FPN.NORM GN MODEL.DEVICE cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(folder, num_train=12, num_val=3, size=64, seed=0)
+    return folder
+
+
+def command(shapes: Path, out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    """Arguments KEY=VALUE are overrides, the others flags."""
+    config = ["--config-file", str(ROOT / "configs/shapes_flow_r18.yaml")]
+    flags = [a for a in arguments if "=" not in a]
+    options = [part for a in arguments if "=" in a for part in a.split("=")]
+    data = ["DATASETS.VOC_ROOT", str(shapes), "OUTPUT_DIR", str(out)]
+    return [sys.executable, *launcher, TOOL, *config, *flags, *TINY, *data, *options]
+
+
+def run(arguments: list[str], status: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def parameters(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "model_final.pth", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def alone(shapes, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The parameters after three iterations in one process."""
+    out = tmp_path_factory.mktemp("alone")
+    run(command(shapes, out, "SOLVER.MAX_ITER=3"))
+    return parameters(out)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).norm()
+        assert error <= 1e-5 * value.norm() + 1e-6, f"{name}: {error / value.norm():.2e}"
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_train_what_one_trains_and_one_continues(shapes, alone, tmp_path):
+    done = run(command(shapes, tmp_path, "--num-gpus", "2", "SOLVER.MAX_ITER=2"))
+    assert done.stdout.count("class ") == 1, "the table is printed once"
+    run(command(shapes, tmp_path, "--resume", "SOLVER.MAX_ITER=3"))
+    assert_same(parameters(tmp_path), alone)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("update", ["joint", "sequential"])
+def test_under_torchrun(shapes, alone, tmp_path, update):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    options = ["SOLVER.MAX_ITER=3", f"MODEL.DFM.UPDATE={update}"]
+    if update == "sequential":
+        options.append("MODEL.DFM.STEP_IN_BACKWARD=True")
+    run(command(shapes, tmp_path, *options, launcher=torchrun))
+    assert_same(parameters(tmp_path), alone)
+
+
+@pytest.mark.timeout(120)
+def test_a_batch_that_the_processes_cannot_share_is_one_sentence(shapes, tmp_path):
+    done = run(command(shapes, tmp_path, "--num-gpus", "2", "SOLVER.IMS_PER_BATCH=3"), status=2)
+    assert "SOLVER.IMS_PER_BATCH is 3: it must be a positive multiple of 2." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_a_process_that_dies_ends_the_run_with_its_name(shapes, tmp_path):
+    arguments = command(shapes, tmp_path, "--num-gpus", "2", "SOLVER.MAX_ITER=100000")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "metrics.json"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "error: process 1 was killed (SIGKILL)" in errors and "--resume" in errors
