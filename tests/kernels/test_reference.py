@@ -235,3 +235,26 @@ def test_dynamic_interaction_gradcheck():
     tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
     norms = [(torch.rand(c, dtype=torch.float64) + 0.5, torch.randn(c, dtype=torch.float64)) for c in (5, 3)]
     assert torch.autograd.gradcheck(lambda *xs: dynamic_interaction(*xs, *norms), tensors)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_roi_align_gradcheck(sampling_ratio):
+    torch.manual_seed(0)
+    features = [
+        torch.randn(2, 2, 8 // 2**i, 8 // 2**i, dtype=torch.float64, requires_grad=True) for i in range(2)
+    ]
+    boxes = torch.tensor([[[1.0, 2.0, 20.0, 13.0], [-4.0, 3.0, 40.0, 30.0]]]).expand(2, 2, 4)
+
+    def pool(*features):
+        return multilevel_roi_align(features, boxes, (0.25, 0.125), 2, sampling_ratio, 16.0)
+
+    assert torch.autograd.gradcheck(pool, features)
+
+
+@pytest.mark.parametrize("prediction", ["endpoint", "velocity"])
+def test_decode_endpoint_gradcheck(prediction):
+    torch.manual_seed(0)
+    x_t, t = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0.0, 0.7], dtype=torch.float64)
+    answer = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    options = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.0), "prediction": prediction}
+    assert torch.autograd.gradcheck(lambda a: decode_endpoint(x_t, a, t, **options), answer)
