@@ -125,7 +125,7 @@ def draw_flow(
         empty.axis("off")
     for place, (t, x_t) in enumerate(zip(trajectory.times, trajectory.states)):
         panel = axes.flat[place]
-        _show(panel, image, f"t = {t:.2f}" + (" (noise)" if place == 0 else ""))
+        _show(panel, image, f"t = {t:.4g}" + (" (noise)" if place == 0 else ""))
         boxes_xyxy = model.space.proposals(x_t.cpu(), size)[0]
         # Faint ones first, so that what matters lies on top.
         for n in scores.argsort().tolist():
