@@ -149,6 +149,18 @@ def _interaction_configurations() -> Iterator[Configuration]:
                 )
 
 
+def missing_targets() -> dict[str, str]:
+    """Those of TARGETS for which this Triton has not all it needs, and why."""
+    try:
+        from triton.backends.amd.compiler import HIPBackend
+
+        if hasattr(HIPBackend, "path_to_rocm_lld"):  # Tritons that do not bring their own linker
+            HIPBackend.path_to_rocm_lld()
+    except Exception as error:  # noqa: BLE001  (Triton raises just that)
+        return {"gfx942": str(error)}
+    return {}
+
+
 def compile_for(configuration: Configuration, target: str) -> Compiled:
     """Compile one configuration for one of TARGETS.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfm_kernels.reference.flow_loss import _AREA_EPS
 
-_BLOCK_M = 8
+_BLOCK_M = 4
 
 
 class FlowLossAndGradients(NamedTuple):

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_LEVELS = 5
-_BLOCK_CELLS = 8
+_BLOCK_CELLS = 4
 _MAX_BLOCK_C = 64
 
 
