@@ -26,10 +26,15 @@ run() {
     export PYTHONPATH="$PWD:$PWD/kernels"
     data="$(mktemp -d)"
     if [ -f "$CARRY/bccd.tar" ]; then tar -C "$data" -xf "$CARRY/bccd.tar"; fi
-    python3 -m pytest -m gpu 2>&1 | tee "$out/gpu_tests.txt"
+    # A failure must not cost the measurements; each benchmark compares before it times.
+    if ! python3 -m pytest -m "gpu or not slow" tests/kernels tests/modeling tests/engine/test_loss_scale.py 2>&1 \
+        | tee "$out/gpu_tests.txt"; then
+        echo "GPU tests failed: $out/gpu_tests.txt" >&2
+    fi
     python3 benchmarks/kernels.py --device cuda --save
     python3 benchmarks/roi_align.py --device cuda
     python3 benchmarks/sampler.py --device cuda --save
+    python3 benchmarks/memory.py --device cuda --save
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128
     # shellcheck disable=SC2086
     python3 benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda \
