@@ -51,6 +51,19 @@ def is_true_anywhere(flag: bool, device: torch.device) -> bool:
     return bool(count > 0)
 
 
+def of_all_processes(values: dict[str, float]) -> dict[str, float]:
+    """The entries of every process; the keys of a process but the first say whose they are."""
+    if world_size() == 1:
+        return values
+    gathered: list[dict[str, float]] = [{}] * world_size()
+    dist.all_gather_object(gathered, values)
+    return {
+        f"{key} of process {rank}" if rank else key: value
+        for rank, found in enumerate(gathered)
+        for key, value in found.items()
+    }
+
+
 @torch.no_grad()
 def broadcast_model(model: nn.Module) -> None:
     """Give every process the parameters and buffers of the first."""

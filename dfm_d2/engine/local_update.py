@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_d2.engine.block_optimizer import BlockOptimizer
-from dfm_d2.engine.data_parallel import is_true_anywhere
+from dfm_d2.engine.data_parallel import is_true_anywhere, of_all_processes
 from dfm_d2.engine.errors import NonFiniteLossError
 
 SHARED_BLOCK = "shared"
@@ -84,7 +84,7 @@ def check_finite(losses: dict[str, Tensor]) -> None:
         if value != value or value in (float("inf"), -float("inf"))
     }
     if is_true_anywhere(bool(bad), losses[keys[0]].device):
-        raise NonFiniteLossError(bad or {"a loss of another process": float("nan")})
+        raise NonFiniteLossError(of_all_processes(bad))
 
 
 def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -108,3 +108,9 @@ def test_a_process_that_dies_ends_the_run_with_its_name(shapes, tmp_path):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "error: process 1 was killed (SIGKILL)" in errors and "--resume" in errors
+
+
+@pytest.mark.timeout(120)
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
+    done = run([sys.executable, str(Path(__file__).with_name("one_bad_process.py"))], status=1)
+    assert "loss_cls/p0 of process 1 = nan" in done.stderr and "Traceback" not in done.stderr
