@@ -101,7 +101,9 @@ def _add_model_keys(cfg: CN) -> None:
     # with the memory of "joint"; if they train on-policy, after a pass without gradients.
     dfm.UPDATE = "sequential"  # "sequential" | "joint" | "parallel"
     # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
-    dfm.BACKBONE_UPDATE = "accumulate"  # "accumulate" | "frozen"
+    # "local": each stage of the ResNet is a block with a predictor of its own (in training only) and detached
+    # input, the FPN the shared block. docs/results.md has what that costs.
+    dfm.BACKBONE_UPDATE = "accumulate"  # "accumulate" | "frozen" | "local"
     # Step each block's optimizer right after its backward and free its gradients.
     dfm.STEP_IN_BACKWARD = False
     # Seed of noise and t in training; the sampler has its own.

@@ -1,12 +1,34 @@
 """The processes of one run, where there are several."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch.distributed as dist
 from torch import Tensor
+
+# The group that the functions below mean; None: all processes.
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+
+
+@contextmanager
+def among(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Within it the functions of this file speak of the processes of `group` alone."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def current_group() -> dist.ProcessGroup | None:
+    """The group of the innermost `among`; None: all processes."""
+    return _group.get()
 
 
 def world_size() -> int:
     """W, the number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(_group.get()) if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -14,5 +36,5 @@ def mean_over_processes(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values.detach()
     total = values.detach().clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=_group.get())
     return total / world_size()

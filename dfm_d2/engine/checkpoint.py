@@ -28,6 +28,9 @@ from dfm_d2.framework import PROVIDER, DetectionCheckpointer, PathManager, Perio
 ABOUT = "dfm_d2"
 LAST = "last_checkpoint"
 
+# Parameters that only training with BACKBONE_UPDATE "local" uses: other update modes neither need nor have them.
+TRAINING_ONLY = "stage_predictors."
+
 _logger = logging.getLogger(__name__)
 
 
@@ -260,8 +263,13 @@ def _source_of(content: Mapping[str, Any]) -> str | None:
 
 
 def _check_shapes(model: Mapping[str, torch.Tensor], saved: Mapping[str, Any], path: str) -> None:
-    """CheckpointError unless ``saved`` has the entries of ``model`` with their shapes, and no others."""
+    """CheckpointError unless ``saved`` has the entries of ``model`` with their shapes, and no others.
+
+    Those of TRAINING_ONLY may be there or not: checkpoints of one update mode load in another.
+    """
     for name, value in model.items():
+        if name not in saved and name.startswith(TRAINING_ONLY):
+            continue
         if name not in saved:
             raise CheckpointError(
                 f"{path} has no {name}: it is of another model configuration than this run's."
@@ -272,7 +280,7 @@ def _check_shapes(model: Mapping[str, torch.Tensor], saved: Mapping[str, Any], p
                 f"{tuple(value.shape)}: use the config that it was trained with."
             )
     # A predictor too many is no harmless rest: the others were trained on the intervals between them.
-    unknown = next((name for name in saved if name not in model), None)
+    unknown = next((n for n in saved if n not in model and not n.startswith(TRAINING_ONLY)), None)
     if unknown is not None:
         raise CheckpointError(
             f"{path} has {unknown}, which this run's model does not have: use the config that it was trained "

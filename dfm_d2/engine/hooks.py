@@ -82,7 +82,7 @@ class BestCheckpointHook(HookBase):
 
 
 class ProgressBar(HookBase):
-    """Loss of each predictor, total, learning rate, seconds an iteration and time left.
+    """Loss of each block, total, learning rate, seconds an iteration and time left.
 
     On a terminal a bar, elsewhere a line of the log every ``period`` iterations. Values are medians over
     the last ``period`` iterations.
@@ -138,10 +138,15 @@ class ProgressBar(HookBase):
 
 
 def loss_by_block(metrics: dict[str, float]) -> dict[str, float]:
-    """Sum of the losses of each predictor: ``{"loss_cls/p0": 1, "loss_l1/p0": 2}`` is ``{"p0": 3}``."""
+    """Sum of the losses of each block: ``{"loss_cls/p0": 1, "loss_l1/p0": 2}`` is ``{"p0": 3}``."""
     totals: dict[str, float] = {}
     for key, value in metrics.items():
-        match = re.fullmatch(r"loss.*/p(\d+)", key)
+        match = re.fullmatch(r"loss.*/(\w+)", key)
         if match:
             totals[match[1]] = totals.get(match[1], 0.0) + value
-    return {f"p{index}": totals[index] for index in sorted(totals, key=int)}
+
+    def order(block: str) -> tuple:  # p2 before p10, stages of the backbone after the predictors
+        number = re.fullmatch(r"p(\d+)", block)
+        return (0, int(number[1]), "") if number else (1, 0, block)
+
+    return {block: totals[block] for block in sorted(totals, key=order)}

@@ -6,8 +6,10 @@ With F' = detach(F), a leaf, each predictor's backward adds dL_d/dF' to the leaf
     dL/dtheta_s = (sum_d dL_d/dF')^T dF/dtheta_s        one backward through the backbone,
 
 which is the gradient of the joint loss L = sum_d L_d, to rounding: L_d depends on theta_s only through F.
+Backbone stages that are blocks of their own (BACKBONE_UPDATE "local") are updated as the features pass them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
@@ -20,9 +22,11 @@ from dfm_d2.engine.data_parallel import is_true_anywhere, of_all_processes
 from dfm_d2.engine.errors import NonFiniteLossError
 
 SHARED_BLOCK = "shared"
-BACKBONE_UPDATES = ("accumulate", "frozen")
+BACKBONE_UPDATES = ("accumulate", "frozen", "local")
 
 Autocast = Callable[[], AbstractContextManager]
+# Takes the name and the losses of a backbone stage that is a block, as soon as they are there.
+OnStage = Callable[[str, dict[str, Tensor]], None]
 
 
 def predictor_block(index: int) -> str:
@@ -39,15 +43,19 @@ class LocallyTrainable(Protocol):
     """False where predictors depend on each other (the backprop cascade): then only "joint" works."""
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """{"shared": [...], "p0": [...], ...}: each trainable parameter, by its full name, exactly once."""
+        """{"shared": [...], "p0": [...], ...}: each trainable parameter, by its full name, exactly once.
+
+        Backbone stages that are blocks come first, by their names.
+        """
         ...
 
     def prepare(self, batched_inputs: list[dict], iteration: int) -> Any:
         """Everything a step needs that has no gradient: images, targets, noise and t."""
         ...
 
-    def extract_features(self, prepared: Any) -> list[Tensor]:
-        """Forward of the shared block."""
+    def extract_features(self, prepared: Any, on_stage: OnStage | None = None) -> list[Tensor]:
+        """Forward of the shared block, and before it of the stages that are blocks, each given to
+        ``on_stage``."""
         ...
 
     def block_losses(self, index: int, features: list[Tensor], prepared: Any) -> dict[str, Tensor]:
@@ -91,7 +99,27 @@ def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in losses.items()}
 
 
-class JointUpdate:
+class Update(ABC):
+    """A way of updating the blocks of a model."""
+
+    needs_independent_predictors = True
+
+    @abstractmethod
+    def step(
+        self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
+    ) -> dict[str, Tensor]:
+        """One iteration. Returns detached scalars: the losses, metrics and ``grad_norm/<block>``.
+
+        Raises NonFiniteLossError before any parameter is changed; where blocks are stepped one by one, before
+        the offending block is changed.
+        """
+
+    def share(self, batch: list[dict]) -> list[dict]:
+        """The batch that ``prepare`` is to see, of the one that this process has loaded."""
+        return batch
+
+
+class JointUpdate(Update):
     """All losses summed and one backward: the reference that the local updates are compared with.
 
     Optimizer, clipping and fp16 skip are per block all the same (see ``BlockOptimizer``).
@@ -107,15 +135,12 @@ class JointUpdate:
     def step(
         self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
     ) -> dict[str, Tensor]:
-        """One iteration. Returns detached scalars: the losses, metrics and ``grad_norm/<block>``.
-
-        Raises NonFiniteLossError before any parameter is changed.
-        """
         optimizer.zero_grad(set_to_none=True)
+        losses: dict[str, Tensor] = {}
         with torch.set_grad_enabled(not self.frozen), autocast():
-            features = model.extract_features(prepared)
+            features = model.extract_features(prepared, lambda _, of_stage: losses.update(of_stage))
         with autocast():
-            losses = getattr(model, self.all_losses)(features, prepared)
+            losses |= getattr(model, self.all_losses)(features, prepared)
         del features  # what the backward needs of them, the graph holds
         check_finite(losses)
         optimizer.scale(sum_losses(losses)).backward()
@@ -131,10 +156,8 @@ class ParallelUpdate(JointUpdate):
     all_losses = "all_losses_together"
 
 
-class SequentialUpdate:
+class SequentialUpdate(Update):
     """Block by block: forward, loss, backward and the graph is freed before the next block starts."""
-
-    needs_independent_predictors = True
 
     def __init__(self, backbone_update: str = "accumulate", step_in_backward: bool = False):
         """``step_in_backward``: a block is stepped, and its gradients are freed, before the next starts."""
@@ -144,62 +167,65 @@ class SequentialUpdate:
     def step(
         self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
     ) -> dict[str, Tensor]:
-        """One iteration. Returns detached scalars: the losses, metrics and ``grad_norm/<block>``.
-
-        Raises NonFiniteLossError before any parameter is changed; with ``step_in_backward`` before the
-        offending block is changed, the blocks before it already are.
-        """
         optimizer.zero_grad(set_to_none=True)
-        with torch.set_grad_enabled(not self.frozen), autocast():
-            features = model.extract_features(prepared)
+        features, metrics = self._features(model, prepared, optimizer, autocast)
         leaves = [feature.detach().requires_grad_(not self.frozen) for feature in features]
-        metrics: dict[str, Tensor] = {}
         for index in range(model.num_predictors):
-            block = predictor_block(index)
-            losses = self._backward_block(model, index, leaves, prepared, optimizer, autocast)
-            optimizer.reduce_block(block)
-            metrics |= losses
-            if self.step_in_backward:
-                check_finite(losses)
-                optimizer.step_block(block)
-                optimizer.zero_block(block)
+            with autocast():
+                losses = model.block_losses(index, leaves, prepared)
+            metrics |= self._backward_block(predictor_block(index), losses, optimizer)
+            del losses
         check_finite(metrics)
-        self._backward_shared(features, leaves)
+        gradients = [leaf.grad for leaf in leaves]
+        del leaves
+        backward_shared(features, gradients)
         optimizer.step()
         return metrics | _norms(optimizer)
 
-    @staticmethod
+    def _features(
+        self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The features, and the losses of the stages that were updated on the way."""
+        metrics: dict[str, Tensor] = {}
+
+        def end_stage(block: str, losses: dict[str, Tensor]) -> None:
+            metrics.update(self._backward_block(block, losses, optimizer))
+            torch.clear_autocast_cache()  # the casted weights of a stage end with it
+
+        with torch.set_grad_enabled(not self.frozen), autocast():
+            features = model.extract_features(prepared, end_stage)
+        return features, metrics
+
     def _backward_block(
-        model: LocallyTrainable,
-        index: int,
-        leaves: list[Tensor],
-        prepared: Any,
-        optimizer: BlockOptimizer,
-        autocast: Autocast,
+        self, block: str, losses: dict[str, Tensor], optimizer: BlockOptimizer
     ) -> dict[str, Tensor]:
-        """Forward and backward of one predictor. On return nothing of its graph is referenced."""
-        with autocast():
-            losses = model.block_losses(index, leaves, prepared)
+        """Backward of one block; on return nothing but ``losses`` references its graph."""
         optimizer.scale(sum_losses(losses)).backward()
-        return _detached(losses)
+        found = _detached(losses)
+        optimizer.reduce_block(block)
+        if self.step_in_backward:
+            check_finite(found)
+            optimizer.step_block(block)
+            optimizer.zero_block(block)
+        return found
 
-    @staticmethod
-    def _backward_shared(features: list[Tensor], leaves: list[Tensor]) -> None:
-        """One backward through the shared block, from the gradients that met in the leaves.
 
-        Empties both lists: features and their gradients are freed as the backward goes on, as in a joint one.
-        """
-        pairs = [
-            (feature, leaf.grad)
-            for feature, leaf in zip(features, leaves)
-            if feature.requires_grad and leaf.grad is not None
-        ]
-        features.clear()
-        leaves.clear()
-        if pairs:
-            root = _HandOver.apply([grad for _, grad in pairs], *[feature for feature, _ in pairs])
-            del pairs
-            root.backward()
+def backward_shared(features: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """One backward through the shared block, from the gradients that met in the features.
+
+    Empties both lists: features and their gradients are freed as the backward goes on, as in a joint one.
+    """
+    pairs = [
+        (feature, gradient)
+        for feature, gradient in zip(features, gradients)
+        if feature.requires_grad and gradient is not None
+    ]
+    features.clear()
+    gradients.clear()
+    if pairs:
+        root = _HandOver.apply([gradient for _, gradient in pairs], *[feature for feature, _ in pairs])
+        del pairs
+        root.backward()
 
 
 class _HandOver(torch.autograd.Function):
@@ -217,9 +243,6 @@ class _HandOver(torch.autograd.Function):
     def backward(ctx, _: Tensor) -> tuple:
         gradients, ctx.gradients = ctx.gradients, []
         return None, *gradients
-
-
-Update = JointUpdate | SequentialUpdate
 
 
 def _with_one_backward(update: type[JointUpdate]) -> Callable[[str, bool], JointUpdate]:

@@ -135,6 +135,8 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but {name} passes gradients between its predictors: "
             "set MODEL.DFM.UPDATE joint."
         )
+    elif not known[name].is_local and dfm.BACKBONE_UPDATE == "local":
+        yield f"MODEL.DFM.BACKBONE_UPDATE local needs independent predictors, not {name}: set accumulate."
     elif not known[name].is_local and (dfm.TIME != "partitioned" or dfm.SAMPLER.PREDICTORS):
         yield f"{name} asks all its heads in a row: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS as they are."
     for key in ("ON_POLICY", "FROM_NOISE"):

@@ -3,7 +3,8 @@
 Shapes: B images, N proposals, D predictors, C channels, K classes, G ground-truth boxes.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from dfm_kernels.reference import BoxFlowUpdate
@@ -18,8 +19,9 @@ from dfm_d2.core import (
     keyed_uniform,
     stream_key,
     time_like,
+    warped_time,
 )
-from dfm_d2.core.noise import STREAM_FROM_NOISE, STREAM_POLICY
+from dfm_d2.core.noise import STREAM_FROM_NOISE, STREAM_POLICY, STREAM_STAGE_TIME
 from dfm_d2.framework import META_ARCH_REGISTRY, Backbone, ImageList, configurable
 from dfm_d2.losses import (
     BlockLoss,
@@ -29,11 +31,14 @@ from dfm_d2.losses import (
     couple,
     noisy_endpoints,
 )
-from dfm_d2.modeling.from_config import detector_arguments
+from dfm_d2.modeling.from_config import detector_arguments, owners_in_bottom_up
 from dfm_d2.modeling.postprocess import detections
 from dfm_d2.modeling.sampler import BoxSampler, Flow
 from dfm_d2.modeling.training import Prepared, disagreement, pad_ground_truth
-from dfm_d2.predictors import PredictorStack
+from dfm_d2.predictors import PredictorStack, StagePredictor
+
+# Takes the name and the losses of a backbone stage as soon as they are there.
+OnStage = Callable[[str, dict[str, Tensor]], None]
 
 
 @META_ARCH_REGISTRY.register()
@@ -46,6 +51,7 @@ class FlowDetector(nn.Module):
     Args:
         backbone: a Detectron2 backbone. in_features: names of its outputs that are pooled.
         predictors: the stack of D. num_classes: K.
+        stage_predictors: of the backbone's stages that are blocks of their own, by name.
         space, flow, sampler: box space, meaning of raw answers, inference.
         criterion, assigner: loss of a block, dynamic_k.
         num_proposals: N in training. gt_repeat: see losses.coupling.build_slots.
@@ -68,6 +74,7 @@ class FlowDetector(nn.Module):
         backbone: Backbone,
         in_features: Sequence[str],
         predictors: PredictorStack,
+        stage_predictors: Mapping[str, StagePredictor],
         num_classes: int,
         space: BoxSpace,
         flow: BoxFlow,
@@ -90,6 +97,7 @@ class FlowDetector(nn.Module):
         self.backbone = backbone
         self.in_features = list(in_features)
         self.predictors = predictors
+        self.stage_predictors = nn.ModuleDict(stage_predictors)
         self.num_classes = num_classes
         self.space = space
         self.flow = flow
@@ -135,15 +143,25 @@ class FlowDetector(nn.Module):
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters, by full name, of each block: "shared" (backbone and FPN), "p0", "p1", ...
 
-        "shared" is empty where the backbone is frozen.
+        "shared" is empty where the backbone is frozen. With stage predictors each of their stages is a block,
+        "res2", ..., and "shared" is the FPN.
         """
-        blocks: dict[str, list[tuple[str, nn.Parameter]]] = {"shared": []}
-        blocks |= {f"p{d}": [] for d in range(self.num_predictors)}
+        blocks: dict[str, list[tuple[str, nn.Parameter]]] = {stage: [] for stage in self.stage_predictors}
+        blocks |= {"shared": []} | {f"p{d}": [] for d in range(self.num_predictors)}
+        stages = list(self.stage_predictors)
+        owner = owners_in_bottom_up(self.backbone.bottom_up, stages) if stages else {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                owner = f"p{name.split('.')[1]}" if name.startswith("predictors.") else "shared"
-                blocks[owner].append((name, parameter))
+                blocks[self._block_of(name.split("."), owner)].append((name, parameter))
         return blocks
+
+    @staticmethod
+    def _block_of(name: Sequence[str], stages: Mapping[str, str]) -> str:
+        if name[0] == "predictors":
+            return f"p{name[1]}"
+        if name[0] == "stage_predictors":
+            return name[1]
+        return stages.get(name[2], "shared") if name[:2] == ["backbone", "bottom_up"] else "shared"
 
     # ---------------------------------------------------------------- training
 
@@ -172,11 +190,52 @@ class FlowDetector(nn.Module):
             gt_index = None
         inputs = [sample.x_t for sample in samples]
         on_policy = self._drawn(keys, STREAM_POLICY, self.on_policy)
-        return Prepared(images, image_sizes, ground_truth, samples, inputs, on_policy, gt_index)
+        stages = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
+        times = warped_time(stages, self.predictors.rate).unbind(1)
+        stage_samples = [self.path.sample(x_0, x_1, t) for t in times]
+        return Prepared(
+            images, image_sizes, ground_truth, samples, inputs, on_policy, gt_index, stage_samples
+        )
 
-    def extract_features(self, prepared: Prepared) -> list[Tensor]:
-        """The shared block: L maps `(B, C, H_l, W_l)`, float32 so that gradients of blocks add up in it."""
-        return self._features(prepared.images)
+    def extract_features(self, prepared: Prepared, on_stage: OnStage | None = None) -> list[Tensor]:
+        """The shared block: L maps `(B, C, H_l, W_l)`, float32 so that gradients of blocks add up in it.
+
+        Args:
+            on_stage: called with each stage that is a block and its losses `loss_cls/res2`, ...; the next
+                stage and the FPN get the stage's output detached.
+        """
+        with ExitStack() as hooks:
+            for index, name in enumerate(self.stage_predictors):
+
+                def end_block(
+                    _module, _inputs, output: Tensor, index: int = index, name: str = name
+                ) -> Tensor:
+                    if on_stage is not None:
+                        on_stage(name, self._stage_losses(index, name, output, prepared))
+                    return output.detach()
+
+                handle = getattr(self.backbone.bottom_up, name).register_forward_hook(end_block)
+                hooks.callback(handle.remove)
+            return self._features(prepared.images)
+
+    def _stage_losses(self, index: int, name: str, feature: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+        """The local loss of a backbone stage, by its own predictor."""
+        sample = prepared.stage_samples[index]
+        boxes_xyxy = self.space.proposals(sample.x_t, prepared.image_sizes)
+        answer = self.stage_predictors[name](feature, boxes_xyxy, sample.x_t, sample.t)
+        # Stages are never averaged: with dynamic_k each assigns for itself.
+        gt_index = prepared.gt_index if self.assignment == "path" else None
+        losses, _ = self._losses(answer.class_logits, answer.boxes, sample.x_t, sample.t, prepared, gt_index)
+        return {f"loss_{key}/{name}": value for key, value in losses.items()}
+
+    def chained_inputs(self, prepared: Prepared) -> list[Tensor] | None:
+        """`x_t` `(B, N, 4)` of every predictor where each makes that of the next; None where none needs
+        another's."""
+        return prepared.inputs if self._is_chained else None
+
+    @property
+    def _is_chained(self) -> bool:
+        return self.on_policy > 0 and self.predictors.time == "partitioned"
 
     def block_losses(self, index: int, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
         """The local loss of predictor `index`: weighted scalars `loss_cls/p0`, ...
@@ -190,7 +249,7 @@ class FlowDetector(nn.Module):
         boxes_xyxy = self.space.proposals(x_t, prepared.image_sizes)
         answer = self.predictors[index](features, boxes_xyxy, x_t, t)
         terms, x_1_hat = self._block_terms(index, answer.class_logits, answer.boxes, prepared)
-        if self.on_policy > 0 and index + 1 < self.num_predictors:
+        if self._is_chained and index + 1 < self.num_predictors:
             following = prepared.samples[index + 1]
             x_next = self.path.step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
             prepared.inputs[index + 1] = torch.where(prepared.on_policy[:, None, None], x_next, following.x_t)
@@ -217,7 +276,7 @@ class FlowDetector(nn.Module):
         """
         if not (self.device.type == "cuda" if batched is None else batched):
             return self.all_losses(features, prepared)
-        if self.on_policy > 0 and self.predictors.time == "partitioned":
+        if self._is_chained:
             with torch.no_grad():
                 for index in range(self.num_predictors - 1):
                     self.block_losses(index, features, prepared)

@@ -1,10 +1,12 @@
 """Explicit constructor arguments of the detectors from a config: the only place that reads MODEL.DFM."""
 
+from collections.abc import Sequence
+
 from dfm_d2.core import BoxFlow, BoxSpace
 from dfm_d2.framework import build_backbone
 from dfm_d2.losses import BlockLoss, DynamicK
 from dfm_d2.modeling.sampler import BoxSampler, SamplerSettings
-from dfm_d2.predictors import FeaturePooler, FlowHead, PredictorStack
+from dfm_d2.predictors import FeaturePooler, FlowHead, PredictorStack, StagePredictor
 
 
 def detector_arguments(cfg) -> dict:
@@ -32,6 +34,7 @@ def detector_arguments(cfg) -> dict:
         "backbone": backbone,
         "in_features": dfm.HEAD.IN_FEATURES,
         "predictors": _predictors(cfg, backbone),
+        "stage_predictors": _stage_predictors(cfg, backbone),
         "num_classes": dfm.NUM_CLASSES,
         "space": space,
         "flow": BoxFlow(
@@ -115,25 +118,64 @@ def _predictors(cfg, backbone) -> PredictorStack:
             f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
-    pooler = FeaturePooler(
+    pooler = _pooler(cfg, strides)
+    return PredictorStack(lambda: _head(cfg, pooler), dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
+
+
+def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
+    """A predictor for every stage of the backbone that learns; none but with BACKBONE_UPDATE "local"."""
+    if cfg.MODEL.DFM.BACKBONE_UPDATE != "local":
+        return {}
+    bottom_up = getattr(backbone, "bottom_up", None)
+    shapes = {} if bottom_up is None else bottom_up.output_shape()
+    stages = [name for name in shapes if name != "stem" and hasattr(bottom_up, name)]
+    if not stages:
+        raise ValueError(
+            f"MODEL.DFM.BACKBONE_UPDATE local needs a ResNet with FPN, which MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME} does not build: set it to accumulate."
+        )
+    owner = owners_in_bottom_up(bottom_up, stages)
+    learning = {owner.get(n.split(".")[0]) for n, p in bottom_up.named_parameters() if p.requires_grad}
+    dim = cfg.MODEL.DFM.HEAD.HIDDEN_DIM
+    return {
+        name: StagePredictor(shapes[name].channels, dim, _head(cfg, _pooler(cfg, [shapes[name].stride])))
+        for name in stages
+        if name in learning
+    }
+
+
+def owners_in_bottom_up(bottom_up, stages: Sequence[str]) -> dict[str, str]:
+    """{child of the backbone: stage whose block it belongs to}; the stem belongs to the first stage."""
+    owner, waiting = {}, []
+    for child, _ in bottom_up.named_children():
+        waiting.append(child)
+        if child in stages:
+            owner |= dict.fromkeys(waiting, child)
+            waiting = []
+    return owner
+
+
+def _pooler(cfg, strides: Sequence[int]) -> FeaturePooler:
+    head = cfg.MODEL.DFM.HEAD
+    return FeaturePooler(
         scales=[1.0 / stride for stride in strides],
         output_size=head.POOLER_RESOLUTION,
         sampling_ratio=head.POOLER_SAMPLING_RATIO,
         canonical_size=head.POOLER_CANONICAL_SIZE,
-        backend=dfm.KERNELS,
+        backend=cfg.MODEL.DFM.KERNELS,
     )
 
-    def make_head() -> FlowHead:
-        return FlowHead(
-            pooler=pooler,
-            num_classes=dfm.NUM_CLASSES,
-            dim=head.HIDDEN_DIM,
-            num_heads=head.NUM_HEADS,
-            feedforward_dim=head.FEEDFORWARD_DIM,
-            interaction=head.INTERACTION,
-            dynamic_dim=head.DYNAMIC_DIM,
-            num_cls=head.NUM_CLS,
-            num_reg=head.NUM_REG,
-        )
 
-    return PredictorStack(make_head, dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
+def _head(cfg, pooler: FeaturePooler) -> FlowHead:
+    head = cfg.MODEL.DFM.HEAD
+    return FlowHead(
+        pooler=pooler,
+        num_classes=cfg.MODEL.DFM.NUM_CLASSES,
+        dim=head.HIDDEN_DIM,
+        num_heads=head.NUM_HEADS,
+        feedforward_dim=head.FEEDFORWARD_DIM,
+        interaction=head.INTERACTION,
+        dynamic_dim=head.DYNAMIC_DIM,
+        num_cls=head.NUM_CLS,
+        num_reg=head.NUM_REG,
+    )

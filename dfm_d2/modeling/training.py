@@ -1,6 +1,6 @@
 """What a training step of the detectors needs besides the model.
 
-Shapes: B images, N proposals, D predictors, K classes.
+Shapes: B images, N proposals, D predictors, S backbone stages with a predictor of their own, K classes.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ class Prepared(NamedTuple):
     where `on_policy` `(B,)`, where the predictor before leads (FlowDetector.block_losses puts it there).
     gt_index: the coupled (or, for TIME "shared" with dynamic_k, the predictor-independent) assignment
     `(B, N)`; None where each predictor assigns.
+    stage_samples: the path sample of every backbone stage that is a block; there are none but with
+    BACKBONE_UPDATE "local".
     """
 
     images: ImageList
@@ -31,6 +33,24 @@ class Prepared(NamedTuple):
     inputs: list[Tensor]
     on_policy: Tensor
     gt_index: Tensor | None
+    stage_samples: list[PathSample]
+
+    def part(self, images: slice) -> "Prepared":
+        """The same of some of the images; their padding stays what it is."""
+
+        def rows(sample: PathSample) -> PathSample:
+            return PathSample(*(value[images] for value in sample))
+
+        return Prepared(
+            ImageList(self.images.tensor[images], self.images.image_sizes[images]),
+            self.image_sizes[images],
+            GroundTruth(*(value[images] for value in self.ground_truth)),
+            [rows(sample) for sample in self.samples],
+            [x_t[images] for x_t in self.inputs],
+            self.on_policy[images],
+            None if self.gt_index is None else self.gt_index[images],
+            [rows(sample) for sample in self.stage_samples],
+        )
 
 
 def pad_ground_truth(

@@ -205,8 +205,8 @@ def test_a_non_finite_gradient_changes_nothing():
 def test_bad_choices_name_the_good_ones():
     with pytest.raises(ValueError, match="'serial'; choose one of joint, sequential, parallel"):
         build_update("serial", "accumulate", False)
-    with pytest.raises(ValueError, match="choose one of accumulate, frozen"):
-        build_update("joint", "local", False)
+    with pytest.raises(ValueError, match="choose one of accumulate, frozen, local"):
+        build_update("joint", "lokal", False)
     with pytest.raises(ValueError, match="STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential"):
         build_update("joint", "accumulate", True)
     with pytest.raises(ValueError, match="No entry"):

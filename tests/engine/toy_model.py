@@ -66,7 +66,7 @@ class ToyModel(nn.Module):
             targets = targets + random.random() + np.random.rand() + torch.rand(1)
         return ToyPrepared(images, targets)
 
-    def extract_features(self, prepared: ToyPrepared) -> list[Tensor]:
+    def extract_features(self, prepared: ToyPrepared, on_stage=None) -> list[Tensor]:
         return self.backbone(prepared.images)
 
     def block_losses(self, index: int, features: list[Tensor], prepared: ToyPrepared) -> dict[str, Tensor]:

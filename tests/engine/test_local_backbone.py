@@ -1,0 +1,110 @@
+"""BACKBONE_UPDATE local: every stage of the backbone is a block, and no gradient leaves it."""
+
+import contextlib
+
+import pytest
+import torch
+from toy_model import toy_config
+
+from dfm_d2.engine.block_optimizer import build_block_optimizer, check_blocks
+from dfm_d2.engine.local_update import build_update, sum_losses
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(BACKBONE_UPDATE="local").train()
+
+
+@pytest.fixture
+def inputs(make_input):
+    return [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
+
+
+def step(model, inputs, update: str, step_in_backward: bool = False, **solver):
+    optimizer = build_block_optimizer(toy_config(**solver), model)
+    strategy = build_update(update, "local", step_in_backward)
+    return strategy.step(model, model.prepare(inputs, 7), optimizer, contextlib.nullcontext)
+
+
+def test_each_parameter_is_in_the_block_of_its_stage(model):
+    blocks = model.blocks()
+    assert list(blocks) == [*STAGES, "shared", "p0", "p1", "p2"]
+    check_blocks(blocks, [(n, p) for n, p in model.named_parameters()])
+    prefixes = {name: {".".join(n.split(".")[:3]) for n, _ in named} for name, named in blocks.items()}
+    assert "backbone.bottom_up.stem" in prefixes["res2"]
+    assert {p for p in prefixes["res4"] if p.startswith("backbone")} == {"backbone.bottom_up.res4"}
+    assert all(".bottom_up" not in prefix for prefix in prefixes["shared"])
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_stage_s_loss_has_gradients_in_its_own_block_only(model, inputs, index):
+    losses = {}
+    features = model.extract_features(model.prepare(inputs, 7), losses.__setitem__)
+    assert list(losses) == STAGES
+    sum_losses(losses[STAGES[index]]).backward()
+    for block, named in model.blocks().items():
+        touched = [parameter.grad is not None for _, parameter in named]
+        assert all(touched) if block == STAGES[index] else not any(touched), block
+    assert all(feature.requires_grad for feature in features)
+
+
+def test_the_detector_s_losses_reach_the_fpn_and_no_stage(model, inputs):
+    prepared = model.prepare(inputs, 7)
+    features = model.extract_features(prepared)
+    sum_losses(model.block_losses(0, features, prepared)).backward()
+    reached = {b for b, named in model.blocks().items() if any(p.grad is not None for _, p in named)}
+    assert reached == {"shared", "p0"}
+
+
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_sequential_equals_joint(make_model, inputs, step_in_backward):
+    models = [make_model(BACKBONE_UPDATE="local").train() for _ in range(2)]
+    joint = step(models[0], inputs, "joint", OPTIMIZER="sgd")
+    local = step(models[1], inputs, "sequential", step_in_backward, OPTIMIZER="sgd")
+    assert joint.keys() == local.keys() and {f"grad_norm/{name}" for name in STAGES} <= joint.keys()
+    for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_stage_is_through_before_the_next_one_starts(model, inputs):
+    seen = []
+
+    def on_stage(name, losses):
+        seen.append((name, sorted(losses)))
+        assert all(value.grad_fn is not None for value in losses.values())
+
+    model.extract_features(model.prepare(inputs, 7), on_stage)
+    assert seen == [(name, [f"loss_{key}/{name}" for key in ("cls", "giou", "l1")]) for name in STAGES]
+
+
+def test_frozen_stages_have_no_predictor():
+    from conftest import tiny_cfg
+
+    from dfm_d2.framework import build_model
+
+    cfg = tiny_cfg(BACKBONE_UPDATE="local")
+    cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    assert list(build_model(cfg).stage_predictors) == ["res3", "res4", "res5"]
+
+
+def test_inference_does_not_see_the_stages(make_model, make_input):
+    plain, local = make_model().eval(), make_model(BACKBONE_UPDATE="local").eval()
+    unexpected = local.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert unexpected and all(name.startswith("stage_predictors.") for name in unexpected)
+    a, b = (m([make_input("a")])[0]["instances"] for m in (plain, local))
+    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=0)
+
+
+def test_a_backbone_without_stages_is_one_sentence():
+    from conftest import tiny_cfg
+
+    from dfm_d2.framework import build_model
+
+    cfg = tiny_cfg(BACKBONE_UPDATE="local")
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.DFM.HEAD.IN_FEATURES = ["res2"]
+    cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 64
+    with pytest.raises(ValueError, match="BACKBONE_UPDATE local needs a ResNet with FPN"):
+        build_model(cfg)
