@@ -150,7 +150,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave, whatever the blocks were then.
 
-        Raises ValueError when it is of another optimizer, lacks a parameter or has it in another shape.
+        A parameter that was not trained then (the backbone was frozen, a stage had no predictor) starts anew.
+        Raises ValueError when it is of another optimizer or model, or has a parameter in another shape.
         """
         if state_dict.get("kind") != self.kind:
             raise ValueError(
@@ -179,16 +180,24 @@ class BlockOptimizer(torch.optim.Optimizer):
             names = [self._names[parameter] for parameter in group["params"]]
             indices = range(index, index + len(names))
             index += len(names)
-            groups.append({**options[names[0]], "params": list(indices)})
+            known = next((options[name] for name in names if name in options), None)
+            groups.append({**(known or _scheduled(group, options)), "params": list(indices)})
             by_index |= {i: dict(state[name]) for i, name in zip(indices, names) if name in state}
         return {"state": by_index, "param_groups": groups}
 
     def _check_names(self, options: Mapping[str, dict], state: Mapping[str, dict]) -> None:
         missing = [name for name in self._names.values() if name not in options]
-        if missing:
+        if len(missing) == len(self._names):
             raise ValueError(
-                f"The checkpoint's optimizer does not know {len(missing)} parameters of this model, "
-                f"for example {missing[0]}: it was trained with another model configuration."
+                f"The checkpoint's optimizer knows no parameter of this model, for example not {missing[0]}: "
+                "it was trained with another model configuration."
+            )
+        if missing:
+            logging.getLogger(__name__).warning(
+                "%d parameters were not trained when the checkpoint was written, for example %s: their "
+                "optimizer state starts anew",
+                len(missing),
+                missing[0],
             )
         for parameter, name in self._names.items():
             for key, value in state.get(name, {}).items():
@@ -275,6 +284,15 @@ def _group(
         group = groups.setdefault(tuple(sorted(chosen.items())), {"params": [], **chosen})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _scheduled(group: dict[str, Any], saved: Mapping[str, dict]) -> dict[str, Any]:
+    """The options of a group that is new, its learning rate where the schedule of the saved ones stands."""
+    like = next(iter(saved.values()))
+    options = {key: value for key, value in group.items() if key != "params"}
+    if like.get("initial_lr") and "initial_lr" in options:
+        options["lr"] = options["initial_lr"] * like["lr"] / like["initial_lr"]
+    return options
 
 
 def _check_norms(norms: Mapping[str, Tensor]) -> None:

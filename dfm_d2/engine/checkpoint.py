@@ -28,7 +28,7 @@ from dfm_d2.framework import PROVIDER, DetectionCheckpointer, PathManager, Perio
 ABOUT = "dfm_d2"
 LAST = "last_checkpoint"
 
-# Parameters that only training with BACKBONE_UPDATE "local" uses: other update modes neither need nor have them.
+# Parameters that only training with BACKBONE_UPDATE "local" uses; other update modes do not have them.
 TRAINING_ONLY = "stage_predictors."
 
 _logger = logging.getLogger(__name__)

@@ -103,12 +103,35 @@ def test_a_state_that_does_not_fit_is_an_error():
     state = optimizer.state_dict()
     with pytest.raises(ValueError, match="set SOLVER.OPTIMIZER"):
         build_block_optimizer(toy_config(OPTIMIZER="sgd"), make_model()).load_state_dict(state)
-    with pytest.raises(ValueError, match="does not know 6 parameters"):
-        build_block_optimizer(toy_config(), ToyModel(num_predictors=4)).load_state_dict(state)
+    other = build_block_optimizer(toy_config(), make_model())
+    other._names = {parameter: f"other.{name}" for parameter, name in other._names.items()}
+    with pytest.raises(ValueError, match="knows no parameter of this model, for example not other.backbone"):
+        other.load_state_dict(state)
     name = "predictors.0.0.weight"
     state["state"][name] = {**state["state"][name], "exp_avg": torch.zeros(1, 2)}
     with pytest.raises(ValueError, match=f"{name} has the shape"):
         build_block_optimizer(toy_config(), make_model()).load_state_dict(state)
+
+
+def test_what_was_frozen_then_starts_anew_at_the_schedule_s_rate():
+    frozen = make_model()
+    frozen.backbone.requires_grad_(False)
+    trained, _ = run(frozen, build_update("sequential", "frozen", False), 2)
+    for group in trained.param_groups:
+        group["initial_lr"], group["lr"] = 0.01, 0.0025
+    model = make_model()
+    optimizer = build_block_optimizer(toy_config(BACKBONE_MULTIPLIER=0.1), model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    optimizer.load_state_dict(trained.state_dict())
+    states = optimizer.state_dict()["state"]
+    assert states and all(name.startswith("predictors.") for name in states)
+    rates = {name: group["lr"] for group in optimizer.state_dict()["groups"] for name in group["names"]}
+    assert rates["predictors.0.0.weight"] == pytest.approx(0.0025)
+    assert rates["backbone.bottom_up.0.weight"] == pytest.approx(0.00025)
+    run_on = build_update("sequential", "accumulate", False)
+    run_on.step(model, model.prepare(BATCH, 2), optimizer, torch.enable_grad)
+    assert "backbone.bottom_up.0.weight" in optimizer.state_dict()["state"]
 
 
 def test_an_unknown_optimizer_is_an_error():

@@ -7,6 +7,7 @@ import torch
 from toy_model import toy_config
 
 from dfm_d2.engine.block_optimizer import build_block_optimizer, check_blocks
+from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.local_update import build_update, sum_losses
 
 STAGES = ["res2", "res3", "res4", "res5"]
@@ -95,6 +96,27 @@ def test_inference_does_not_see_the_stages(make_model, make_input):
     assert unexpected and all(name.startswith("stage_predictors.") for name in unexpected)
     a, b = (m([make_input("a")])[0]["instances"] for m in (plain, local))
     torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("first", "second"), [("local", "accumulate"), ("accumulate", "local")])
+def test_a_checkpoint_of_one_mode_continues_in_the_other(make_model, inputs, tmp_path, first, second):
+    model = make_model(BACKBONE_UPDATE=first).train()
+    optimizer = build_block_optimizer(toy_config(), model)
+    build_update("sequential", first, False).step(
+        model, model.prepare(inputs, 0), optimizer, contextlib.nullcontext
+    )
+    SafeCheckpointer(model, str(tmp_path), optimizer=optimizer).save("model")
+    other = make_model(seed=1, BACKBONE_UPDATE=second).train()
+    continued = build_block_optimizer(toy_config(), other)
+    SafeCheckpointer(other, str(tmp_path), optimizer=continued).resume_or_load("")
+    shared = model.state_dict().keys() & other.state_dict().keys()
+    assert len(shared) == min(len(model.state_dict()), len(other.state_dict()))
+    assert all(torch.equal(model.state_dict()[name], other.state_dict()[name]) for name in shared)
+    build_update("sequential", second, False).step(
+        other, other.prepare(inputs, 1), continued, contextlib.nullcontext
+    )
+    state = continued.state_dict()["state"]
+    assert state["predictors.0.box_answer.weight"]["step"] == 2
 
 
 def test_a_backbone_without_stages_is_one_sentence():
