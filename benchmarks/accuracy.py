@@ -36,6 +36,8 @@ _SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
 VARIANTS: dict[str, list[str]] = {
     "local": [],
     "joint": ["MODEL.DFM.UPDATE", "joint"],
+    # Every stage of the backbone a block, too.
+    "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],
     # The backprop twin, trained at every t as DiffusionDet is; and at t = 0 only, where inference begins.
     "cascade": [*_CASCADE, *_ONE_STEP],
     "cascade_t0": [*_CASCADE, *_ONE_STEP, "MODEL.DFM.FROM_NOISE", "1.0"],

@@ -116,6 +116,7 @@ def test_a_state_that_does_not_fit_is_an_error():
 def test_what_was_frozen_then_starts_anew_at_the_schedule_s_rate():
     frozen = make_model()
     frozen.backbone.requires_grad_(False)
+    frozen.blocks = lambda: ToyModel.blocks(frozen) | {"shared": []}
     trained, _ = run(frozen, build_update("sequential", "frozen", False), 2)
     for group in trained.param_groups:
         group["initial_lr"], group["lr"] = 0.01, 0.0025
