@@ -104,6 +104,9 @@ def _add_model_keys(cfg: CN) -> None:
     # "local": each stage of the ResNet is a block with a predictor of its own (in training only) and detached
     # input, the FPN the shared block. docs/results.md has what that costs.
     dfm.BACKBONE_UPDATE = "accumulate"  # "accumulate" | "frozen" | "local"
+    # With UPDATE "parallel": processes that share out the predictors of the same images (docs/scaling.md). It
+    # divides their number; 1: each process has all predictors.
+    dfm.PREDICTOR_RANKS = 1
     # Step each block's optimizer right after its backward and free its gradients.
     dfm.STEP_IN_BACKWARD = False
     # Seed of noise and t in training; the sampler has its own.

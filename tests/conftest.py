@@ -11,39 +11,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from tiny_model import tiny_cfg
 
-import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
-from dfm_d2.config import add_dfm_config
-from dfm_d2.framework import Boxes, Instances, build_model, get_cfg
-
-
-def tiny_cfg(**dfm):
-    """A ResNet-18 FPN detector of 16 channels; keyword arguments are keys of MODEL.DFM (dots as __)."""
-    cfg = get_cfg()
-    add_dfm_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.META_ARCHITECTURE = "FlowDetector"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.DFM.NUM_CLASSES = 3
-    cfg.MODEL.DFM.NUM_PREDICTORS = 3
-    cfg.MODEL.DFM.NUM_PROPOSALS = 12
-    head = cfg.MODEL.DFM.HEAD
-    head.HIDDEN_DIM, head.NUM_HEADS, head.FEEDFORWARD_DIM, head.DYNAMIC_DIM = 16, 2, 32, 8
-    head.POOLER_RESOLUTION = 3
-    for key, value in dfm.items():
-        node = cfg.MODEL.DFM
-        *path, last = key.split("__")
-        for part in path:
-            node = node[part]
-        node[last] = value
-    return cfg
+from dfm_d2.framework import Boxes, Instances, build_model
 
 
 @pytest.fixture

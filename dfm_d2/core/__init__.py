@@ -5,6 +5,7 @@ from dfm_d2.core.box_space import BoxSpace
 from dfm_d2.core.label_space import LabelSpace
 from dfm_d2.core.noise import keyed_normal, keyed_uniform, stream_key
 from dfm_d2.core.path import CondOTPath, PathSample
+from dfm_d2.core.precision import at_least_float32
 from dfm_d2.core.solver import (
     ODESolver,
     SolverStep,
@@ -27,6 +28,7 @@ __all__ = [
     "PathSample",
     "SolverStep",
     "Trajectory",
+    "at_least_float32",
     "endpoint_field",
     "keyed_normal",
     "keyed_uniform",

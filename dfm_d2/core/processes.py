@@ -28,7 +28,12 @@ def current_group() -> dist.ProcessGroup | None:
 
 def world_size() -> int:
     """W, the number of processes."""
-    return dist.get_world_size(_group.get()) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(_group.get()) if total_processes() > 1 else 1
+
+
+def total_processes() -> int:
+    """The number of all processes, within `among` too."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

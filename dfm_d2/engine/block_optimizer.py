@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dfm_d2.engine.data_parallel import GradientReducer
 from dfm_d2.engine.errors import NonFiniteLossError
+from dfm_d2.engine.process_grid import ProcessGrid
 from dfm_d2.framework import CfgNode
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -45,6 +46,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         options: Callable[[str, nn.Parameter], dict[str, float]],
         clip_norm: float = 0.0,
         scaler: torch.amp.GradScaler | None = None,
+        grid: ProcessGrid | None = None,
     ):
         """
         blocks: block name -> [(parameter name, parameter)]. A parameter in two blocks is a ValueError.
@@ -53,13 +55,17 @@ class BlockOptimizer(torch.optim.Optimizer):
         clip_norm: greatest gradient norm of a block; 0 is off.
         scaler: the loss scale of fp16. One scale for all blocks, since gradients of all of them meet in the
             shared features, but overflow is found, and the step skipped, for each block by itself.
+        grid: who owns which block among several processes; None: each process all of them.
         """
         check_blocks(blocks)
         self.blocks = {name: [parameter for _, parameter in named] for name, named in blocks.items()}
         self.clip_norm = float(clip_norm)
         self.scaler = scaler
         self.norms: dict[str, Tensor] = {}
-        self._reducer = GradientReducer()
+        # Optimizer state, on the host, of blocks that another process steps, as it was when last gathered.
+        self.elsewhere: dict[str, dict[str, Any]] = {}
+        self._grid = grid or ProcessGrid()
+        self._reducer = GradientReducer(self._grid)
         self._names = {parameter: name for named in blocks.values() for name, parameter in named}
         self._inner = {
             block: make_optimizer(_group(named, options)) for block, named in blocks.items() if named
@@ -137,13 +143,17 @@ class BlockOptimizer(torch.optim.Optimizer):
                 self.scaler.step(self._inner[block])
         self.norms.update(norms)
 
+    def state_by_name(self) -> dict[str, dict[str, Any]]:
+        """{parameter name: {key: value}} of the blocks that this process steps."""
+        return {self._names[parameter]: dict(entry) for parameter, entry in self.state.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """{"kind", "groups": [{"names", options...}], "state": {parameter name: {key: value}}, "scaler"}."""
         groups = []
         for group in self.param_groups:
             kept = {key: value for key, value in group.items() if key != "params"}
             groups.append({"names": [self._names[parameter] for parameter in group["params"]], **kept})
-        state = {self._names[parameter]: dict(entry) for parameter, entry in self.state.items()}
+        state = self.state_by_name() | self.elsewhere
         scaler = None if self.scaler is None else self.scaler.state_dict()
         return {"kind": self.kind, "groups": groups, "state": state, "scaler": scaler}
 
@@ -168,6 +178,10 @@ class BlockOptimizer(torch.optim.Optimizer):
             inner.load_state_dict(self._inner_state(inner, saved_options, state_dict["state"]))
         self.state.clear()
         self._share()
+        for block, parameters in self.blocks.items():
+            if not self._grid.owns(block):
+                for parameter in parameters:
+                    self.state.pop(parameter, None)
         if self.scaler is not None and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
 
@@ -227,7 +241,10 @@ def check_blocks(
 
 
 def build_block_optimizer(
-    cfg: CfgNode, model: nn.Module, scaler: torch.amp.GradScaler | None = None
+    cfg: CfgNode,
+    model: nn.Module,
+    scaler: torch.amp.GradScaler | None = None,
+    grid: ProcessGrid | None = None,
 ) -> BlockOptimizer:
     """The optimizer of ``cfg.SOLVER`` over ``model.blocks()``.
 
@@ -267,7 +284,7 @@ def build_block_optimizer(
             groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=True
         )
 
-    optimizer = BlockOptimizer(blocks, make_optimizer, options, solver.BLOCK_CLIP_NORM, scaler)
+    optimizer = BlockOptimizer(blocks, make_optimizer, options, solver.BLOCK_CLIP_NORM, scaler, grid)
     sizes = {block: sum(p.numel() for p in parameters) for block, parameters in optimizer.blocks.items()}
     summary = ", ".join(f"{block} {size / 1e6:.2f}M" for block, size in sizes.items())
     logging.getLogger(__name__).info("%s, one per block: %s parameters", optimizer.kind, summary)

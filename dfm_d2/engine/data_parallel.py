@@ -11,35 +11,44 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dfm_d2.core.processes import world_size
+from dfm_d2.core.processes import current_group, total_processes, world_size
+from dfm_d2.engine.process_grid import ProcessGrid
 
 
 class GradientReducer:
     """Averages the gradients of a block over the processes, while the next block computes."""
 
-    def __init__(self) -> None:
+    def __init__(self, grid: ProcessGrid) -> None:
+        self.grid = grid
         self._running: dict[str, tuple[dist.Work, Tensor]] = {}
 
     def start(self, block: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Begin to add up the gradients of a block; all processes do so in the same order of blocks."""
-        if world_size() == 1 or block in self._running or not parameters:
+        """Begin to add up the gradients of a block; its processes all do so in the same order of blocks."""
+        group, owners = self.grid.averaging(block)
+        alone = owners == 1 if group is not None else total_processes() == 1
+        if alone or block in self._running or not parameters:
             return
+        has = [parameter.grad is not None for parameter in parameters]
         for parameter in parameters:
             if parameter.grad is None:  # another process may have one
                 parameter.grad = torch.zeros_like(parameter)
-        buffer = _flatten_dense_tensors([parameter.grad for parameter in parameters])
-        self._running[block] = (dist.all_reduce(buffer, async_op=True), buffer)
+        grads = [parameter.grad for parameter in parameters]
+        buffer = _flatten_dense_tensors([*grads, grads[0].new_tensor(has)])
+        self._running[block] = (dist.all_reduce(buffer, group=group, async_op=True), buffer)
 
     def finish(self, block: str, parameters: Sequence[nn.Parameter]) -> None:
-        """Wait for the sum, and put the mean in the place of the gradients."""
+        """Wait for the sum, and put the mean in the place of the gradients; None where no process has one."""
         if block not in self._running:
             return
         work, buffer = self._running.pop(block)
         work.wait()
-        buffer /= world_size()
+        flags = buffer[-len(parameters) :].tolist()
+        buffer /= self.grid.averaging(block)[1]
         grads = [parameter.grad for parameter in parameters]
-        for grad, mean in zip(grads, _unflatten_dense_tensors(buffer, grads)):
-            grad.copy_(mean)
+        means = _unflatten_dense_tensors(buffer[: -len(parameters)], grads)
+        for parameter, flag, mean in zip(parameters, flags, means):
+            # A zero in place of None would begin to decay the weights of what has no part in the loss.
+            parameter.grad = parameter.grad.copy_(mean) if flag else None
 
 
 def is_true_anywhere(flag: bool, device: torch.device) -> bool:
@@ -47,7 +56,7 @@ def is_true_anywhere(flag: bool, device: torch.device) -> bool:
     if world_size() == 1:
         return flag
     count = torch.tensor(float(flag), device=device)
-    dist.all_reduce(count)
+    dist.all_reduce(count, group=current_group())
     return bool(count > 0)
 
 
@@ -56,12 +65,18 @@ def of_all_processes(values: dict[str, float]) -> dict[str, float]:
     if world_size() == 1:
         return values
     gathered: list[dict[str, float]] = [{}] * world_size()
-    dist.all_gather_object(gathered, values)
+    dist.all_gather_object(gathered, values, group=current_group())
     return {
         f"{key} of process {rank}" if rank else key: value
-        for rank, found in enumerate(gathered)
+        for rank, found in zip(_ranks(), gathered)
         for key, value in found.items()
     }
+
+
+def _ranks() -> list[int]:
+    """The processes of the current group."""
+    group = current_group()
+    return list(range(world_size())) if group is None else dist.get_process_group_ranks(group)
 
 
 @torch.no_grad()

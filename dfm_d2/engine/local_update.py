@@ -17,21 +17,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dfm_d2.core import at_least_float32
 from dfm_d2.engine.block_optimizer import BlockOptimizer
+from dfm_d2.engine.blocks import predictor_block
 from dfm_d2.engine.data_parallel import is_true_anywhere, of_all_processes
 from dfm_d2.engine.errors import NonFiniteLossError
 
-SHARED_BLOCK = "shared"
 BACKBONE_UPDATES = ("accumulate", "frozen", "local")
 
 Autocast = Callable[[], AbstractContextManager]
 # Takes the name and the losses of a backbone stage that is a block, as soon as they are there.
 OnStage = Callable[[str, dict[str, Tensor]], None]
-
-
-def predictor_block(index: int) -> str:
-    """The name of predictor ``index``'s block: p0, p1, ..."""
-    return f"p{index}"
 
 
 @runtime_checkable
@@ -76,7 +72,7 @@ def sum_losses(losses: dict[str, Tensor]) -> Tensor:
     terms = [value for key, value in losses.items() if key.startswith("loss")]
     if not terms:
         raise ValueError(f"No entry of {sorted(losses)} starts with 'loss'.")
-    return torch.stack([term.float() if term.dtype.itemsize < 4 else term for term in terms]).sum()
+    return torch.stack([at_least_float32(term) for term in terms]).sum()
 
 
 def check_finite(losses: dict[str, Tensor]) -> None:
@@ -145,7 +141,7 @@ class JointUpdate(Update):
         check_finite(losses)
         optimizer.scale(sum_losses(losses)).backward()
         optimizer.step()
-        return _detached(losses) | _norms(optimizer)
+        return _detached(losses) | norms(optimizer)
 
 
 class ParallelUpdate(JointUpdate):
@@ -180,7 +176,7 @@ class SequentialUpdate(Update):
         del leaves
         backward_shared(features, gradients)
         optimizer.step()
-        return metrics | _norms(optimizer)
+        return metrics | norms(optimizer)
 
     def _features(
         self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
@@ -257,7 +253,7 @@ def _with_one_backward(update: type[JointUpdate]) -> Callable[[str, bool], Joint
     return build
 
 
-# A new way of updating is one more line here.
+# A new way of updating is one more line here; predictor_parallel.py has what needs several processes.
 UPDATES: dict[str, Callable[[str, bool], Update]] = {
     "joint": _with_one_backward(JointUpdate),
     "sequential": SequentialUpdate,
@@ -278,5 +274,6 @@ def build_update(name: str, backbone_update: str, step_in_backward: bool) -> Upd
     return UPDATES[name](backbone_update, step_in_backward)
 
 
-def _norms(optimizer: BlockOptimizer) -> dict[str, Tensor]:
+def norms(optimizer: BlockOptimizer) -> dict[str, Tensor]:
+    """``grad_norm/<block>`` of the blocks that were stepped."""
     return {f"grad_norm/{block}": norm for block, norm in optimizer.norms.items()}

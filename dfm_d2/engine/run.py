@@ -16,9 +16,11 @@ from dfm_d2.engine.data_parallel import broadcast_model
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.errors import input_errors
 from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar
-from dfm_d2.engine.local_update import build_update
+from dfm_d2.engine.local_update import Update, build_update
 from dfm_d2.engine.metrics_file import METRICS_FILE, cut_back, flatten
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
+from dfm_d2.engine.predictor_parallel import GatherBlocks, PredictorParallelUpdate
+from dfm_d2.engine.process_grid import ProcessGrid
 from dfm_d2.engine.progress import evaluation_bar
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.engine.validate import check_start
@@ -55,6 +57,9 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
     if ema is not None:
         trainer.register_hooks([EMAHook(ema)])
+    if isinstance(trainer.update, PredictorParallelUpdate):
+        periods = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
+        trainer.register_hooks([GatherBlocks(trainer.update.grid, trainer.optimizer, periods, ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
     start = _load_start(cfg, checkpointer, trainer, resume)
     comm.synchronize()  # the main process must not touch what another still reads
@@ -159,19 +164,31 @@ def build_trainer(cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
     dtype = resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
     _logger.info("precision: %s", "float32" if dtype is None else f"autocast to {dtype}")
     scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
-    dfm = cfg.MODEL.DFM
     with input_errors():
+        grid = ProcessGrid.build(cfg.MODEL.DFM.PREDICTOR_RANKS, cfg.MODEL.DFM.NUM_PREDICTORS)
         trainer = LocalUpdateTrainer(
             model,
             lambda position: build_train_loader(cfg, position),
-            build_block_optimizer(cfg, model, scaler),
-            build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD),
+            build_block_optimizer(cfg, model, scaler, grid),
+            _build_update(cfg, grid, dtype),
             autocast_factory(device, dtype),
             images_per_step=cfg.SOLVER.IMS_PER_BATCH,
             window=cfg.SOLVER.LOG_PERIOD,
         )
     trainer.scheduler = build_lr_scheduler(cfg, trainer.optimizer)
     return trainer
+
+
+def _build_update(cfg: CfgNode, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
+    dfm = cfg.MODEL.DFM
+    if grid.members == 1:
+        return build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+    if dtype == torch.float16:
+        raise ValueError(
+            "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
+            "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
+        )
+    return PredictorParallelUpdate(grid, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
 
 
 def build_checkpointer(

@@ -85,7 +85,7 @@ class LocalUpdateTrainer(TrainerBase):
         with input_errors():
             batch = next(self._open_stream())
         data_time = time.perf_counter() - start
-        prepared = self.model.prepare(batch, self.iter)
+        prepared = self.model.prepare(self.update.share(batch), self.iter)
         try:
             metrics = self.update.step(self.model, prepared, self.optimizer, self.autocast)
         except NonFiniteLossError as error:

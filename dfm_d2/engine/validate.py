@@ -66,6 +66,7 @@ LEAST: dict[str, float] = {
     "MODEL.DFM.NUM_CLASSES": 0,
     "MODEL.DFM.NUM_PREDICTORS": 1,
     "MODEL.DFM.NUM_PROPOSALS": 1,
+    "MODEL.DFM.PREDICTOR_RANKS": 1,
     "MODEL.DFM.SAMPLER.NMS_THRESH": 0.0,
     "MODEL.DFM.SAMPLER.NOISE_PASSES": 1,
     "MODEL.DFM.SAMPLER.NUM_PROPOSALS": 0,
@@ -96,7 +97,9 @@ def validate_config(cfg: CfgNode) -> None:
     """ValueError, one sentence, for the first value that cannot work: it names the key and the choices."""
     for message in _problems(cfg):
         raise ValueError(message)
-    build_update(cfg.MODEL.DFM.UPDATE, cfg.MODEL.DFM.BACKBONE_UPDATE, cfg.MODEL.DFM.STEP_IN_BACKWARD)
+    dfm = cfg.MODEL.DFM
+    if dfm.PREDICTOR_RANKS == 1:
+        build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
 
 
 def _problems(cfg: CfgNode) -> Iterator[str]:
@@ -139,6 +142,8 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
         yield f"MODEL.DFM.BACKBONE_UPDATE local needs independent predictors, not {name}: set accumulate."
     elif not known[name].is_local and (dfm.TIME != "partitioned" or dfm.SAMPLER.PREDICTORS):
         yield f"{name} asks all its heads in a row: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS as they are."
+    if dfm.PREDICTOR_RANKS > 1 and dfm.UPDATE != "parallel":
+        yield f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}, which needs MODEL.DFM.UPDATE parallel."
     for key in ("ON_POLICY", "FROM_NOISE"):
         if not 0 <= dfm[key] <= 1:
             yield f"MODEL.DFM.{key} is {dfm[key]}; it is a share, from 0 to 1."

@@ -11,6 +11,7 @@ import torch
 from dfm_kernels.reference import cxcywh_to_xyxy, pairwise_giou, signal_to_cxcywh
 from torch import Tensor
 
+from dfm_d2.core import at_least_float32
 from dfm_d2.losses.ground_truth import GroundTruth
 
 ASSIGNMENTS = ("dynamic_k", "path")
@@ -57,7 +58,7 @@ class DynamicK:
         Returns:
             gt_index `(B, N)` int64, -1 for background. While queries last, every box has at least one.
         """
-        cost, iou = self._cost(ground_truth, x.float(), class_logits)
+        cost, iou = self._cost(ground_truth, at_least_float32(x), class_logits)
         valid = ground_truth.mask[:, None]
         num_queries = cost.shape[1]
         top = iou.topk(min(self.max_k, num_queries), dim=1).values
@@ -73,7 +74,7 @@ class DynamicK:
         self, ground_truth: GroundTruth, x: Tensor, class_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         box_hat = signal_to_cxcywh(x, self.signal_scale)
-        box = signal_to_cxcywh(ground_truth.x_1.float(), self.signal_scale)
+        box = signal_to_cxcywh(at_least_float32(ground_truth.x_1), self.signal_scale)
         corners = cxcywh_to_xyxy(box)
         pairs = [pairwise_giou(a, b) for a, b in zip(cxcywh_to_xyxy(box_hat), corners)]
         iou = torch.stack([p[0] for p in pairs])
@@ -83,7 +84,7 @@ class DynamicK:
         inside = ((center > corners[:, None, :, :2]) & (center < corners[:, None, :, 2:])).all(-1)
         cost = self.l1_weight * l1 - self.giou_weight * giou + self._OUTSIDE * (~inside)
         if class_logits is not None:
-            p = class_logits.float().sigmoid()
+            p = at_least_float32(class_logits).sigmoid()
             positive = -self.focal_alpha * (1 - p) ** self.focal_gamma * (p + 1e-8).log()
             negative = -(1 - self.focal_alpha) * p**self.focal_gamma * (1 - p + 1e-8).log()
             index = ground_truth.classes[:, None].expand(-1, x.shape[1], -1)

@@ -15,6 +15,7 @@ from dfm_d2.core import (
     BoxSpace,
     CondOTPath,
     Trajectory,
+    at_least_float32,
     keyed_normal,
     keyed_uniform,
     stream_key,
@@ -176,7 +177,7 @@ class FlowDetector(nn.Module):
         ground_truth = pad_ground_truth(batched_inputs, image_sizes, self.space, self.num_classes)
         ids = self._image_ids(batched_inputs)
         keys = [stream_key("train", self.seed, iteration, image_id) for image_id in ids]
-        x_0 = keyed_normal(keys, self.num_proposals, device=self.device)
+        x_0 = keyed_normal(keys, self.num_proposals, device=self.device).to(ground_truth.x_1.dtype)
         slots = build_slots(ground_truth, self.num_proposals, self.gt_repeat, keys, self.space.signal_scale)
         slots = couple(x_0, slots, self.coupling, keys)
         x_1 = noisy_endpoints(slots.x_1, self.endpoint_noise, keys, self.space.signal_scale)
@@ -198,7 +199,7 @@ class FlowDetector(nn.Module):
         )
 
     def extract_features(self, prepared: Prepared, on_stage: OnStage | None = None) -> list[Tensor]:
-        """The shared block: L maps `(B, C, H_l, W_l)`, float32 so that gradients of blocks add up in it.
+        """The shared block: L maps `(B, C, H_l, W_l)`, float32 or more: gradients of blocks add up in them.
 
         Args:
             on_stage: called with each stage that is a block and its losses `loss_cls/res2`, ...; the next
@@ -390,7 +391,7 @@ class FlowDetector(nn.Module):
         )
 
     def _image_sizes(self, images: ImageList) -> Tensor:
-        return torch.tensor(images.image_sizes, dtype=torch.float32, device=self.device)
+        return torch.tensor(images.image_sizes, dtype=self.pixel_mean.dtype, device=self.device)
 
     @staticmethod
     def _image_ids(batched_inputs: Sequence[dict]) -> list[int | str]:
@@ -399,7 +400,7 @@ class FlowDetector(nn.Module):
 
     def _features(self, images: ImageList) -> list[Tensor]:
         features = self.backbone(images.tensor)
-        found = [features[name].float() for name in self.in_features]
+        found = [at_least_float32(features[name]) for name in self.in_features]
         if self.flow.backend == "torch":
             return found
         # The RoIAlign kernel reads pixels of all channels: laid out once here, not once a predictor and step.

@@ -74,7 +74,7 @@ def pad_ground_truth(
                 f"{item.get('file_name', index)!r} has a class outside [0, {num_classes}): "
                 "set MODEL.DFM.NUM_CLASSES to the data set's number of classes"
             )
-        x_1.append(space.encode(instances.gt_boxes.tensor, size))
+        x_1.append(space.encode(instances.gt_boxes.tensor.to(size.dtype), size))
         classes.append(labels)
     return GroundTruth.pad(x_1, classes)
 

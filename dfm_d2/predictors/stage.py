@@ -5,6 +5,7 @@ Shapes: B images, N proposals, C channels of the head, C_s of the stage.
 
 from torch import Tensor, nn
 
+from dfm_d2.core import at_least_float32
 from dfm_d2.predictors.flow_head import FlowHead, HeadAnswer
 
 
@@ -23,4 +24,4 @@ class StagePredictor(nn.Module):
 
     def forward(self, feature: Tensor, boxes_xyxy: Tensor, x_t: Tensor, t: Tensor) -> HeadAnswer:
         """Answer at t `(B,)` for proposals `(B, N, 4)` in pixels and in signal, from `(B, C_s, H, W)`."""
-        return self.head([self.lateral(feature).float()], boxes_xyxy, x_t, t)
+        return self.head([at_least_float32(self.lateral(feature))], boxes_xyxy, x_t, t)

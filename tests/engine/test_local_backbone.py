@@ -4,11 +4,13 @@ import contextlib
 
 import pytest
 import torch
+from tiny_model import tiny_cfg
 from toy_model import toy_config
 
 from dfm_d2.engine.block_optimizer import build_block_optimizer, check_blocks
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.local_update import build_update, sum_losses
+from dfm_d2.framework import build_model
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -81,10 +83,6 @@ def test_a_stage_is_through_before_the_next_one_starts(model, inputs):
 
 
 def test_frozen_stages_have_no_predictor():
-    from conftest import tiny_cfg
-
-    from dfm_d2.framework import build_model
-
     cfg = tiny_cfg(BACKBONE_UPDATE="local")
     cfg.MODEL.BACKBONE.FREEZE_AT = 2
     assert list(build_model(cfg).stage_predictors) == ["res3", "res4", "res5"]
@@ -120,10 +118,6 @@ def test_a_checkpoint_of_one_mode_continues_in_the_other(make_model, inputs, tmp
 
 
 def test_a_backbone_without_stages_is_one_sentence():
-    from conftest import tiny_cfg
-
-    from dfm_d2.framework import build_model
-
     cfg = tiny_cfg(BACKBONE_UPDATE="local")
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     cfg.MODEL.DFM.HEAD.IN_FEATURES = ["res2"]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfm_d2.engine.local_update import predictor_block
+from dfm_d2.engine.blocks import predictor_block
 from dfm_d2.framework import get_cfg
 
 CHANNELS = 6
