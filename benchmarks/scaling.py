@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """Steps a second against the number of processes, and the bytes that a step sends.
 
-python benchmarks/scaling.py [--processes 1 2] [--device cpu|cuda] [--save] [--opts KEY VALUE ...]
-    Each process has --images images a step (weak scaling). Trains tools/train_net.py for --iterations on the
-    generated set of --data (made if it is not there).
+python benchmarks/scaling.py [--processes 1 2] [--modes data predictor] [--device cpu|cuda] [--save]
+                             [--opts KEY VALUE ...]
+    Each process has --images images a step (weak scaling). "data": each process has all predictors;
+    "predictor": the processes share out the predictors of the images of all. Trains tools/train_net.py for
+    --iterations on the generated set of --data (made if it is not there).
 python benchmarks/scaling.py --volumes
     Bytes a process sends in a step, by formula (docs/scaling.md), for R50-FPN, batch 16, 8 and 64 processes.
 """
@@ -24,8 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
 
 
-def seconds_of(args: argparse.Namespace, processes: int) -> list[float]:
+def seconds_of(args: argparse.Namespace, mode: str, processes: int) -> list[float]:
     """Seconds of each iteration, without the first ones."""
+    shared_out = mode == "predictor" and processes > 1
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "OUTPUT_DIR": folder,
@@ -36,6 +39,8 @@ def seconds_of(args: argparse.Namespace, processes: int) -> list[float]:
             "TEST.EVAL_PERIOD": 0,
             "DATALOADER.NUM_WORKERS": 0,
             "MODEL.DEVICE": args.device,
+            "MODEL.DFM.UPDATE": "parallel" if shared_out else "sequential",
+            "MODEL.DFM.PREDICTOR_RANKS": processes if shared_out else 1,
         }
         command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", args.config]
         command += ["--num-gpus", str(processes)]
@@ -43,7 +48,7 @@ def seconds_of(args: argparse.Namespace, processes: int) -> list[float]:
         threads = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
         if done.returncode:
-            raise SystemExit(f"{processes} processes failed:\n{done.stderr[-3000:]}")
+            raise SystemExit(f"{mode} parallel with {processes} processes failed:\n{done.stderr[-3000:]}")
         lines = [json.loads(line) for line in (Path(folder) / "metrics.json").read_text().splitlines()]
     return [line["time"] for line in lines if "time" in line][3:]
 
@@ -55,31 +60,21 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
         write_shapes(Path(args.data), num_train=64, num_val=2, size=128, seed=0)
     rows, first = [], None
-    for processes in args.processes:
-        rates = [1 / s for s in seconds_of(args, processes)]
-        p20, p50, p80 = quantiles(rates)
+    tail = (device_name(args.device), torch.__version__, commit(), f"{args.threads} threads a process")
+    # One process is the same in both modes.
+    runs = [("data", 1)] if 1 in args.processes else []
+    runs += [(mode, processes) for mode in args.modes for processes in args.processes if processes > 1]
+    for mode, processes in runs:
+        p20, p50, p80 = quantiles([1 / s for s in seconds_of(args, mode, processes)])
         first = first or p50
-        tail = (device_name(args.device), torch.__version__, commit(), f"{args.threads} threads a process")
         for metric, unit, scale in (
             ("steps", "1/s", 1),
             ("images", "1/s", processes * args.images),
-            ("efficiency of weak scaling", "%", 100 / first),
+            ("steps of one process", "%", 100 / first),
         ):
-            three = (p20 * scale, p50 * scale, p80 * scale)
-            rows.append(
-                Row(
-                    "training",
-                    "data parallel",
-                    "sequential",
-                    metric,
-                    unit,
-                    "processes",
-                    str(processes),
-                    *three,
-                    *tail,
-                )
-            )
-            print(f"{processes} processes: {metric} {three[1]:.3g} {unit}")
+            where = ("training", f"{mode} parallel", "sequential", metric, unit, "processes", str(processes))
+            rows.append(Row(*where, p20 * scale, p50 * scale, p80 * scale, *tail))
+            print(f"{mode} parallel, {processes} processes: {metric} {p50 * scale:.3g} {unit}", flush=True)
     return rows
 
 
@@ -122,6 +117,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--modes", nargs="+", choices=("data", "predictor"), default=["data", "predictor"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--config", default=str(ROOT / "configs" / "shapes_flow_r18.yaml"))
     parser.add_argument("--data", default=str(ROOT / "data" / "scaling"))

@@ -40,8 +40,8 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal but for float32: a convolution rounds differently with another number of images, and a ReLU at its
-    kink then carries that into the gradient. grid_training.py compares in float64, to 1e-9."""
+    """Equal but for float32: a convolution rounds differently with another number of images, and a ReLU at
+    its kink carries that into the gradient. grid_training.py compares in float64, to 1e-9."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).norm()
