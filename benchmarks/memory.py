@@ -2,12 +2,14 @@
 """Memory and time of a training step against the number of predictors D (the paper's Figure 3).
 
 python benchmarks/memory.py [--device cpu|cuda|simulate] [--decoders 1 2 4 8 12] [--save]
-    --modes joint sequential sequential_step cascade cascade_checkpoint
+    --modes joint sequential sequential_step local cascade cascade_checkpoint parallel
 
 The detector is that of --config (weights random, GroupNorm, nothing frozen, float32), its images and boxes
 are random. Modes: "joint" (one backward of all local losses), "sequential" (block by block),
-"sequential_step" (besides STEP_IN_BACKWARD), "cascade" (end-to-end backprop), "cascade_checkpoint" (each of
-its heads recomputed in the backward).
+"sequential_step" (besides STEP_IN_BACKWARD), "local" (besides every stage of the backbone a block, with a
+predictor of its own), "cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in
+the backward), "parallel" (all predictors as one batched computation, on a CPU too, where training would take
+them one by one; not among the modes that run when none is named).
 
 cpu, cuda: each point in a process of its own. "saved activations" is the peak of what autograd holds for the
 backward, counted by saved-tensor hooks; "process peak" is the operating system's, "allocated" torch.cuda's.
@@ -19,12 +21,14 @@ predictors add up in the features. ASSIGNMENT is "path", since dynamic_k looks a
 
 import argparse
 import contextlib
+import csv
+import functools
 import json
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,14 +46,19 @@ from dfm_d2.engine.saved_activations import SavedActivations  # noqa: E402
 from dfm_d2.framework import Boxes, Instances, build_model, get_cfg  # noqa: E402
 from dfm_d2.predictors import HeadAnswer  # noqa: E402
 
-# mode: (meta-architecture, UPDATE, STEP_IN_BACKWARD)
+# mode: (meta-architecture, UPDATE, BACKBONE_UPDATE, STEP_IN_BACKWARD)
 MODES = {
-    "joint": ("FlowDetector", "joint", False),
-    "sequential": ("FlowDetector", "sequential", False),
-    "sequential_step": ("FlowDetector", "sequential", True),
-    "cascade": ("CascadeDetector", "joint", False),
-    "cascade_checkpoint": ("CascadeDetector", "joint", False),
+    "joint": ("FlowDetector", "joint", "accumulate", False),
+    "sequential": ("FlowDetector", "sequential", "accumulate", False),
+    "sequential_step": ("FlowDetector", "sequential", "accumulate", True),
+    "local": ("FlowDetector", "sequential", "local", True),
+    "cascade": ("CascadeDetector", "joint", "accumulate", False),
+    "cascade_checkpoint": ("CascadeDetector", "joint", "accumulate", False),
+    "parallel": ("FlowDetector", "parallel", "accumulate", False),
 }
+DEFAULT_MODES = [mode for mode in MODES if mode != "parallel"]
+# Whose step is timed in turns with a joint one, where both are asked for.
+IN_TURNS = ("sequential", "parallel")
 MIB = 2**20
 
 
@@ -58,12 +67,13 @@ def build(args: argparse.Namespace, mode: str, num_predictors: int) -> tuple:
     cfg = get_cfg()
     add_dfm_config(cfg)
     cfg.merge_from_file(args.config)
-    meta_architecture, update, step_in_backward = MODES[mode]
+    meta_architecture, update, backbone_update, step_in_backward = MODES[mode]
     cfg.MODEL.META_ARCHITECTURE = meta_architecture
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT = "cpu", "", 0
     cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "GN"
     dfm = cfg.MODEL.DFM
     dfm.NUM_CLASSES, dfm.NUM_PREDICTORS, dfm.NUM_PROPOSALS = 20, num_predictors, args.proposals
+    dfm.BACKBONE_UPDATE = backbone_update
     if args.device == "simulate":
         dfm.ASSIGNMENT = "path"
     torch.manual_seed(0)
@@ -71,6 +81,8 @@ def build(args: argparse.Namespace, mode: str, num_predictors: int) -> tuple:
     if mode == "cascade_checkpoint":
         for head in model.predictors:
             head.forward = _recomputed(head.forward)
+    if mode == "parallel":
+        model.all_losses_together = functools.partial(model.all_losses_together, batched=True)
     height, width = args.size
     batch = []
     for index in range(args.batch):
@@ -81,7 +93,7 @@ def build(args: argparse.Namespace, mode: str, num_predictors: int) -> tuple:
         instances.gt_classes = torch.arange(8)
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "image_id": str(index)})
-    return cfg, model, batch, local_update.build_update(update, "accumulate", step_in_backward)
+    return cfg, model, batch, local_update.build_update(update, backbone_update, step_in_backward)
 
 
 def _recomputed(forward: Callable) -> Callable:
@@ -166,44 +178,69 @@ def simulate(model: torch.nn.Module, batch: list[dict], update) -> dict[str, flo
 
     step()  # makes the optimizer's state
     optimizer.zero_grad(set_to_none=True)
-    meta, leaves, at_peak = torch.device("meta"), [], [0.0, 0.0]
-    block_losses = model.block_losses
+    meta, leaves = torch.device("meta"), []
+    at_peak = dict.fromkeys(("total", "features", "parameters"), 0)
+    block_losses, parameters = model.block_losses, list(model.parameters())
 
     def noticed(index, features, prepared):
         leaves[:] = features
         return block_losses(index, features, prepared)
 
     class Tracker(MemTracker):
-        """Notices how much of the peak is the gradient that predictors add up in the features."""
+        """Notices how much of the peak is gradients: those that predictors add up in the features, and those
+        of the parameters."""
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             answer = super().__torch_dispatch__(func, types, args, kwargs)
             total = self.get_tracker_snapshot("peak")[meta]["Total"]
-            if total > at_peak[0]:
-                gradients = [x.grad for x in leaves if x.is_leaf and x.grad is not None]
-                at_peak[:] = total, sum(g.numel() * g.element_size() for g in gradients)
+            if total > at_peak["total"]:
+                features = [x for x in leaves if x.is_leaf]
+                at_peak.update(
+                    total=total, features=gradient_bytes(features), parameters=gradient_bytes(parameters)
+                )
             return answer
 
     model.block_losses = noticed
     tracker = Tracker()
+    # It would follow the modules, and fails where a backward runs within a forward, as that of a stage does.
+    tracker._mod_tracker = _NoModules()
     tracker.track_external(model, optimizer)
     with tracker:
         step()
     peak = tracker.get_tracker_snapshot("peak")[meta]
     kinds = {str(getattr(kind, "value", kind)): size / MIB for kind, size in peak.items()}
+    feature_gradients, gradients = at_peak["features"] / MIB, at_peak["parameters"] / MIB
     return {
-        "activations": kinds["Activation"] + kinds["Temp"] - at_peak[1] / MIB,
-        "feature gradients": at_peak[1] / MIB,
-        "gradients": kinds["Gradient"],
+        "activations": kinds["Activation"] + kinds["Temp"] - feature_gradients - gradients,
+        "feature gradients": feature_gradients,
+        "gradients": gradients,
         "parameters": kinds["Parameter"],
         "optimizer state": kinds["Optstate"],
         "total": kinds["Total"],
     }
 
 
-def time_ratio(args: argparse.Namespace, num_predictors: int) -> float:
-    """Time of a sequential step over that of a joint one, taken in turns in one process."""
-    times: dict[str, list[float]] = {"joint": [], "sequential": []}
+def gradient_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of the gradients that tensors have."""
+    return sum(x.grad.numel() * x.grad.element_size() for x in tensors if x.grad is not None)
+
+
+class _NoModules(contextlib.nullcontext):
+    """In the place of MemTracker's own tracker of modules: who allocates a tensor is not asked here."""
+
+    parents: frozenset[str] = frozenset()
+    is_bw = False
+
+    def register_user_hooks(self, *_) -> None:
+        """Nothing calls them."""
+
+    def clear_user_hooks(self) -> None:
+        """There are none."""
+
+
+def time_ratio(args: argparse.Namespace, other: str, num_predictors: int) -> float:
+    """Time of a step of another mode over that of a joint one, taken in turns in one process."""
+    times: dict[str, list[float]] = {"joint": [], other: []}
     runs = {}
     for mode in times:
         cfg, model, batch, update = build(args, mode, num_predictors)
@@ -218,21 +255,28 @@ def time_ratio(args: argparse.Namespace, num_predictors: int) -> float:
             synchronize(args.device)
             if iteration > 1:
                 times[mode].append(time.perf_counter() - begun)
-    return quantiles(times["sequential"])[1] / quantiles(times["joint"])[1]
+    return quantiles(times[other])[1] / quantiles(times["joint"])[1]
 
 
-def draw(found: dict[str, dict[int, dict]], metric: str, title: str, path: Path) -> None:
-    """`metric` against D, one line a mode."""
+def draw(rows: Path, metric: str, setting: str, path: Path) -> None:
+    """`metric` against D, one line a mode: of the rows of this call, and of those that were there."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    found: dict[str, dict[int, float]] = {}
+    with rows.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["metric"], row["note"]) == (metric, setting) and row["provider"] in DEFAULT_MODES:
+                found.setdefault(row["provider"], {})[int(row["x_value"])] = float(row["p50"])
+                title = f"{setting}, {row['device']}"
     figure, axis = plt.subplots(figsize=(5.5, 3.8))
     # Thick lines below thin ones: some coincide.
-    for width, (mode, points) in zip((6, 5, 3, 2, 1.5), found.items()):
-        values = [points[d][metric][0] for d in points]
-        axis.plot(list(points), values, marker="o", markersize=width, linewidth=width / 1.5, label=mode)
+    for width, (mode, points) in zip((6, 5, 4, 3, 2, 1.5, 1), found.items()):
+        counts = sorted(points)
+        values = [points[count] for count in counts]
+        axis.plot(counts, values, marker="o", markersize=width, linewidth=width / 1.5, label=mode)
     axis.set_xlabel("predictors D")
     axis.set_ylabel(f"{metric} (MiB)")
     axis.set_ylim(bottom=0)
@@ -249,7 +293,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda", "simulate"), default="cpu")
     parser.add_argument("--config", default=str(ROOT / "configs" / "voc_flow_r50.yaml"))
     parser.add_argument("--decoders", type=int, nargs="+", default=[1, 2, 4, 8, 12])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES)
     parser.add_argument("--batch", type=int, help="1 on a CPU, else 8 (the paper's)")
     parser.add_argument("--proposals", type=int, help="100 on a CPU, else 300")
     parser.add_argument(
@@ -271,7 +315,8 @@ def main() -> None:
         parser.error(f"--decoders must be positive, got {args.decoders}")
     if args.child:
         mode, count = args.child
-        measured = time_ratio(args, int(count)) if mode == "ratio" else point(args, mode, int(count))
+        _, _, other = mode.partition("/")
+        measured = time_ratio(args, other, int(count)) if other else point(args, mode, int(count))
         print(json.dumps(measured))
         return
     report(args)
@@ -314,17 +359,18 @@ def report(args: argparse.Namespace) -> None:
             gist = ", ".join(f"{name} {quantiles(values)[1]:.1f}" for name, values in measured.items())
             print(f"{mode:18s} D={count:<3d} {gist}", flush=True)
     activations = "activations" if args.device == "simulate" else "saved activations"
-    if args.device != "simulate" and {"joint", "sequential"} <= set(args.modes):
-        ratio = child(args, "ratio", 6)
+    for mode in IN_TURNS:
+        if args.device == "simulate" or not {"joint", mode} <= set(args.modes):
+            continue
+        ratio = child(args, f"joint/{mode}", 6)
         rows.append(
-            Row("training step", "sequential/joint", args.device, "step, in turns", "ratio", "D", "6",
+            Row("training step", f"{mode}/joint", args.device, "step, in turns", "ratio", "D", "6",
                 *[ratio] * 3, hardware, torch.__version__, commit(), setting)
         )  # fmt: skip
-        print(f"step time sequential/joint, in turns, D=6: {ratio:.3f}")
+        print(f"step time {mode}/joint, in turns, D=6: {ratio:.3f}")
     if args.save:
-        save_rows(f"memory_{args.device}", rows)
-        title = f"{setting}, {hardware}"
-        draw(found, activations, title, RESULTS / f"memory_{args.device}.png")
+        path = save_rows(f"memory_{args.device}", rows)
+        draw(path, activations, setting, RESULTS / f"memory_{args.device}.png")
         print(RESULTS / f"memory_{args.device}.png")
     if {"joint", "sequential"} <= set(args.modes) and len(counts) > 1:
         first, last = counts[0], counts[-1]

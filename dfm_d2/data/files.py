@@ -14,7 +14,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
     The folder is made if need be.
 
     The content is on the disk before the name is, and the name is on the disk before this returns.
-    Whatever ``write`` raises goes through, and ``path`` is then what it was before.
+    Whatever ``write`` raises goes through, and ``path`` is then what it was before; an error of the operating
+    system, such as a full disk, names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,10 +26,20 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        cause = _os_error(error)
+        if cause is not None and cause.errno is not None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The error of the operating system behind one: torch.save hides it in a RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:

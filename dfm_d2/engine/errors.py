@@ -1,5 +1,6 @@
 """The errors that a user is meant to read: each message is one sentence that says what to do."""
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,6 +41,24 @@ class NonFiniteLossError(FloatingPointError):
     def at(self, iteration: int, image_ids: Sequence[object]) -> "NonFiniteLossError":
         """The same error with the iteration and the images of its batch named."""
         return NonFiniteLossError(self.values, iteration, image_ids)
+
+
+# What a disk says that takes no more.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextmanager
+def output_errors() -> Iterator[None]:
+    """Around code that writes the files of a run: a full or broken disk becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise UserError(
+            f"Could not write {error.filename or 'the files of the run'}: {error.strerror}. Checkpoints that "
+            "were there are intact: make room on that disk, then continue with --resume."
+        ) from error
 
 
 @contextmanager

@@ -35,6 +35,19 @@ class _StdoutHandler(logging.StreamHandler):
         return sys.stdout
 
 
+class _FileHandler(logging.FileHandler):
+    """Where the disk is full, says so once on stderr; logging would print a traceback a line."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif not self._said:
+            self._said = True
+            print(f"warning: {self.baseFilename} takes no more: {sys.exc_info()[1]}", file=sys.stderr)
+
+
 def start_log(folder: str, is_main: bool) -> None:
     """Send the log of dfm_d2, Detectron2 and fvcore to stdout and ``folder``/log.txt, in the main process.
 
@@ -47,7 +60,7 @@ def start_log(folder: str, is_main: bool) -> None:
         handler.close()
     _handlers.clear()
     if is_main:
-        _handlers.extend([_StdoutHandler(), logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8")])
+        _handlers.extend([_StdoutHandler(), _FileHandler(Path(folder) / "log.txt", encoding="utf-8")])
     for handler in _handlers:
         handler.setFormatter(_Formatter())
     for logger in loggers:

@@ -14,7 +14,7 @@ from dfm_d2.engine.block_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.data_parallel import broadcast_model
 from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.engine.errors import input_errors
+from dfm_d2.engine.errors import input_errors, output_errors
 from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar
 from dfm_d2.engine.local_update import Update, build_update
 from dfm_d2.engine.metrics_file import METRICS_FILE, cut_back, flatten
@@ -64,11 +64,12 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     start = _load_start(cfg, checkpointer, trainer, resume)
     comm.synchronize()  # the main process must not touch what another still reads
     if comm.is_main_process():
-        if start == 0:
-            _set_aside(Path(cfg.OUTPUT_DIR))
-        # Only now: a run that is refused must not replace the config of the checkpoints that are there.
-        write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
-        cut_back(Path(cfg.OUTPUT_DIR) / METRICS_FILE, start)
+        with output_errors():
+            if start == 0:
+                _set_aside(Path(cfg.OUTPUT_DIR))
+            # Only now: a run that is refused must not replace the config of the checkpoints that are there.
+            write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
+            cut_back(Path(cfg.OUTPUT_DIR) / METRICS_FILE, start)
     if ema is not None and ema.updates == 0:
         ema.restart()
     if start >= cfg.SOLVER.MAX_ITER:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfm_d2.core.processes import mean_over_processes
 from dfm_d2.engine.block_optimizer import BlockOptimizer
-from dfm_d2.engine.errors import NonFiniteLossError, UserError, input_errors
+from dfm_d2.engine.errors import NonFiniteLossError, UserError, input_errors, output_errors
 from dfm_d2.engine.local_update import Autocast, LocallyTrainable, Update
 from dfm_d2.framework import TrainerBase
 
@@ -60,8 +60,8 @@ class LocalUpdateTrainer(TrainerBase):
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run the iterations ``start_iter`` to ``max_iter`` - 1.
 
-        Raises NonFiniteLossError, and UserError for data that cannot be trained on. They say all there is to
-        say: Detectron2's loop would log a traceback besides.
+        Raises NonFiniteLossError, and UserError for data that cannot be trained on and for a full disk. They
+        say all there is to say: Detectron2's loop would log a traceback besides.
         """
         loop_log = logging.getLogger(TrainerBase.__module__)
         loop_log.addFilter(_is_not_ours)
@@ -75,7 +75,18 @@ class LocalUpdateTrainer(TrainerBase):
         for name, values in self._restored_history.items():
             for value, iteration in values:
                 self.storage.put_scalar(name, value, cur_iter=iteration)
-        super().before_train()
+        with output_errors():
+            super().before_train()
+
+    def after_step(self) -> None:
+        """The hooks' turn. UserError where one of them finds the disk full."""
+        with output_errors():
+            super().after_step()
+
+    def after_train(self) -> None:
+        """The hooks' turn, also after an error; as after_step."""
+        with output_errors():
+            super().after_train()
 
     def run_step(self) -> None:
         """One iteration. NonFiniteLossError names iteration and images and leaves the checkpoints intact."""

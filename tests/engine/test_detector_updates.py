@@ -8,7 +8,18 @@ import torch
 from toy_model import toy_config
 
 from dfm_d2.engine.block_optimizer import build_block_optimizer
-from dfm_d2.engine.local_update import build_update
+from dfm_d2.engine.local_update import build_update, sum_losses
+
+OPTIONS = [{"ON_POLICY": 1.0}, {"ON_POLICY": 0.5}, {"ON_POLICY": 0.0}, {"TIME": "shared"}]
+
+
+def name_of(options: dict) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items())
+
+
+@pytest.fixture
+def inputs(make_input):
+    return [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
 
 
 def gradients_of(model, inputs, update: str) -> dict:
@@ -25,14 +36,9 @@ def gradients_of(model, inputs, update: str) -> dict:
     return losses, gradients
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"ON_POLICY": 1.0}, {"ON_POLICY": 0.5}, {"ON_POLICY": 0.0}, {"TIME": "shared"}],
-    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
-)
-def test_sequential_gives_the_gradients_of_joint(make_model, make_input, options):
+@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+def test_sequential_gives_the_gradients_of_joint(make_model, inputs, options):
     model = make_model(**options)
-    inputs = [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
     joint_losses, joint = gradients_of(model, inputs, "joint")
     losses, sequential = gradients_of(model, inputs, "sequential")
     assert losses == pytest.approx(joint_losses, rel=1e-6)
@@ -44,16 +50,55 @@ def test_sequential_gives_the_gradients_of_joint(make_model, make_input, options
         assert 0 < norm and error <= 1e-5 * norm, block
 
 
+@pytest.mark.parametrize("options", [*OPTIONS, {"NUM_PREDICTORS": 1}], ids=name_of)
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_sequential_equals_joint_after_adamw_in_float64(make_model, inputs, options, step_in_backward):
+    trained = []
+    for name, stepping in (("joint", False), ("sequential", step_in_backward)):
+        model = make_model(**options).double().train()
+        optimizer = build_block_optimizer(toy_config(BLOCK_CLIP_NORM=1.0), model)
+        update = build_update(name, "accumulate", stepping)
+        for iteration in range(3):
+            update.step(model, model.prepare(inputs, iteration), optimizer, contextlib.nullcontext)
+        trained.append(model.state_dict())
+    moved = make_model(**options).double().state_dict()
+    assert (trained[0]["predictors.0.box_answer.weight"] - moved["predictors.0.box_answer.weight"]).any()
+    torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+def test_a_predictor_s_loss_has_gradients_in_its_own_block_only(make_model, inputs, options):
+    model = make_model(**options).train()
+    prepared = model.prepare(inputs, 7)
+    leaves = [feature.detach().requires_grad_() for feature in model.extract_features(prepared)]
+    for index in range(model.num_predictors):
+        model.zero_grad(set_to_none=True)
+        sum_losses(model.block_losses(index, leaves, prepared)).backward()
+        for block, named in model.blocks().items():
+            touched = [parameter.grad is not None for _, parameter in named]
+            assert all(touched) if block == f"p{index}" else not any(touched), (index, block)
+
+
+@pytest.mark.parametrize("update", ["joint", "sequential"])
+def test_each_part_goes_forward_once_in_a_step(make_model, inputs, update):
+    model, calls = make_model().train(), []
+    for name, module in [("backbone", model.backbone), *model.predictors.named_children()]:
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    optimizer = build_block_optimizer(toy_config(), model)
+    strategy = build_update(update, "accumulate", step_in_backward=False)
+    strategy.step(model, model.prepare(inputs, 7), optimizer, contextlib.nullcontext)
+    assert calls == ["backbone", "0", "1", "2"]
+
+
 @pytest.mark.parametrize("interaction", ["dynamic_conv", "cross_attention", "grid_linear"])
 @pytest.mark.parametrize(
     "options",
     [{"ON_POLICY": 1.0}, {"ON_POLICY": 0.0}, {"TIME": "shared"}, {"NUM_PREDICTORS": 1}],
-    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+    ids=name_of,
 )
 def test_predictors_evaluated_together_have_the_losses_and_gradients_of_a_loop(
-    make_model, make_input, options, interaction
+    make_model, inputs, options, interaction
 ):
-    inputs = [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
     losses, gradients = {}, {}
     for name, arguments in (("all_losses", {}), ("all_losses_together", {"batched": True})):
         model = make_model(HEAD__INTERACTION=interaction, **options).train()

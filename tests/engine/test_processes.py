@@ -1,10 +1,6 @@
-"""Several real processes on the CPU: the same training as one, and an end when one of them dies."""
+"""Several real processes on the CPU: the same training as one."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,24 +49,6 @@ def test_a_batch_that_the_processes_cannot_share_is_one_sentence(shapes, tmp_pat
     done = run(command(shapes, tmp_path, "--num-gpus", "2", "SOLVER.IMS_PER_BATCH=3"), status=2)
     assert "SOLVER.IMS_PER_BATCH is 3: it must be a positive multiple of 2." in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.timeout(120)
-def test_a_process_that_dies_ends_the_run_with_its_name(shapes, tmp_path):
-    arguments = command(shapes, tmp_path, "--num-gpus", "2", "SOLVER.MAX_ITER=100000")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
-    metrics = tmp_path / "metrics.json"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        time.sleep(0.2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "error: process 1 was killed (SIGKILL)" in errors and "--resume" in errors
 
 
 @pytest.mark.timeout(120)

@@ -100,6 +100,18 @@ def test_multilevel_roi_align_of_infinite_boxes_ends(kernel_device):
     assert torch.equal(pooled[2], torch.ones_like(pooled[2]))
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+def test_multilevel_roi_align_of_a_box_that_is_not_a_number_is_zero(kernel_device, poisoned_memory, samples):
+    boxes = boxes_of(kernel_device, n=9).clamp(min=0, max=60)
+    for column in range(4):
+        boxes[0, 2 * column, column] = float("nan")
+    boxes[1, 3] = float("nan")
+    features = features_of(kernel_device)
+    compare(features, boxes, samples=samples)
+    pooled = reference.multilevel_roi_align(features, boxes, SCALES, 3, samples, 28.0).reshape(2, 9, -1)
+    assert (pooled[1, 3] == 0).all() and pooled.isfinite().all()
+
+
 def test_multilevel_roi_align_of_no_proposals(kernel_device):
     features = features_of(kernel_device)
     pooled = multilevel_roi_align(features, boxes_of(kernel_device, n=0), SCALES, 3, 2, backend="triton")

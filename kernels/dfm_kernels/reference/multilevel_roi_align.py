@@ -25,11 +25,12 @@ def assign_levels(
         min_level: log2 of the finest level's stride.
 
     Returns:
-        `(M,)` int64 in [0, num_levels).
+        `(M,)` int64 in [0, num_levels); 0, the finest, for a box that is not a number.
     """
     sides = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=0)
     # 1e-8 keeps the logarithm of an empty box finite; it then falls on the finest level.
     level = torch.floor(canonical_level + torch.log2(sides.prod(1).sqrt() / canonical_size + 1e-8))
+    level = level.nan_to_num(min_level, torch.inf, -torch.inf)
     return level.clamp(min_level, min_level + num_levels - 1).to(torch.int64) - min_level
 
 
@@ -49,7 +50,8 @@ def _axis(
         ratio = torch.full_like(length, sampling_ratio)
         samples = sampling_ratio
     else:
-        ratio = bin_size.ceil()  # 0 for a box without extent, which then has no samples and pools to zero
+        # 0 for a box without extent, which then has no samples and pools to zero.
+        ratio = bin_size.ceil().nan_to_num(0.0, torch.inf, -torch.inf)
         samples = max(int(ratio.max()), 1) if len(ratio) else 1
     divisor = ratio.clamp(min=1)
     k = torch.arange(samples, device=low.device, dtype=low.dtype)
@@ -59,7 +61,8 @@ def _axis(
     last = (size - 1)[:, None, None].to(low.dtype)
     # Beyond one pixel outside the map a sample counts as zero, nearer it takes the border's value.
     counts = (position >= -1) & (position <= last + 1) & (k < ratio[:, None])[:, None]
-    position = torch.minimum(position.clamp(min=0), last)
+    # Of a box that is not a number no sample counts, and its pixels must be some that are there.
+    position = torch.minimum(position.nan_to_num(0.0, torch.inf, -torch.inf).clamp(min=0), last)
     first = position.floor()
     second = torch.minimum(first + 1, last)
     share = position - first
@@ -84,7 +87,8 @@ def multilevel_roi_align(
         output_size: P. sampling_ratio: S; 0 is adaptive, `ceil(side / P)` a box.
 
     Returns:
-        `(B * N, C, P, P)`, image by image (a view of `(B * N, P, P, C)`).
+        `(B * N, C, P, P)`, image by image (a view of `(B * N, P, P, C)`). A box that is not a number pools to
+        zero.
 
     Raises:
         ValueError: numbers of features and scales differ.
