@@ -87,7 +87,7 @@ def volumes() -> None:
     batch, proposals, channels, side = 16, 300, 256, (800, 1088)
     pyramid = sum(-(-side[0] // s) * -(-side[1] // s) for s in (4, 8, 16, 32)) * channels * 4
     print(f"features of an image: {pyramid / 2**20:.1f} MiB; MiB that a process sends in a step:")
-    print(f"{'D':>3} {'W':>3} {'DDP':>8} {'data par.':>9} {'predictor par.':>14} {'pipeline':>9}")
+    print(f"{'D':>3} {'W':>3} {'G':>3} {'DDP':>6} {'data par.':>9} {'predictor par.':>14} {'pipeline':>9}")
     for count in (6, 12):
         cfg = get_cfg()
         add_dfm_config(cfg)
@@ -98,19 +98,23 @@ def volumes() -> None:
         size = {name: 4 * sum(p.numel() for _, p in block) for name, block in blocks.items()}
         shared, head = size["shared"], size["p0"]
         for world in (8, 64):
+            for group in (2, 4, 8):
+                if group > count:
+                    continue
+                images = batch / world
+                everything = ring(shared + count * head, world)
+                features = 2 * (group - 1) * images * pyramid  # to the others, and their gradients back
+                owned = ring(shared, world) + ring(count / group * head, world / group)
+                boxes = images * group * proposals * 4 * 4 * count / group  # to the owner of the next one
+                queries = 2 * images * group * proposals * (channels + 4) * 4
+                found = (everything, everything, features + owned + boxes, features + owned + queries)
+                mib = (f"{x / 2**20:.0f}" for x in found)
+                print(f"{count:3d} {world:3d} {group:3d} {{:>6}} {{:>9}} {{:>14}} {{:>9}}".format(*mib))
 
-            def ring(amount: float, ranks: float) -> float:
-                return 2 * (ranks - 1) / ranks * amount if ranks > 1 else 0.0
 
-            everything = ring(shared + count * head, world)
-            group = min(count, world)  # processes that share the predictors of their images
-            images = batch / world
-            features = 2 * (group - 1) * images * pyramid  # to the others, and their gradients back
-            predictor = features + ring(shared, world) + ring(count / group * head, world / group)
-            queries = 2 * images * group * proposals * (channels + 4) * 4
-            pipeline = queries + features + ring(shared, world) + ring(count / group * head, world / group)
-            mib = [x / 2**20 for x in (everything, everything, predictor, pipeline)]
-            print(f"{count:3d} {world:3d} {mib[0]:8.0f} {mib[1]:9.0f} {mib[2]:14.0f} {mib[3]:9.0f}")
+def ring(amount: float, ranks: float) -> float:
+    """Bytes that each of the ranks sends to reduce an amount to all."""
+    return 2 * (ranks - 1) / ranks * amount if ranks > 1 else 0.0
 
 
 def main() -> None:
