@@ -28,7 +28,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 from rows import RESULTS, Row, commit, device_name, quantiles, save_rows  # noqa: E402
+from simulated_memory import MIB, simulate  # noqa: E402
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config  # noqa: E402
@@ -59,7 +60,6 @@ MODES = {
 DEFAULT_MODES = [mode for mode in MODES if mode != "parallel"]
 # Whose step is timed in turns with a joint one, where both are asked for.
 IN_TURNS = ("sequential", "parallel")
-MIB = 2**20
 
 
 def build(args: argparse.Namespace, mode: str, num_predictors: int) -> tuple:
@@ -152,92 +152,6 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def simulate(model: torch.nn.Module, batch: list[dict], update) -> dict[str, float]:
-    """MiB by kind at the peak of a step on tensors without data, and at the peak of activations."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-    from torch.utils._pytree import tree_map_only
-
-    def without_data(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-    prepared = model.prepare(batch, 0)
-    images = type(prepared.images)(without_data(prepared.images.tensor), prepared.images.image_sizes)
-    prepared = tree_map_only(torch.Tensor, without_data, prepared._replace(images=None))
-    model = model.to("meta")
-    optimizer = block_optimizer.BlockOptimizer(
-        model.blocks(),
-        lambda groups: torch.optim.AdamW(groups, foreach=False),
-        lambda name, parameter: {"lr": 1e-4},
-    )
-    # Meta tensors have no values that could fail these.
-    local_update.check_finite = block_optimizer._check_norms = lambda values: None
-
-    def step() -> None:
-        inputs = prepared._replace(images=images, inputs=list(prepared.inputs))
-        update.step(model, inputs, optimizer, contextlib.nullcontext)
-
-    step()  # makes the optimizer's state
-    optimizer.zero_grad(set_to_none=True)
-    meta, leaves = torch.device("meta"), []
-    at_peak = dict.fromkeys(("total", "features", "parameters"), 0)
-    block_losses, parameters = model.block_losses, list(model.parameters())
-
-    def noticed(index, features, prepared):
-        leaves[:] = features
-        return block_losses(index, features, prepared)
-
-    class Tracker(MemTracker):
-        """Notices how much of the peak is gradients: those that predictors add up in the features, and those
-        of the parameters."""
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            answer = super().__torch_dispatch__(func, types, args, kwargs)
-            total = self.get_tracker_snapshot("peak")[meta]["Total"]
-            if total > at_peak["total"]:
-                features = [x for x in leaves if x.is_leaf]
-                at_peak.update(
-                    total=total, features=gradient_bytes(features), parameters=gradient_bytes(parameters)
-                )
-            return answer
-
-    model.block_losses = noticed
-    tracker = Tracker()
-    # It would follow the modules, and fails where a backward runs within a forward, as that of a stage does.
-    tracker._mod_tracker = _NoModules()
-    tracker.track_external(model, optimizer)
-    with tracker:
-        step()
-    peak = tracker.get_tracker_snapshot("peak")[meta]
-    kinds = {str(getattr(kind, "value", kind)): size / MIB for kind, size in peak.items()}
-    feature_gradients, gradients = at_peak["features"] / MIB, at_peak["parameters"] / MIB
-    return {
-        "activations": kinds["Activation"] + kinds["Temp"] - feature_gradients - gradients,
-        "feature gradients": feature_gradients,
-        "gradients": gradients,
-        "parameters": kinds["Parameter"],
-        "optimizer state": kinds["Optstate"],
-        "total": kinds["Total"],
-    }
-
-
-def gradient_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """Bytes of the gradients that tensors have."""
-    return sum(x.grad.numel() * x.grad.element_size() for x in tensors if x.grad is not None)
-
-
-class _NoModules(contextlib.nullcontext):
-    """In the place of MemTracker's own tracker of modules: who allocates a tensor is not asked here."""
-
-    parents: frozenset[str] = frozenset()
-    is_bw = False
-
-    def register_user_hooks(self, *_) -> None:
-        """Nothing calls them."""
-
-    def clear_user_hooks(self) -> None:
-        """There are none."""
-
-
 def time_ratio(args: argparse.Namespace, other: str, num_predictors: int) -> float:
     """Time of a step of another mode over that of a joint one, taken in turns in one process."""
     times: dict[str, list[float]] = {"joint": [], other: []}
@@ -281,7 +195,7 @@ def draw(rows: Path, metric: str, setting: str, path: Path) -> None:
     axis.set_ylabel(f"{metric} (MiB)")
     axis.set_ylim(bottom=0)
     axis.set_title(title, fontsize=8)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -9,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools/train_net.py")
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # GroupNorm: batch norm's statistics are a process's own. SGD: AdamW amplifies rounding.
 TINY = (
     "SEED 1 SOLVER.IMS_PER_BATCH 4 SOLVER.LOG_PERIOD 1 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 8 "
@@ -29,8 +30,7 @@ def command(shapes: Path, out: Path, *arguments: str, launcher: tuple[str, ...] 
 
 
 def run(arguments: list[str], status: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=ONE_THREAD, timeout=240)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
