@@ -88,14 +88,24 @@ class BoxSampler:
         image_sizes: Tensor,
         image_ids: Sequence[int | str],
         owner: Hashable | None = None,
+        x_0: Tensor | None = None,
     ) -> Candidates:
         """Candidates of all noise passes (and, with `ensemble_steps`, of all steps), concatenated.
 
         Args:
             make_flow: of features (L maps) and image sizes `(B, 2)` height, width.
+            image_ids: what the noise depends on; with `x_0` they are not used.
             owner: what the flow depends on besides, see GraphCache; None: not to be captured.
+            x_0: the noise of all passes, as `noise` makes it.
+
+        Raises:
+            ValueError: `x_0` with renewal, whose noise is made of the ids.
         """
         settings = self.settings
+        if x_0 is not None and settings.renewal_thresh > 0:
+            raise ValueError("noise that is given goes without renewal: set SAMPLER.RENEWAL_THRESH to 0")
+        if x_0 is None:
+            x_0 = self.noise(image_ids, image_sizes.device)
 
         def run(x_0: Tensor, image_sizes: Tensor, *features: Tensor) -> Candidates:
             flow = make_flow(features, image_sizes)
@@ -105,10 +115,9 @@ class BoxSampler:
             return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found)))
 
         found = []
-        for noise_pass in range(settings.noise_passes):
+        for noise_pass, noise in enumerate(x_0.chunk(settings.noise_passes, dim=1)):
             keys = self._keys(image_ids, noise_pass)
-            x_0 = keyed_normal(keys, settings.num_proposals, device=image_sizes.device)
-            inputs = (x_0, image_sizes, *features)
+            inputs = (noise, image_sizes, *features)
             # Renewal's noise is made on the host for these very images.
             if owner is None or settings.renewal_thresh > 0:
                 found.append(run(*inputs))
@@ -135,6 +144,12 @@ class BoxSampler:
         return self._integrate(
             flow, x_0, image_sizes, keys, return_intermediates or self.settings.ensemble_steps
         )
+
+    def noise(self, image_ids: Sequence[int | str], device: torch.device) -> Tensor:
+        """`x_0` `(B, P N, 4)` of P noise passes, one after the other; of (seed, image id, pass) alone."""
+        count = self.settings.num_proposals
+        passes = range(self.settings.noise_passes)
+        return torch.cat([keyed_normal(self._keys(image_ids, p), count, device=device) for p in passes], dim=1)
 
     def _keys(self, image_ids: Sequence[int | str], noise_pass: int) -> list[int]:
         return [stream_key("sampler", self.settings.seed, image_id, noise_pass) for image_id in image_ids]
