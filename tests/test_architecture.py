@@ -21,6 +21,8 @@ ORDER = [
     "visualize",
     "engine",
     "export",
+    "predictor",
+    "demo",
     "tools",
     "benchmarks",
 ]

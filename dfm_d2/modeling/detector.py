@@ -175,7 +175,7 @@ class FlowDetector(nn.Module):
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
         ground_truth = pad_ground_truth(batched_inputs, image_sizes, self.space, self.num_classes)
-        ids = self._image_ids(batched_inputs)
+        ids = self.image_ids(batched_inputs)
         keys = [stream_key("train", self.seed, iteration, image_id) for image_id in ids]
         x_0 = keyed_normal(keys, self.num_proposals, device=self.device).to(ground_truth.x_1.dtype)
         slots = build_slots(ground_truth, self.num_proposals, self.gt_repeat, keys, self.space.signal_scale)
@@ -350,7 +350,7 @@ class FlowDetector(nn.Module):
         """
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
-        ids = self._image_ids(batched_inputs)
+        ids = self.image_ids(batched_inputs)
         candidates = self.candidates(images.tensor, image_sizes, ids, x_0)
         return detections(candidates, self.space, image_sizes, batched_inputs, self.sampler.settings)
 
@@ -366,9 +366,7 @@ class FlowDetector(nn.Module):
             x_0: `(B, P N, 4)` noise of P = SAMPLER.NOISE_PASSES passes; None: made of the ids.
         """
         owner = self._graph_owner()
-        return self.sampler.sample(
-            self._flow, self._features(pixels), image_sizes, image_ids, owner, x_0
-        )
+        return self.sampler.sample(self._flow, self._features(pixels), image_sizes, image_ids, owner, x_0)
 
     def _graph_owner(self) -> Hashable | None:
         """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
@@ -382,11 +380,19 @@ class FlowDetector(nn.Module):
     @torch.no_grad()
     def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
         """States and answers of every solver step, and the `(B, 2)` image sizes to decode them with."""
+        flow, image_sizes = self.field(batched_inputs)
+        ids = self.image_ids(batched_inputs)
+        return self.sampler.trajectory(flow, image_sizes, ids, return_intermediates=True), image_sizes
+
+    @torch.no_grad()
+    def field(self, batched_inputs: Sequence[dict]) -> tuple[Flow, Tensor]:
+        """The velocity field on the features of these images, and their `(B, 2)` sizes.
+
+        The field follows SAMPLER.PREDICTORS as it is when it is called.
+        """
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
-        ids = self._image_ids(batched_inputs)
-        flow = self._flow(self._features(images.tensor), image_sizes)
-        return self.sampler.trajectory(flow, image_sizes, ids, return_intermediates=True), image_sizes
+        return self._flow(self._features(images.tensor), image_sizes), image_sizes
 
     def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
         """One solver step on these features, by the predictors that answer at its time."""
@@ -413,7 +419,8 @@ class FlowDetector(nn.Module):
         return size_tensor(images.image_sizes, self.device, self.pixel_mean.dtype)
 
     @staticmethod
-    def _image_ids(batched_inputs: Sequence[dict]) -> list[int | str]:
+    def image_ids(batched_inputs: Sequence[dict]) -> list[int | str]:
+        """What the noise of each image depends on."""
         # Without an id the place in the batch must do; noise then depends on it.
         return [x.get("image_id", x.get("file_name", i)) for i, x in enumerate(batched_inputs)]
 

@@ -125,7 +125,7 @@ def _kept_by_nms(
     rows = -(-num_classes // columns)
     image = torch.arange(num_images, device=scores.device)[:, None]
     place = torch.stack([classes % columns, image * rows + classes // columns], dim=-1)
-    moved = boxes_xyxy + (place.to(boxes_xyxy.dtype) * (boxes_xyxy.amax() + 1)).repeat(1, 1, 2)
+    moved = boxes_xyxy + (place.to(boxes_xyxy.dtype) * (boxes_xyxy.max() + 1)).repeat(1, 1, 2)
     keep = nms(moved.float().reshape(-1, 4), scores.float().reshape(-1), threshold)
     kept = torch.zeros(num_images * count, dtype=torch.int64, device=scores.device)
     return kept.scatter(0, keep, 1).view(num_images, count) > 0

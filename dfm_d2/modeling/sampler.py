@@ -56,6 +56,18 @@ class SamplerSettings:
         return check_grid(self.time_grid) if self.time_grid else warped_grid(self.steps, self.time_rate)
 
 
+def initial_noise(
+    image_ids: Sequence[int | str], seed: int, num_proposals: int, noise_passes: int = 1, device=None
+) -> Tensor:
+    """`x_0` `(B, P N, 4)` float32 of P noise passes, one after the other: of (seed, image id, pass) alone."""
+    passes = [_noise_keys(image_ids, seed, noise_pass) for noise_pass in range(noise_passes)]
+    return torch.cat([keyed_normal(keys, num_proposals, device=device) for keys in passes], dim=1)
+
+
+def _noise_keys(image_ids: Sequence[int | str], seed: int, noise_pass: int) -> list[int]:
+    return [stream_key("sampler", seed, image_id, noise_pass) for image_id in image_ids]
+
+
 class Candidates(NamedTuple):
     """Before NMS. x_1_hat: `(B, M, 4)` signal. class_probs: `(B, M, K)`."""
 
@@ -146,13 +158,12 @@ class BoxSampler:
         )
 
     def noise(self, image_ids: Sequence[int | str], device: torch.device) -> Tensor:
-        """`x_0` `(B, P N, 4)` of P noise passes, one after the other; of (seed, image id, pass) alone."""
-        count = self.settings.num_proposals
-        passes = range(self.settings.noise_passes)
-        return torch.cat([keyed_normal(self._keys(image_ids, p), count, device=device) for p in passes], dim=1)
+        """`initial_noise` of these settings."""
+        settings = self.settings
+        return initial_noise(image_ids, settings.seed, settings.num_proposals, settings.noise_passes, device)
 
     def _keys(self, image_ids: Sequence[int | str], noise_pass: int) -> list[int]:
-        return [stream_key("sampler", self.settings.seed, image_id, noise_pass) for image_id in image_ids]
+        return _noise_keys(image_ids, self.settings.seed, noise_pass)
 
     def _integrate(
         self, flow: Flow, x_0: Tensor, image_sizes: Tensor, keys: Sequence[int], return_intermediates: bool

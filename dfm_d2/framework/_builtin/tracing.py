@@ -49,7 +49,7 @@ class Schema:
 
 
 def flatten(obj: Any) -> tuple[tuple, Schema]:
-    """The leaves of nested lists, tuples, dicts (sorted by key), Instances and Boxes, and how to rebuild them.
+    """The leaves of nested lists, tuples, dicts (by key), Instances and Boxes, and how to rebuild them.
 
     Instances are their fields, sorted, and then their image size.
     """

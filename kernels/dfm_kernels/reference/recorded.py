@@ -18,6 +18,10 @@ def size_tensor(
     """
     if not torch.jit.is_tracing():
         return torch.tensor(sizes, device=device, dtype=dtype)
-    rows = [torch.stack([torch.as_tensor(s) for s in row]) if isinstance(row, (tuple, list, torch.Size))
-            else torch.as_tensor(row) for row in sizes]
+    rows = [
+        torch.stack([torch.as_tensor(s) for s in row])
+        if isinstance(row, (tuple, list, torch.Size))
+        else torch.as_tensor(row)
+        for row in sizes
+    ]
     return torch.stack(rows).to(device=device, dtype=dtype)
