@@ -200,7 +200,7 @@ def _augment_config(cfg: CfgNode) -> AugmentConfig:
 
 def _item(entry: dict, image: np.ndarray) -> dict:
     """The model's input dict of one image, uint8 (H, W, 3) -> tensor (3, H, W)."""
-    pixels = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
     keys = ("file_name", "image_id", "height", "width")
     return {**{key: entry[key] for key in keys}, "image": pixels}
 

@@ -18,7 +18,7 @@ _BAR = 26
 
 
 def write_gif(path: str | Path, record: FlowRecord, image: np.ndarray, score_thresh: float = 0.3) -> Path:
-    """Boxes in the colour of the predictor that moves them, as opaque as it is sure of them; grey if less than
+    """Boxes in the colour of the predictor that moves them, as opaque as it is sure; grey below
     `score_thresh`. Between two times they go straight, as the Euler solver does.
 
     Args:

@@ -1,4 +1,4 @@
-"""What there is to see of one image's flow: the boxes at every time, who moved them, and the field around one.
+"""What there is to see of one image's flow: boxes at every time, who moved them, the field around one.
 
 Shapes: N proposals, D predictors, K solver steps, K + 1 times, M field points.
 """
@@ -50,7 +50,7 @@ class FlowRecord:
     field: list[Tensor]
 
     def step_of(self, place: int) -> int:
-        """The step whose answers say what the boxes of state `place` are; the last state has the last step's."""
+        """The step whose answers say what the boxes of state `place` are; for the last state, the last."""
         return min(place, len(self.answers) - 1)
 
     def leader(self, place: int) -> Tensor:
