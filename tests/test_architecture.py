@@ -19,6 +19,7 @@ ORDER = [
     "evaluation",
     "modeling",
     "visualize",
+    "analysis",
     "engine",
     "export",
     "predictor",

@@ -23,7 +23,7 @@ from dfm_d2.data.registration import register_datasets  # noqa: E402
 from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.engine.inference import load_detector  # noqa: E402
 from dfm_d2.engine.run import evaluate  # noqa: E402
-from dfm_d2.engine.setup import load_config  # noqa: E402
+from dfm_d2.engine.setup import load_config, resolve_classes  # noqa: E402
 from dfm_d2.export import FORMATS, ExportSettings, export_model, load_artefact  # noqa: E402
 from dfm_d2.export.formats import Preparation, prepared_model  # noqa: E402
 from dfm_d2.export.tensor_detector import ConstantNoise  # noqa: E402
@@ -75,11 +75,15 @@ def run(args: argparse.Namespace) -> dict:
         if not args.run_eval:
             return {}
         register_datasets(cfg)
-        cfg.OUTPUT_DIR = args.output
+        if resolve_classes(cfg) != list(classes):
+            raise ValueError(f"DATASETS.TEST has other classes than the weights, {', '.join(classes)}.")
         eager = prepared_model(model, settings)
         if args.noise == "constant":
             eager = ConstantNoise(eager)
-        results = {"eager": evaluate(cfg, eager), args.format: evaluate(cfg, load_artefact(path))}
+        results = {}
+        for name, detector in {"eager": eager, args.format: load_artefact(path)}.items():
+            cfg.OUTPUT_DIR = str(Path(args.output) / name)
+            results[name] = evaluate(cfg, detector)
     for name, found in results.items():
         print(f"{name:12s} " + "  ".join(f"{key} {found['bbox'][key]:.4f}" for key in ("AP", "AP50")))
     return results
