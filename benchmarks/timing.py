@@ -43,3 +43,17 @@ def peak_mib(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def in_turns(runs: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every call, `repeats` of each: all in turns, so that drift of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first turn warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times

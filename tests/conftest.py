@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from tiny_model import tiny_cfg
+from tiny_model import spread, tiny_cfg
 
 from dfm_d2.framework import Boxes, Instances, build_model
 
@@ -22,12 +22,7 @@ def make_model():
         cfg = tiny_cfg(**dfm)
         cfg.MODEL.META_ARCHITECTURE = meta_architecture
         torch.manual_seed(seed)
-        model = build_model(cfg)
-        # Untrained class logits are all alike; spread them, so that detections differ.
-        for head in model.predictors:
-            torch.nn.init.normal_(head.class_logits.weight, std=1.0)
-            torch.nn.init.normal_(head.box_answer.weight, std=0.2)
-        return model
+        return spread(build_model(cfg))
 
     return make
 

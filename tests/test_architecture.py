@@ -19,8 +19,11 @@ ORDER = [
     "evaluation",
     "modeling",
     "visualize",
+    "analysis",
     "engine",
     "export",
+    "predictor",
+    "demo",
     "tools",
     "benchmarks",
 ]

@@ -1,12 +1,18 @@
 """The pictures: they are written, have content, and survive images without objects or detections."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dfm_d2.visualize import draw_flow, draw_predictions
+from dfm_d2.visualize import draw_curves, draw_flow, draw_predictions, record_flow, write_gif, write_page
+from dfm_d2.visualize.record import _field
 
 CLASSES = ["circle", "square", "star"]
+IMAGE = np.full((96, 128, 3), 255, dtype=np.uint8)
 
 
 def _pixels(path):
@@ -14,17 +20,93 @@ def _pixels(path):
 
 
 @pytest.mark.parametrize("score_thresh", [0.0, 2.0])
-def test_both_pictures(tmp_path, make_model, make_input, score_thresh):
+@pytest.mark.parametrize("color_by", ["class", "predictor"])
+def test_both_pictures(tmp_path, make_model, make_input, score_thresh, color_by):
     model = make_model().eval()
     item = make_input()
-    image = np.full((96, 128, 3), 255, dtype=np.uint8)
     found = [model.inference([item])[0]["instances"]] * 2
     truths = [[((10, 10, 60, 50), 1)], []]
     predictions = draw_predictions(
-        tmp_path / "new" / "predictions.png", [image] * 2, truths, found, CLASSES, score_thresh
+        tmp_path / "new" / "predictions.png", [IMAGE] * 2, truths, found, CLASSES, score_thresh
     )
-    flow = draw_flow(tmp_path / "flow.png", model, item, image, CLASSES, score_thresh)
+    record = record_flow(model, item, with_field=False)
+    flow = draw_flow(tmp_path / "flow.png", record, IMAGE, CLASSES, score_thresh, color_by)
     for path in (predictions, flow):
         assert min(_pixels(path).shape[:2]) > 200
     assert (_pixels(predictions).std(axis=2) > 10).any(), "no coloured box was drawn"
     assert (_pixels(flow) < 200).sum() > 1000
+
+
+@pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
+@pytest.mark.parametrize("time", ["partitioned", "shared"])
+def test_a_record_is_the_trajectory(make_model, make_input, architecture, time):
+    model = make_model(architecture, TIME=time, SAMPLER__STEPS=3).eval()
+    item = make_input()
+    record = record_flow(model, item)
+    trajectory, sizes = model.trajectory([item])
+    assert len(record.states) == len(record.times) == 4 and len(record.answers) == len(record.field) == 3
+    expected = model.space.decode(trajectory.states[2], sizes)[0] * 2  # the original is twice as large
+    torch.testing.assert_close(record.states[2], expected)
+    everybody = [0, 1, 2] if time == "shared" else None
+    by = [[answer.predictor for answer in answers] for answers in record.answers]
+    assert by == ([[2]] * 3 if architecture == "CascadeDetector" else [everybody or [k] for k in range(3)])
+    if len(by[0]) == 1:
+        torch.testing.assert_close(record.answers[1][0].scores, record.scores[1])
+    else:
+        ends = torch.stack([answer.endpoints_xyxy for answer in record.answers[1]]).mean(0)
+        expected = model.space.decode(trajectory.steps[1].x_1_hat, sizes)[0] * 2
+        torch.testing.assert_close(ends, expected, rtol=1e-4, atol=1e-3)
+        surest = torch.stack([answer.scores for answer in record.answers[1]]).argmax(0)
+        assert torch.equal(record.leader(1), surest)
+    assert model.sampler.settings.predictors == ()
+
+
+def test_the_field_is_that_of_the_followed_box(make_model, make_input):
+    """At the place where the box is, the arrow is the one that the solver follows."""
+    model, item = make_model().eval(), make_input()
+    record = record_flow(model, item)
+    assert record.field_points.shape == (9 * 12, 2) and record.field[0].shape == (9 * 12, 2)
+    assert record.followed == int(record.scores[-1].argmax())
+    trajectory, sizes = model.trajectory([item])
+    box = model.space.decode(trajectory.states[1], sizes)[0, record.followed]
+    center = (box[:2] + box[2:]) / 2
+    flow, _ = model.field([item])
+    moved = _field(model, flow, sizes, trajectory, 1, record.followed, center[None])[0]
+    end = model.space.decode(trajectory.steps[1].x_1_hat, sizes)[0, record.followed]
+    torch.testing.assert_close(moved, (end[:2] + end[2:]) / 2 - center, rtol=1e-3, atol=1e-2)
+
+
+def test_the_animation_goes_from_noise_to_the_answer(tmp_path, make_model, make_input):
+    record = record_flow(make_model().eval(), make_input(), with_field=False)
+    with Image.open(write_gif(tmp_path / "flow.gif", record, IMAGE, 0.0)) as gif:
+        assert gif.n_frames == 3 * 6 + 1 and gif.info["loop"] == 0
+        first = np.asarray(gif.convert("RGB"))
+        gif.seek(gif.n_frames - 1)
+        last = np.asarray(gif.convert("RGB"))
+        assert gif.info["duration"] > 1000
+    assert first.shape[1] >= 384 and (first != last).mean() > 0.01
+    assert (last.std(axis=2) > 20).any(), "no coloured box was drawn"
+
+
+def test_a_page_needs_nothing_else(tmp_path, make_model, make_input):
+    record = record_flow(make_model().eval(), make_input())
+    names = ["</script><b>", "square", "star"]
+    text = write_page(tmp_path / "a.html", record, IMAGE, names, "a.jpg").read_text()
+    assert "__FLOW_DATA__" not in text and "</script><b>" not in text
+    assert text.count("</script>") == 2
+    addresses = set(re.findall(r"https?://[^\s\"'<]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "a namespace, which is not fetched"
+    empty = replace(record, detections=record.detections[:0], followed=-1, field=[])
+    assert write_page(tmp_path / "b.html", empty, IMAGE, names).is_file()
+
+
+def test_curves(tmp_path):
+    entries = [
+        {"iteration": i, "lr": 0.1, "loss_cls/p0": 1 / i, "loss_cls/p1": 2 / i, "loss_giou/p0": 0.5}
+        for i in (1, 2, 3)
+    ]
+    without = _pixels(draw_curves(tmp_path / "a.png", entries))
+    entries.append({"iteration": 3, "bbox/AP50": 40.0, "bbox/AP": 20.0})
+    assert (without != _pixels(draw_curves(tmp_path / "a.png", entries))).any()
+    with pytest.raises(ValueError, match="no iteration"):
+        draw_curves(tmp_path / "b.png", [])

@@ -19,7 +19,7 @@ def tool(monkeypatch):
     monkeypatch.setattr(module, "setup_run", lambda cfg, args: ["a"])
     monkeypatch.setattr(module, "load_for_inference", lambda cfg, classes: None)
 
-    def write_pictures(cfg, model, classes, folder, images, number, score):
+    def write_pictures(cfg, model, classes, folder, images, number, score, kinds, color):
         module.asked.update(weights=cfg.MODEL.WEIGHTS, images=images, folder=folder)
         if "missing.jpg" in images:
             raise ValueError("missing.jpg cannot be decoded")

@@ -1,5 +1,7 @@
 """The config of a detector small enough for tests."""
 
+import torch
+
 import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import get_cfg
@@ -32,3 +34,11 @@ def tiny_cfg(**dfm):
             node = node[part]
         node[last] = value
     return cfg
+
+
+def spread(model):
+    """Untrained class logits are all alike; spread them, so that detections differ. Returns the model."""
+    for head in model.predictors:
+        torch.nn.init.normal_(head.class_logits.weight, std=1.0)
+        torch.nn.init.normal_(head.box_answer.weight, std=0.2)
+    return model

@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> int:
     )
     if status == 0:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")
-        names = ["model_final.pth", "metrics.json", "predictions.png", "flow.png", "events.out.tfevents.*"]
+        names = ["model_final.pth", "metrics.json", "*.png", "*.gif", "*.html", "events.out.tfevents.*"]
         for name in names:
             for path in sorted(OUTPUT.glob(name)):
                 print(f"  {path.relative_to(ROOT)}")

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-r"""Draw predictions.png and flow.png of a trained detector.
+r"""Draw what a trained detector finds, how its boxes flow there, and how it was trained.
+
+Writes predictions.png, flow.png, flow.gif, a page that needs no network (NAME.html), and curves.png of the
+metrics.json in OUTPUT_DIR where there is one.
 
 python tools/visualize_flow.py --config-file output/demo/config.yaml MODEL.WEIGHTS output/demo/model_final.pth
 python tools/visualize_flow.py --config-file output/demo/config.yaml --image a.jpg b.jpg --out pictures \
@@ -15,9 +18,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from a
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
-from dfm_d2.engine.pictures import write_pictures  # noqa: E402
+from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics  # noqa: E402
+from dfm_d2.engine.pictures import KINDS, write_pictures  # noqa: E402
 from dfm_d2.engine.run import load_for_inference  # noqa: E402
 from dfm_d2.engine.setup import load_config, setup_run  # noqa: E402
+from dfm_d2.visualize import draw_curves  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--number", type=int, default=6, help="images of predictions.png")
     parser.add_argument("--score", type=float, default=0.3, help="least score that is drawn")
     parser.add_argument("--out", default="", help="folder of the pictures; else OUTPUT_DIR")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what to write")
+    parser.add_argument("--color", choices=("class", "predictor"), default="class", help="of flow.png")
+    parser.add_argument("--metrics", help="metrics.json to draw as curves.png; else that of OUTPUT_DIR")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args(arguments)
     args.eval_only = True
@@ -45,7 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
         model = load_for_inference(cfg, classes)
         folder = args.out or cfg.OUTPUT_DIR
         with input_errors():
-            paths = write_pictures(cfg, model, classes, folder, args.image, args.number, args.score)
+            paths = write_pictures(
+                cfg, model, classes, folder, args.image, args.number, args.score, args.kinds, args.color
+            )
+            metrics = args.metrics or Path(cfg.OUTPUT_DIR) / METRICS_FILE
+            if args.metrics or metrics.is_file():
+                paths.append(draw_curves(Path(folder) / "curves.png", read_metrics(metrics)))
         for path in paths:
             print(path)
     except UserError as error:

@@ -82,7 +82,11 @@ def read_test_item(entry: dict, cfg: CfgNode) -> dict:
     entry: file_name and image_id at least; height and width are read from the file where they are missing.
     Raises ImageError for a file that cannot be read.
     """
-    image = read_image(entry["file_name"], cfg.INPUT.FORMAT)
+    return resized_item(entry, read_image(entry["file_name"], cfg.INPUT.FORMAT), cfg)
+
+
+def resized_item(entry: dict, image: np.ndarray, cfg: CfgNode) -> dict:
+    """As read_test_item, of pixels `(H, W, 3)` uint8 in the order of INPUT.FORMAT."""
     height, width = image.shape[:2]
     no_boxes = np.zeros((0, 4))
     image, _ = resize_shortest_edge(image, no_boxes, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
@@ -196,7 +200,7 @@ def _augment_config(cfg: CfgNode) -> AugmentConfig:
 
 def _item(entry: dict, image: np.ndarray) -> dict:
     """The model's input dict of one image, uint8 (H, W, 3) -> tensor (3, H, W)."""
-    pixels = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
     keys = ("file_name", "image_id", "height", "width")
     return {**{key: entry[key] for key in keys}, "image": pixels}
 

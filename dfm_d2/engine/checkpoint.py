@@ -222,6 +222,13 @@ class CheckpointHook(PeriodicCheckpointer):
         super().after_step()
 
 
+def class_names_of(path: str) -> list[str]:
+    """The classes that a checkpoint was trained for; none where it does not say. Raises CheckpointError."""
+    local = _fetch(path)
+    content = {} if local.endswith(".pkl") else load_tensors(local)
+    return list(content.get(ABOUT, {}).get("class_names", [])) if isinstance(content, dict) else []
+
+
 def _lookup(config: Any, key: str) -> Any:
     """The value of a dotted key in nested dicts, None where it is missing."""
     for part in key.split("."):

@@ -58,6 +58,8 @@ DatasetEvaluator = _provider.DatasetEvaluator
 inference_on_dataset = _provider.inference_on_dataset
 # checkpoint
 DetectionCheckpointer = _provider.DetectionCheckpointer
+# export
+TracingAdapter = _provider.TracingAdapter
 # utils
 PathManager = _provider.PathManager
 comm = _provider.comm
@@ -89,6 +91,7 @@ __all__ = [
     "PeriodicCheckpointer",
     "PeriodicWriter",
     "TensorboardXWriter",
+    "TracingAdapter",
     "TrainerBase",
     "batched_nms",
     "build_backbone",

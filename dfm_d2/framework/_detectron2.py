@@ -12,6 +12,7 @@ from detectron2.engine.hooks import (
     PeriodicWriter,
 )
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.export import TracingAdapter
 from detectron2.layers import batched_nms
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
@@ -53,6 +54,7 @@ __all__ = [
     "PeriodicCheckpointer",
     "PeriodicWriter",
     "TensorboardXWriter",
+    "TracingAdapter",
     "TrainerBase",
     "batched_nms",
     "build_backbone",

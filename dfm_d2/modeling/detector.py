@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from dfm_kernels.reference import BoxFlowUpdate
+from dfm_kernels.reference import BoxFlowUpdate, size_tensor
 from torch import Tensor, nn
 
 from dfm_d2.core import (
@@ -34,7 +34,7 @@ from dfm_d2.losses import (
 )
 from dfm_d2.modeling.from_config import detector_arguments, owners_in_bottom_up
 from dfm_d2.modeling.postprocess import detections
-from dfm_d2.modeling.sampler import BoxSampler, Flow
+from dfm_d2.modeling.sampler import BoxSampler, Candidates, Flow
 from dfm_d2.modeling.training import Prepared, disagreement, pad_ground_truth
 from dfm_d2.predictors import PredictorStack, StagePredictor
 
@@ -175,7 +175,7 @@ class FlowDetector(nn.Module):
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
         ground_truth = pad_ground_truth(batched_inputs, image_sizes, self.space, self.num_classes)
-        ids = self._image_ids(batched_inputs)
+        ids = self.image_ids(batched_inputs)
         keys = [stream_key("train", self.seed, iteration, image_id) for image_id in ids]
         x_0 = keyed_normal(keys, self.num_proposals, device=self.device).to(ground_truth.x_1.dtype)
         slots = build_slots(ground_truth, self.num_proposals, self.gt_repeat, keys, self.space.signal_scale)
@@ -217,7 +217,7 @@ class FlowDetector(nn.Module):
 
                 handle = getattr(self.backbone.bottom_up, name).register_forward_hook(end_block)
                 hooks.callback(handle.remove)
-            return self._features(prepared.images)
+            return self._features(prepared.images.tensor)
 
     def _stage_losses(self, index: int, name: str, feature: Tensor, prepared: Prepared) -> dict[str, Tensor]:
         """The local loss of a backbone stage, by its own predictor."""
@@ -342,14 +342,31 @@ class FlowDetector(nn.Module):
         return self.inference(batched_inputs)
 
     @torch.no_grad()
-    def inference(self, batched_inputs: Sequence[dict]) -> list[dict]:
-        """As forward in evaluation mode, whatever the mode."""
+    def inference(self, batched_inputs: Sequence[dict], x_0: Tensor | None = None) -> list[dict]:
+        """As forward in evaluation mode, whatever the mode.
+
+        Args:
+            x_0: the noise, see `candidates`.
+        """
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
-        ids = self._image_ids(batched_inputs)
-        features = self._features(images)
-        candidates = self.sampler.sample(self._flow, features, image_sizes, ids, self._graph_owner())
+        ids = self.image_ids(batched_inputs)
+        candidates = self.candidates(images.tensor, image_sizes, ids, x_0)
         return detections(candidates, self.space, image_sizes, batched_inputs, self.sampler.settings)
+
+    def candidates(
+        self, pixels: Tensor, image_sizes: Tensor, image_ids: Sequence[int | str], x_0: Tensor | None = None
+    ) -> Candidates:
+        """What the sampler finds, before NMS. Tensors in and out, of shapes that no data decides.
+
+        Args:
+            pixels: `(B, 3, H, W)` normalised, zero where padded; H and W multiples of the backbone's
+                `size_divisibility`. image_sizes: `(B, 2)` height, width without the padding.
+            image_ids: B ids that the noise depends on; with `x_0` they are not used.
+            x_0: `(B, P N, 4)` noise of P = SAMPLER.NOISE_PASSES passes; None: made of the ids.
+        """
+        owner = self._graph_owner()
+        return self.sampler.sample(self._flow, self._features(pixels), image_sizes, image_ids, owner, x_0)
 
     def _graph_owner(self) -> Hashable | None:
         """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
@@ -363,11 +380,19 @@ class FlowDetector(nn.Module):
     @torch.no_grad()
     def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
         """States and answers of every solver step, and the `(B, 2)` image sizes to decode them with."""
+        flow, image_sizes = self.field(batched_inputs)
+        ids = self.image_ids(batched_inputs)
+        return self.sampler.trajectory(flow, image_sizes, ids, return_intermediates=True), image_sizes
+
+    @torch.no_grad()
+    def field(self, batched_inputs: Sequence[dict]) -> tuple[Flow, Tensor]:
+        """The velocity field on the features of these images, and their `(B, 2)` sizes.
+
+        The field follows SAMPLER.PREDICTORS as it is when it is called.
+        """
         images = self._images(batched_inputs)
         image_sizes = self._image_sizes(images)
-        ids = self._image_ids(batched_inputs)
-        flow = self._flow(self._features(images), image_sizes)
-        return self.sampler.trajectory(flow, image_sizes, ids, return_intermediates=True), image_sizes
+        return self._flow(self._features(images.tensor), image_sizes), image_sizes
 
     def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
         """One solver step on these features, by the predictors that answer at its time."""
@@ -391,15 +416,16 @@ class FlowDetector(nn.Module):
         )
 
     def _image_sizes(self, images: ImageList) -> Tensor:
-        return torch.tensor(images.image_sizes, dtype=self.pixel_mean.dtype, device=self.device)
+        return size_tensor(images.image_sizes, self.device, self.pixel_mean.dtype)
 
     @staticmethod
-    def _image_ids(batched_inputs: Sequence[dict]) -> list[int | str]:
+    def image_ids(batched_inputs: Sequence[dict]) -> list[int | str]:
+        """What the noise of each image depends on."""
         # Without an id the place in the batch must do; noise then depends on it.
         return [x.get("image_id", x.get("file_name", i)) for i, x in enumerate(batched_inputs)]
 
-    def _features(self, images: ImageList) -> list[Tensor]:
-        features = self.backbone(images.tensor)
+    def _features(self, pixels: Tensor) -> list[Tensor]:
+        features = self.backbone(pixels)
         found = [at_least_float32(features[name]) for name in self.in_features]
         if self.flow.backend == "torch":
             return found

@@ -56,6 +56,18 @@ class SamplerSettings:
         return check_grid(self.time_grid) if self.time_grid else warped_grid(self.steps, self.time_rate)
 
 
+def initial_noise(
+    image_ids: Sequence[int | str], seed: int, num_proposals: int, noise_passes: int = 1, device=None
+) -> Tensor:
+    """`x_0` `(B, P N, 4)` float32 of P noise passes, one after the other: of (seed, image id, pass) alone."""
+    passes = [_noise_keys(image_ids, seed, noise_pass) for noise_pass in range(noise_passes)]
+    return torch.cat([keyed_normal(keys, num_proposals, device=device) for keys in passes], dim=1)
+
+
+def _noise_keys(image_ids: Sequence[int | str], seed: int, noise_pass: int) -> list[int]:
+    return [stream_key("sampler", seed, image_id, noise_pass) for image_id in image_ids]
+
+
 class Candidates(NamedTuple):
     """Before NMS. x_1_hat: `(B, M, 4)` signal. class_probs: `(B, M, K)`."""
 
@@ -88,14 +100,24 @@ class BoxSampler:
         image_sizes: Tensor,
         image_ids: Sequence[int | str],
         owner: Hashable | None = None,
+        x_0: Tensor | None = None,
     ) -> Candidates:
         """Candidates of all noise passes (and, with `ensemble_steps`, of all steps), concatenated.
 
         Args:
             make_flow: of features (L maps) and image sizes `(B, 2)` height, width.
+            image_ids: what the noise depends on; with `x_0` they are not used.
             owner: what the flow depends on besides, see GraphCache; None: not to be captured.
+            x_0: the noise of all passes, as `noise` makes it.
+
+        Raises:
+            ValueError: `x_0` with renewal, whose noise is made of the ids.
         """
         settings = self.settings
+        if x_0 is not None and settings.renewal_thresh > 0:
+            raise ValueError("noise that is given goes without renewal: set SAMPLER.RENEWAL_THRESH to 0")
+        if x_0 is None:
+            x_0 = self.noise(image_ids, image_sizes.device)
 
         def run(x_0: Tensor, image_sizes: Tensor, *features: Tensor) -> Candidates:
             flow = make_flow(features, image_sizes)
@@ -105,10 +127,9 @@ class BoxSampler:
             return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found)))
 
         found = []
-        for noise_pass in range(settings.noise_passes):
+        for noise_pass, noise in enumerate(x_0.chunk(settings.noise_passes, dim=1)):
             keys = self._keys(image_ids, noise_pass)
-            x_0 = keyed_normal(keys, settings.num_proposals, device=image_sizes.device)
-            inputs = (x_0, image_sizes, *features)
+            inputs = (noise, image_sizes, *features)
             # Renewal's noise is made on the host for these very images.
             if owner is None or settings.renewal_thresh > 0:
                 found.append(run(*inputs))
@@ -136,8 +157,13 @@ class BoxSampler:
             flow, x_0, image_sizes, keys, return_intermediates or self.settings.ensemble_steps
         )
 
+    def noise(self, image_ids: Sequence[int | str], device: torch.device) -> Tensor:
+        """`initial_noise` of these settings."""
+        settings = self.settings
+        return initial_noise(image_ids, settings.seed, settings.num_proposals, settings.noise_passes, device)
+
     def _keys(self, image_ids: Sequence[int | str], noise_pass: int) -> list[int]:
-        return [stream_key("sampler", self.settings.seed, image_id, noise_pass) for image_id in image_ids]
+        return _noise_keys(image_ids, self.settings.seed, noise_pass)
 
     def _integrate(
         self, flow: Flow, x_0: Tensor, image_sizes: Tensor, keys: Sequence[int], return_intermediates: bool

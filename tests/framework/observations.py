@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import observe_export as export
 import observe_modeling as modeling
 import observe_structures as structures
 import observe_training as training
@@ -30,6 +31,7 @@ BY_NAME = {
     "PeriodicCheckpointer": training.observe_periodic_checkpointer,
     "PeriodicWriter": training.observe_periodic_writer,
     "TensorboardXWriter": training.observe_tensorboard_writer,
+    "TracingAdapter": export.observe_tracing_adapter,
     "TrainerBase": training.observe_trainer_base,
     "batched_nms": structures.observe_batched_nms,
     "build_backbone": modeling.observe_build_backbone,

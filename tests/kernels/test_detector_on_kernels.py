@@ -89,7 +89,7 @@ def test_a_sampler_on_kernels_never_waits_for_the_device(
     images = model._images([make_input("a")])
     sizes = model._image_sizes(images)
     with torch.no_grad():
-        features = model._features(images)
+        features = model._features(images.tensor)
         x_0 = torch.randn(1, 12, 4, device=kernel_device)
         flow = model._flow(features, sizes)
         with NoSynchronisation():

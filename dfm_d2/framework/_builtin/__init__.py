@@ -38,6 +38,7 @@ from dfm_d2.framework._builtin.layers import batched_nms
 from dfm_d2.framework._builtin.postprocessing import detector_postprocess
 from dfm_d2.framework._builtin.resnet import build_resnet_backbone  # registers itself
 from dfm_d2.framework._builtin.solver import build_lr_scheduler
+from dfm_d2.framework._builtin.tracing import TracingAdapter
 from dfm_d2.framework._builtin.train_loop import HookBase, TrainerBase
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "PeriodicCheckpointer",
     "PeriodicWriter",
     "TensorboardXWriter",
+    "TracingAdapter",
     "TrainerBase",
     "batched_nms",
     "build_backbone",

@@ -1,5 +1,7 @@
 """From the size that the network saw to the size of the original image."""
 
+import torch
+
 from dfm_d2.framework._builtin.instances import Instances
 
 
@@ -11,7 +13,10 @@ def detector_postprocess(results: Instances, output_height: int, output_width: i
     assert results.has("pred_boxes"), "detections must have pred_boxes"
     scale_y = output_height / results.image_size[0]
     scale_x = output_width / results.image_size[1]
-    results = Instances((output_height, output_width), **results.get_fields())
+    size = (output_height, output_width)
+    if isinstance(output_height, torch.Tensor):  # while a model is traced
+        size = torch.stack(size)
+    results = Instances(size, **results.get_fields())
     results.pred_boxes.scale(scale_x, scale_y)
     results.pred_boxes.clip(results.image_size)
     return results[results.pred_boxes.nonempty()]

@@ -19,6 +19,7 @@ from dfm_kernels.reference.flow_loss import FlowLoss, flow_loss, paired_giou, pa
 from dfm_kernels.reference.multilevel_roi_align import assign_levels, multilevel_roi_align
 from dfm_kernels.reference.path_sample import BoxPathSample, path_sample, sample_box_paths
 from dfm_kernels.reference.philox import philox_4x32, philox_normal, philox_uniform
+from dfm_kernels.reference.recorded import size_tensor
 
 __all__ = [
     "BoxFlowUpdate",
@@ -44,6 +45,7 @@ __all__ = [
     "sample_box_paths",
     "signal_to_boxes_xyxy",
     "signal_to_cxcywh",
+    "size_tensor",
     "velocity_from_endpoint",
     "xyxy_to_cxcywh",
 ]

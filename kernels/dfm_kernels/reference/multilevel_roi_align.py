@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from dfm_kernels.reference.recorded import size_tensor
+
 
 def assign_levels(
     boxes_xyxy: Tensor, num_levels: int, min_level: int, canonical_size: float, canonical_level: int = 4
@@ -100,9 +102,9 @@ def multilevel_roi_align(
     boxes = boxes_xyxy.detach().reshape(-1, 4)
     level = assign_levels(boxes, len(features), round(-math.log2(scales[0])), canonical_size)
 
-    sizes = torch.tensor([f.shape[-2:] for f in features], device=device)
+    sizes = size_tensor([f.shape[-2:] for f in features], device)
     # Rows of each level's pixels in the concatenated pyramid, and of each image's within a level.
-    starts = torch.tensor([0] + [num_images * f.shape[2] * f.shape[3] for f in features[:-1]], device=device)
+    starts = size_tensor([0] + [num_images * f.shape[2] * f.shape[3] for f in features[:-1]], device)
     height, width = sizes[level].unbind(1)
     image = torch.arange(num_images, device=device).repeat_interleave(num_proposals)
     first_row = starts.cumsum(0)[level] + image * height * width

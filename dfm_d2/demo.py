@@ -1,0 +1,166 @@
+r"""Detect in images, folders and videos, and write what was found.
+
+python -m dfm_d2.demo --config-file output/demo/config.yaml --weights output/demo/model_final.pth \
+    --input a.jpg folder/ film.mp4 --output found
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tqdm
+
+from dfm_d2.data.files import write_atomically, write_text_atomically
+from dfm_d2.data.images import ImageError, read_image
+from dfm_d2.engine.errors import UserError, input_errors
+from dfm_d2.framework import Instances
+from dfm_d2.predictor import FlowPredictor
+from dfm_d2.visualize import paint_detections
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 some inputs could not be read, 2 something that the user can put right."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dfm_d2.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--weights", required=True, help="checkpoint of the detector")
+    parser.add_argument("--input", nargs="+", required=True, help="images, folders of images, videos")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="least score that is drawn")
+    parser.add_argument("--batch-size", type=int, default=1, help="images or frames computed at once")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
+    args = parser.parse_args(arguments)
+    try:
+        with input_errors():
+            images, videos = find_inputs(args.input)
+            predictor = FlowPredictor.from_files(args.config_file, args.weights, args.opts, args.batch_size)
+            failures = _images(predictor, images, Path(args.output), args.confidence_threshold)
+            for video in videos:
+                _video(predictor, video, Path(args.output), args.confidence_threshold)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def find_inputs(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Image files and video files; of a folder, those with the ending of an image.
+
+    Raises ValueError for a name that does not exist, and where nothing is left.
+    """
+    images, videos = [], []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            images += sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+        elif not path.is_file():
+            raise ValueError(f"{name} does not exist: check the path.")
+        else:
+            (videos if path.suffix.lower() in VIDEOS else images).append(path)
+    if not images and not videos:
+        raise ValueError(f"{', '.join(names)} holds no image: files must end in one of {', '.join(IMAGES)}.")
+    return images, videos
+
+
+def _images(predictor: FlowPredictor, files: Sequence[Path], folder: Path, threshold: float) -> list[str]:
+    """Write NAME.png of each file and detections.json of all; returns what could not be read."""
+    failures: list[str] = []
+    waiting: list[Path] = []
+
+    def names() -> Iterator[Path]:
+        for file in files:
+            waiting.append(file)
+            yield file
+
+    def fail(error: ImageError) -> None:
+        waiting.pop()
+        failures.append(str(error))
+        bar.update()
+
+    found: dict[str, dict] = {}
+    with tqdm.tqdm(total=len(files), desc="images", unit="image", disable=not files) as bar:
+        for instances in predictor.stream(names(), on_error=fail):
+            file = waiting.pop(0)
+            name = _unused(file.stem, found)
+            painted = paint_detections(read_image(file), instances, predictor.class_names, threshold)
+            _write_png(folder / f"{name}.png", painted)
+            found[name] = {"file": str(file), "detections": as_dicts(instances, predictor.class_names)}
+            bar.update()
+    if files:
+        write_text_atomically(folder / "detections.json", json.dumps(found, indent=1) + "\n")
+    return failures
+
+
+def as_dicts(instances: Instances, class_names: Sequence[str]) -> list[dict]:
+    """Detections as plain values: box_xyxy in pixels of the image, score, class."""
+    rows = zip(
+        instances.pred_boxes.tensor.tolist(), instances.scores.tolist(), instances.pred_classes.tolist()
+    )
+    return [{"box_xyxy": box, "score": score, "class": class_names[label]} for box, score, label in rows]
+
+
+def _video(predictor: FlowPredictor, file: Path, folder: Path, threshold: float) -> None:
+    """Write NAME.mp4 with what was found in each frame. Raises ValueError where OpenCV cannot."""
+    source = cv2.VideoCapture(str(file))
+    size = tuple(int(source.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+    if not source.isOpened() or min(size) < 1:
+        raise ValueError(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
+    rate = source.get(cv2.CAP_PROP_FPS) or 25.0
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file.stem}.mp4"
+    target = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+    if not target.isOpened():
+        raise ValueError(f"{path} cannot be written: OpenCV has no mp4 encoder here.")
+    swap = predictor.cfg.INPUT.FORMAT == "RGB"
+    waiting: list[np.ndarray] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        while True:
+            there, frame = source.read()
+            if not there:
+                return
+            waiting.append(np.ascontiguousarray(frame[:, :, ::-1]))
+            yield waiting[-1] if swap else frame
+
+    total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
+    try:
+        for instances in tqdm.tqdm(
+            predictor.stream(frames()), desc=file.name, unit="frame", total=total if total > 0 else None
+        ):
+            painted = paint_detections(waiting.pop(0), instances, predictor.class_names, threshold)
+            target.write(painted[:, :, ::-1])
+    finally:
+        source.release()
+        target.release()
+
+
+def _unused(stem: str, taken: dict) -> str:
+    """`stem`, or with a number where another image has that name."""
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    return name
+
+
+def _write_png(path: Path, image: np.ndarray) -> None:
+    done, content = cv2.imencode(".png", image[:, :, ::-1])
+    if not done:
+        raise ValueError(f"{path} cannot be encoded as PNG")
+    write_atomically(path, lambda file: file.write(content.tobytes()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Training curves and AP against iterations, of a metrics.json. Shapes: none."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from dfm_d2.visualize.pictures import predictor_color, save_figure
+
+# Keys of evaluations, where they are there.
+_SCORES = ("bbox/AP50", "bbox/AP", "bbox_ema/AP50", "bbox_ema/AP", "accuracy")
+
+
+def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
+    """Losses of every block, the learning rate, and AP, each against the iteration.
+
+    Args:
+        entries: lines of a metrics.json.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: no line has an iteration.
+    """
+    entries = [entry for entry in entries if "iteration" in entry]
+    if not entries:
+        raise ValueError("the metrics hold no iteration yet: train first")
+    keys = sorted({key for entry in entries for key in entry})
+    kinds = sorted({key.split("/")[0] for key in keys if key.startswith("loss_") and "/" in key})
+    panels = [(kind.replace("_", " "), [k for k in keys if k.startswith(f"{kind}/")]) for kind in kinds]
+    scores = [key for key in _SCORES if key in keys]
+    panels += [("accuracy" if scores == ["accuracy"] else "AP", scores)]
+    panels += [("learning rate", ["lr"])] * ("lr" in keys)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.3 * len(panels), 2.8), squeeze=False, layout="constrained"
+    )
+    for panel, (title, names) in zip(axes[0], panels):
+        for number, key in enumerate(names):
+            points = [(entry["iteration"], entry[key]) for entry in entries if entry.get(key) is not None]
+            x, y = zip(*points)
+            style = "o-" if names == scores else "-"
+            panel.plot(
+                x, y, style, color=predictor_color(number), lw=1.2, ms=3.5, label=key.rsplit("/", 1)[-1]
+            )
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("iteration", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.3)
+        if names == scores:
+            panel.set_ylim(0, None)
+        if names and names != ["lr"]:
+            panel.legend(fontsize=7, frameon=False)
+        if not names:
+            panel.text(0.5, 0.5, "no evaluation yet", ha="center", transform=panel.transAxes, fontsize=8)
+    return save_figure(figure, path)

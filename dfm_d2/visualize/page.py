@@ -1,0 +1,96 @@
+"""One HTML page of one image's flow: everything inside of the file, nothing fetched.
+
+Shapes: N proposals, K solver steps, M field points.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_hex
+from PIL import Image
+from torch import Tensor
+
+from dfm_d2.data.files import write_text_atomically
+from dfm_d2.visualize.pictures import class_color, predictor_color
+from dfm_d2.visualize.record import FlowRecord
+
+_TEMPLATE = "page.html"
+_DATA = "__FLOW_DATA__"
+
+
+def write_page(
+    path: str | Path, record: FlowRecord, image: np.ndarray, class_names: Sequence[str], title: str = ""
+) -> Path:
+    """Write the page: a slider over the solver's steps, toggles of predictors and classes, a threshold.
+
+    Args:
+        image: uint8 RGB `(H, W, 3)` of the original size. title: shown above, for example the file's name.
+
+    Returns:
+        The path written.
+    """
+    path = Path(path)
+    template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    # "</" would end the script element that the data stands in.
+    data = json.dumps(_page_data(record, image, class_names, title)).replace("</", "<\\/")
+    write_text_atomically(path, template.replace(_DATA, data))
+    return path
+
+
+def _page_data(
+    record: FlowRecord, image: np.ndarray, class_names: Sequence[str], title: str
+) -> dict[str, Any]:
+    predictors = sorted({answer.predictor for answers in record.answers for answer in answers})
+    found = record.detections
+    return {
+        "title": title,
+        "image": _data_uri(image),
+        "width": image.shape[1],
+        "height": image.shape[0],
+        "times": [round(t, 5) for t in record.times],
+        "classes": [{"name": str(n), "color": to_hex(class_color(i))} for i, n in enumerate(class_names)],
+        "predictors": [{"index": d, "color": to_hex(predictor_color(d))} for d in predictors],
+        "states": [_rounded(boxes) for boxes in record.states],
+        "steps": [
+            {
+                "classes": classes.tolist(),
+                "scores": _rounded(scores, 3),
+                "leaders": record.leader(k).tolist(),
+                "answers": [
+                    {
+                        "predictor": answer.predictor,
+                        "boxes": _rounded(answer.endpoints_xyxy),
+                        "classes": answer.classes.tolist(),
+                        "scores": _rounded(answer.scores, 3),
+                    }
+                    for answer in answers
+                ],
+            }
+            for k, (classes, scores, answers) in enumerate(zip(record.classes, record.scores, record.answers))
+        ],
+        "detections": [
+            {"box": box, "score": score, "class": label}
+            for box, score, label in zip(
+                _rounded(found.pred_boxes.tensor), _rounded(found.scores, 3), found.pred_classes.tolist()
+            )
+        ],
+        "followed": record.followed,
+        "points": _rounded(record.field_points),
+        "field": [_rounded(moved) for moved in record.field],
+    }
+
+
+def _rounded(values: Tensor, digits: int = 1) -> list:
+    return np.round(values.double().numpy(), digits).tolist()
+
+
+def _data_uri(image: np.ndarray) -> str:
+    content = BytesIO()
+    Image.fromarray(image).save(content, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,106 @@
+"""What is in the files, and what is refused."""
+
+import json
+
+import onnx
+import pytest
+import torch
+
+from dfm_d2.export import ExportSettings, export_model, load_artefact
+from dfm_d2.export.formats import ABOUT, exported_program, prepared_model
+from dfm_d2.export.tensor_detector import ConstantNoise
+
+
+def test_the_onnx_file_has_standard_operators_only(files):
+    model = onnx.load(files["onnx"])
+    assert {entry.domain for entry in model.opset_import} == {""}
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert "NonMaxSuppression" in {node.op_type for node in model.graph.node}
+    about = json.loads({p.key: p.value for p in model.metadata_props}[ABOUT])
+    assert about["class_names"] == ["RBC", "WBC", "Platelets"] and about["num_noise_boxes"] == 24
+
+
+def test_batch_height_and_width_are_dynamic(files):
+    dims = onnx.load(files["onnx"]).graph.input[0].type.tensor_type.shape.dim
+    assert [bool(d.dim_param) for d in dims] == [True, False, True, True]
+
+
+def test_no_shape_depends_on_data_before_nms(detector):
+    program = exported_program(prepared_model(detector, ExportSettings(steps=1)), ExportSettings(steps=1))
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    names = [str(node.target) for node in nodes]
+    place = next(i for i, name in enumerate(names) if "nms" in name)
+    assert place > 200, "the sampler comes first"
+    for node in nodes[:place]:
+        assert not _unbacked(node), f"{node} has a shape that data decides"
+    assert _unbacked(nodes[place]), "the check must see NMS itself"
+    assert not [n for n in names if n.startswith("dfm")], "ops of ours are left in the graph"
+    waiting = ("_local_scalar_dense", "aten.item", "nonzero", "masked_select")
+    assert not [n for n in names[:place] if any(word in n for word in waiting)]
+
+
+def _unbacked(node) -> bool:
+    values = node.meta["val"] if isinstance(node.meta["val"], (list, tuple)) else [node.meta["val"]]
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    symbols = {
+        str(s) for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols
+    }
+    return any(symbol.startswith("u") for symbol in symbols)
+
+
+@pytest.mark.parametrize("format", ["torchscript", "pt2"])
+def test_constant_noise_repeats(detector, preparation, tmp_path, make_input, format):
+    settings = ExportSettings(steps=1, proposals=7, noise="constant")
+    sample = torch.zeros(3, 96, 96)
+    run = load_artefact(export_model(detector, format, tmp_path, preparation, settings, sample))
+    item = make_input("a", size=(100, 140))
+    eager = ConstantNoise(prepared_model(detector, settings))([item])[0]["instances"]
+    for image_id in ("a", "b"):
+        found = run([{**item, "image_id": image_id}])[0]["instances"]
+        torch.testing.assert_close(found.scores, eager.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.pred_boxes.tensor, eager.pred_boxes.tensor, rtol=0, atol=0.1)
+    with pytest.raises(ValueError, match="constant noise"):
+        run([item], torch.zeros(1, 7, 4))
+
+
+def test_predictors_are_chosen(make_model):
+    model = make_model(TIME="shared", SAMPLER__STEPS=1)
+    chosen = prepared_model(model, ExportSettings(predictors=(1,)))
+    assert chosen.sampler.settings.predictors == (1,) and model.sampler.settings.predictors == ()
+    with pytest.raises(ValueError, match=r"names \[7\]"):
+        prepared_model(model, ExportSettings(predictors=(7,)))
+    with pytest.raises(ValueError, match="partitioned"):
+        prepared_model(make_model(), ExportSettings(predictors=(1,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"SAMPLER__RENEWAL_THRESH": 0.5}, "RENEWAL_THRESH"),
+        ({"HEAD__POOLER_SAMPLING_RATIO": 0}, "POOLER_SAMPLING_RATIO 0"),
+    ],
+)
+def test_what_is_no_fixed_graph_is_refused(make_model, options, said):
+    with pytest.raises(ValueError, match=said):
+        prepared_model(make_model(**options), ExportSettings())
+
+
+def test_bad_words_are_named(detector, preparation, tmp_path):
+    with pytest.raises(ValueError, match="noise is 'none'"):
+        ExportSettings(noise="none")
+    with pytest.raises(ValueError, match="format is 'caffe2'"):
+        export_model(detector, "caffe2", tmp_path, preparation, ExportSettings(), torch.zeros(3, 96, 96))
+
+
+def test_files_that_are_none_of_ours(files, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_artefact(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"ends in none of \.ts"):
+        load_artefact(tmp_path / "model.bin")
+    for path in files.values():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:5000])
+        with pytest.raises(ValueError, match="export it again"):
+            load_artefact(tmp_path / path.name)
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "other.ts")
+    with pytest.raises(ValueError, match="not written by tools/export_model.py"):
+        load_artefact(tmp_path / "other.ts")

@@ -1,0 +1,31 @@
+"""A tiny checkpoint of our own and its config file."""
+
+import pytest
+import torch
+from tiny_model import spread, tiny_cfg
+
+from dfm_d2.engine.run import build_checkpointer
+from dfm_d2.framework import build_model
+from dfm_d2.predictor import FlowPredictor
+
+CLASSES = ("circle", "square", "star")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(config file, weight file)"""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = tiny_cfg()
+    cfg.INPUT.FORMAT, cfg.OUTPUT_DIR = "RGB", str(folder)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 96, 160
+    cfg.MODEL.DFM.NUM_CLASSES = 3
+    torch.manual_seed(0)
+    build_checkpointer(cfg, spread(build_model(cfg)), CLASSES).save("model_final")
+    cfg.MODEL.DFM.NUM_CLASSES = 0  # as in the configs: the checkpoint knows
+    (folder / "config.yaml").write_text(cfg.dump())
+    return str(folder / "config.yaml"), str(folder / "model_final.pth")
+
+
+@pytest.fixture(scope="session")
+def predictor(trained):
+    return FlowPredictor.from_files(*trained)

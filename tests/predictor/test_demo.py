@@ -1,0 +1,90 @@
+"""python -m dfm_d2.demo: images, folders, videos; what it writes and what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from dfm_d2 import demo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(trained, tmp_path, *inputs):
+    config, weights = trained
+    words = ["--config-file", config, "--weights", weights, "--output", str(tmp_path / "out")]
+    return demo.main([*words, "--confidence-threshold", "0", "--input", *map(str, inputs)])
+
+
+def write(path, size=(80, 60), value=None):
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels if value is None else np.full_like(pixels, value)).save(path)
+    return path
+
+
+def test_images_and_folders(trained, tmp_path, capsys):
+    one = write(tmp_path / "a.png")
+    write(tmp_path / "folder/a.jpg")
+    write(tmp_path / "folder/b.PNG")
+    (tmp_path / "folder/notes.txt").write_text("no image")
+    assert run(trained, tmp_path, one, tmp_path / "folder") == 0
+    found = json.loads((tmp_path / "out/detections.json").read_text())
+    assert list(found) == ["a", "a_2", "b"]
+    assert found["a_2"]["file"].endswith("folder/a.jpg")
+    first = found["a"]["detections"][0]
+    assert first["class"] in ("circle", "square", "star") and len(first["box_xyxy"]) == 4
+    painted = np.asarray(Image.open(tmp_path / "out/a.png"))
+    assert painted.shape == (60, 80, 3)
+    assert (painted != np.asarray(Image.open(one))).any(), "nothing was drawn"
+    assert "3/3" in capsys.readouterr().err, "the progress bar"
+
+
+def test_a_bad_image_does_not_stop_the_others(trained, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_text("words")
+    assert run(trained, tmp_path, tmp_path / "bad.jpg", write(tmp_path / "a.png")) == 1
+    assert list(json.loads((tmp_path / "out/detections.json").read_text())) == ["a"]
+    assert "bad.jpg cannot be decoded" in capsys.readouterr().err
+
+
+def test_what_is_not_there(trained, tmp_path, capsys):
+    assert run(trained, tmp_path, tmp_path / "missing") == 2
+    (tmp_path / "empty").mkdir()
+    assert run(trained, tmp_path, tmp_path / "empty") == 2
+    (tmp_path / "film.mp4").write_bytes(b"no film")
+    assert run(trained, tmp_path, tmp_path / "film.mp4") == 2
+    said = capsys.readouterr().err
+    assert "missing does not exist" in said and "holds no image" in said and "is no video" in said
+
+
+def test_a_video(trained, tmp_path):
+    path = str(tmp_path / "film.avi")
+    film = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (80, 64))
+    for value in (0, 100, 200):
+        film.write(np.full((64, 80, 3), value, np.uint8))
+    film.release()
+    assert run(trained, tmp_path, path) == 0
+    result = cv2.VideoCapture(str(tmp_path / "out/film.mp4"))
+    frames = []
+    while (read := result.read())[0]:
+        frames.append(read[1])
+    assert len(frames) == 3 and frames[0].shape == (64, 80, 3)
+    # The frames in their order, each with boxes on it.
+    assert all(abs(np.median(frame) - value) < 12 for frame, value in zip(frames, (0, 100, 200)))
+    assert all(frame.std() > 5 for frame in frames)
+
+
+def test_it_is_a_module(tmp_path):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-m", "dfm_d2.demo", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0 and "--weights" in done.stdout

@@ -1,0 +1,110 @@
+"""The page of a flow in a real browser: the slider, the toggles, tooltips, and that nothing is fetched."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from browser import open_browser
+from PIL import Image
+
+from dfm_d2.visualize import record_flow, write_page
+
+BOXES = "document.querySelectorAll('svg rect.box').length"
+
+
+@pytest.fixture
+def page(tmp_path, make_model, make_input):
+    """A page of three steps by three predictors, open."""
+    record = record_flow(make_model().eval(), make_input())
+    image = np.full((96, 128, 3), 240, dtype=np.uint8)
+    path = write_page(tmp_path / "flow.html", record, image, ["circle", "square", "star"], "cells.jpg")
+    with open_browser(tmp_path) as page:
+        page.open(path)
+        yield page
+        assert not page.errors
+        fetched = [url for url in page.requests if not url.startswith(("file:", "data:"))]
+        assert not fetched, "the page must not use the network"
+
+
+def set_value(page, name, value):
+    page.run(
+        f"(() => {{ const e = document.getElementById('{name}'); e.value = '{value}';"
+        "e.dispatchEvent(new Event('input')); })()"
+    )
+
+
+def test_slider_toggles_and_tooltips(page, tmp_path):
+    now = "document.getElementById('now').textContent"
+    assert page.run("document.title") == "cells.jpg"
+    assert page.run(now).startswith("t = 0.0000  step 0 of 3") and page.run(BOXES) == 12
+    before = page.screenshot(tmp_path / "noise.png")
+    first = page.run("document.querySelector('rect.box').getAttribute('x')")
+
+    page.click("#step")  # the middle of the slider
+    place = page.run("+document.getElementById('step').value")
+    assert place in (1, 2)
+    page.key("ArrowRight")
+    assert page.run("+document.getElementById('step').value") == place + 1
+    assert f"step {place + 1} of 3" in page.run(now)
+    assert page.screenshot(tmp_path / "later.png") != before
+    assert page.run("document.querySelector('rect.box').getAttribute('x')") != first
+
+    set_value(page, "step", 0)
+    page.click("#predictor-0")
+    assert page.run(BOXES) == 0, "predictor 0 moves every box of the first step"
+    page.click("#predictor-0")
+    assert page.run(BOXES) == 12
+    of_class = json.loads(page.run("JSON.stringify(flow.steps[0].classes)"))
+    page.click("#class-1")
+    assert page.run(BOXES) == sum(label != 1 for label in of_class)
+    page.click("#class-1")
+
+    scores = json.loads(page.run("JSON.stringify(flow.steps[0].scores)"))
+    middle = sorted(scores)[6]
+    set_value(page, "score", middle)
+    page.click("#show-weak")
+    least = page.run("+document.getElementById('score').value")
+    assert page.run(BOXES) == sum(score >= least for score in scores) not in (0, 12)
+    page.click("#show-weak")
+
+    page.click("#show-field")
+    assert page.run("document.querySelectorAll('line.arrow').length") == 2 * 9 * 12
+    page.click("#show-field")
+    page.click("#show-endpoints")
+    assert page.run("document.querySelectorAll('rect[stroke-dasharray]').length") > 0
+    page.click("#show-endpoints")
+    set_value(page, "step", 3)
+    set_value(page, "score", 0)
+    page.click("#show-paths")
+    assert page.run("document.querySelectorAll('polyline.path').length") > 0
+    page.click("#show-detections")
+    assert page.run("document.querySelectorAll('svg text').length") > 0
+
+    spot = json.loads(
+        page.run(
+            "JSON.stringify((() => { const all = [...document.querySelectorAll('rect.box')];"
+            "const b = all[all.length - 1].getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2]; })())"
+        )
+    )
+    page.mouse("mouseMoved", *spot)
+    assert page.run("document.getElementById('tip').style.display") == "block"
+    assert page.run("document.getElementById('tip').textContent").split("\n")[0]
+
+
+def test_it_plays_to_the_end(page, tmp_path):
+    page.click("#play")
+    for _ in range(100):
+        if page.run("document.getElementById('step').value") == "3":
+            break
+        time.sleep(0.1)
+    assert page.run("document.getElementById('play').textContent") == "Play"
+    assert "step 3 of 3" in page.run("document.getElementById('now').textContent")
+    pixels = np.asarray(Image.open(_screenshot(page, tmp_path)).convert("RGB")).astype(int)
+    assert (pixels.max(2) - pixels.min(2) > 80).sum() > 500, "no coloured box is to be seen"
+
+
+def _screenshot(page, tmp_path):
+    page.screenshot(tmp_path / "end.png")
+    return tmp_path / "end.png"
