@@ -52,7 +52,8 @@ def _count(number: int) -> str:
     return "1 detection" if number == 1 else f"{number} detections"
 
 
-def _save(figure, path: str | Path) -> Path:
+def save_figure(figure, path: str | Path) -> Path:
+    """Write a figure, make its folder if need be, and close it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -90,7 +91,7 @@ def draw_predictions(
             text = f"{class_names[int(label)]} {float(score):.2f}"
             draw_box(axes[1, column], box, class_color(int(label)), text)
     figure.suptitle(f"ground truth, and detections with a score of at least {score_thresh}", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_flow(
@@ -137,4 +138,4 @@ def draw_flow(
     _show(last, image, _count(len(sure)))
     for box, score, label in zip(sure.pred_boxes.tensor, sure.scores, sure.pred_classes):
         draw_box(last, box, class_color(int(label)), f"{class_names[int(label)]} {float(score):.2f}")
-    return _save(figure, path)
+    return save_figure(figure, path)

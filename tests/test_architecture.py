@@ -19,6 +19,7 @@ ORDER = [
     "evaluation",
     "modeling",
     "visualize",
+    "visualize_classes",
     "engine",
     "export",
     "tools",

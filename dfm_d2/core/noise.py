@@ -19,6 +19,7 @@ STREAM_ENDPOINT = 4
 STREAM_POLICY = 5
 STREAM_FROM_NOISE = 6
 STREAM_STAGE_TIME = 7
+STREAM_NEGATIVE = 8
 
 
 def stream_key(*parts: int | str) -> int:
