@@ -35,7 +35,7 @@ def draw_class_flow(
     embeddings: np.ndarray,
     class_names: Sequence[str],
 ) -> Path:
-    """Paths of samples in a plane in which the embeddings lie around a circle, with the colours of their classes.
+    """Paths of samples in a plane in which the embeddings lie around a circle, coloured by class.
 
     Args:
         states: `(len(times), n, E)`. labels: `(n,)`. embeddings: `(K, E)`, drawn as stars.

@@ -44,7 +44,7 @@ class ClassStream(SampleStream):
         if inputs.RANDOM_FLIP == "horizontal" and rng.random() < 0.5:
             image = image[:, ::-1]
         if inputs.RANDOM_SHIFT:
-            image = _shifted(image, *rng.integers(-inputs.RANDOM_SHIFT, inputs.RANDOM_SHIFT + 1, size=2))
+            image = shifted(image, *rng.integers(-inputs.RANDOM_SHIFT, inputs.RANDOM_SHIFT + 1, size=2))
         return _item(entry, image)
 
 
@@ -67,7 +67,7 @@ def _pixels(entry: dict, cfg: CfgNode) -> np.ndarray:
     return image[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else image
 
 
-def _shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
+def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
     """`image` (H, W, C) moved, zeros where nothing of it comes."""
     height, width = image.shape[:2]
     moved = np.zeros_like(image)
@@ -79,6 +79,6 @@ def _shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def _item(entry: dict, image: np.ndarray) -> dict:
-    pixels = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
     kept = {key: entry[key] for key in ("file_name", "image_id", "label")}
     return {**kept, "height": image.shape[0], "width": image.shape[1], "image": pixels}

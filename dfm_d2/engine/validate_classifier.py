@@ -61,7 +61,12 @@ def choose_method(cfg: CfgNode) -> None:
 
 def classifier_problems(cfg: CfgNode) -> Iterator[str]:
     """One sentence for each value that cannot work together with others."""
-    c, dfm = cfg.MODEL.CLASSIFIER, cfg.MODEL.DFM
+    c, dfm, name = cfg.MODEL.CLASSIFIER, cfg.MODEL.DFM, cfg.MODEL.META_ARCHITECTURE
+    if name in METHODS.values() and name != METHODS[cfg.UPDATE.METHOD]:
+        yield (
+            f"UPDATE.METHOD {cfg.UPDATE.METHOD} is {METHODS[cfg.UPDATE.METHOD]}, but MODEL.META_ARCHITECTURE "
+            f"is {name}: train with tools/train_classifier.py, which sets the second by the first."
+        )
     if dfm.BACKBONE_UPDATE != "accumulate":
         yield (
             f"MODEL.DFM.BACKBONE_UPDATE is {dfm.BACKBONE_UPDATE!r}, but every block of a classifier is "

@@ -43,7 +43,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             )
 
     def evaluate(self) -> OrderedDict:
-        """accuracy (percent), nll (nats), ece (percent) and accuracy-<class>; nothing on other processes than 0.
+        """accuracy (percent), nll (nats), ece (percent) and accuracy-<class>; {} on processes but the main.
 
         Raises ValueError where not one image could be read.
         """

@@ -219,8 +219,8 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
         return ViTBackbone(model, _groups(len(model.blocks), classifier.BLOCKS), classifier.POOL)
     if not isinstance(model, FeatureListNet):
         raise ValueError(
-            f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages: take "
-            "a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
+            f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages: "
+            "take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
         )
     stages, waiting = [], []
     for child, module in model.items():
