@@ -233,9 +233,10 @@ def _add_classifier_keys(cfg: CN) -> None:
     c.SAMPLER.SEED = 0
 
     c.FF = CN()
-    # Hinton's Forward-Forward: goodness is compared with THRESHOLD, labels are drawn into the image as
-    # patterns of LABEL_SCALE standard deviations.
+    # Hinton's Forward-Forward: an image is positive with the probability sigmoid(SHARPNESS (goodness -
+    # THRESHOLD)); labels are added to images as waves of LABEL_SCALE standard deviations.
     c.FF.THRESHOLD = 1.0
+    c.FF.SHARPNESS = 4.0
     c.FF.LABEL_SCALE = 1.0
     # The stochastic variant: noisy copies of an image, the noise on a block's input, and the weight of the
     # dimension of the copies against that of the batch.

@@ -135,7 +135,8 @@ def _problems(cfg: CfgNode) -> Iterator[str]:
 def _model_problems(cfg: CfgNode) -> Iterator[str]:
     dfm, name = cfg.MODEL.DFM, cfg.MODEL.META_ARCHITECTURE
     # Those of ours and of whoever embeds us; Detectron2's own cannot be trained block by block.
-    known = {key: model for key, model in META_ARCH_REGISTRY if hasattr(model, "is_local")}
+    ours = [(key, model) for key, model in META_ARCH_REGISTRY if hasattr(model, "is_local")]
+    known = dict(sorted(ours, key=lambda entry: getattr(entry[1], "task", "")))  # detectors first
     if name not in known:
         yield f"MODEL.META_ARCHITECTURE is {name!r}; choose one of {', '.join(known)}."
     elif not known[name].is_local and dfm.UPDATE != "joint":

@@ -96,17 +96,13 @@ class FlowClassifier(Classifier):
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters of each block, "b0", "b1", ...; learned embeddings are "shared"."""
-        blocks: dict[str, list] = {block_name(index): [] for index in range(self.num_blocks)}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            room, rest = name.split(".", 1)
-            if room == "label_space":
-                blocks.setdefault("shared", []).append((name, parameter))
-                continue
-            index = int(rest.split(".")[0]) if room == "block_predictors" else self.backbone.block_of(rest)
-            blocks[block_name(index)].append((name, parameter))
-        return blocks
+        blocks = self.backbone_blocks()
+        for name, parameter in self.block_predictors.named_parameters():
+            blocks[block_name(int(name.split(".")[0]))].append((f"block_predictors.{name}", parameter))
+        learned = [
+            (f"label_space.{name}", parameter) for name, parameter in self.label_space.named_parameters()
+        ]
+        return blocks | ({"shared": learned} if learned else {})
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedFlow:

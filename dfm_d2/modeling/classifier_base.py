@@ -65,6 +65,15 @@ class Classifier(nn.Module, ABC):
     def num_blocks(self) -> int:
         return self.backbone.num_blocks
 
+    def backbone_blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters, by full name, of each block of the backbone, "b0", "b1", ..."""
+        blocks: dict[str, list] = {block_name(index): [] for index in range(self.num_blocks)}
+        for name, parameter in self.backbone.named_parameters():
+            if parameter.requires_grad:
+                index = self.backbone.block_of(name)
+                blocks[block_name(index)].append((f"backbone.{name}", parameter))
+        return blocks
+
     @abstractmethod
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
         """Logits `(B, S, K)` at temperature 1 of normalised images `(B, C, H, W)`."""

@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+import sklearn.datasets  # noqa: F401  (so that the children need not)
+
 TOOL = Path(__file__).parents[2] / "tools/train_classifier.py"
 run_command = runpy.run_path(str(TOOL))["run_command"]
 

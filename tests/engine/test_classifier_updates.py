@@ -14,6 +14,9 @@ from dfm_d2.engine.saved_activations import SavedActivations
 BACKBONES = {"cnn": [], "vit": VIT, "learned": ["MODEL.CLASSIFIER.EMBEDDING", "learned"]}
 
 
+BASELINES = ("forward_forward", "stochastic_forward_forward")
+
+
 def steps(model, update: str, step_in_backward: bool = False, number: int = 3, **solver):
     optimizer = build_block_optimizer(toy_config(**solver), model)
     strategy = build_update(update, "accumulate", step_in_backward)
@@ -30,6 +33,15 @@ def test_the_update_modes_agree_in_float64_after_adamw_steps(name, update):
     joint = steps(models[0], "joint")
     local = steps(models[1], *(("sequential", True) if update == "step in backward" else (update,)))
     assert joint.keys() == local.keys()
+    for (key, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_the_update_modes_agree_for_the_local_baselines(method):
+    models = [make_classifier(method=method).double().train() for _ in range(2)]
+    steps(models[0], "joint")
+    steps(models[1], "sequential", True)
     for (key, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=key)
 

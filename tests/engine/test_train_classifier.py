@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 from test_resume import assert_same_checkpoint, losses
 
+from dfm_d2.engine.setup import load_config
+from dfm_d2.engine.validate import validate_config
+
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/digits_flow_cnn.yaml")
 TOOL = str(ROOT / "tools/train_classifier.py")
@@ -45,7 +48,10 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["flow", "backprop"])
+METHODS = ("flow", "backprop", "forward_forward", "stochastic_forward_forward")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
     out = tmp_path / "out"
     options = ["UPDATE.METHOD", method, "SOLVER.EMA_DECAY", "0.5", "DATASETS.HOLD_OUT", "0.1"]
@@ -163,6 +169,15 @@ def test_a_folder_with_a_broken_image(run, tmp_path, capsys):
     capsys.readouterr()
     assert run(*options, "DATASETS.ON_ERROR", "fatal") == 2
     assert str(broken) in capsys.readouterr().err
+
+
+def test_what_the_tools_want(run, capsys):
+    """--eval-only wants weights, and the detector's tool does not take a method by UPDATE.METHOD."""
+    assert run(flags=("--eval-only",)) == 2
+    assert "--eval-only needs weights" in capsys.readouterr().err
+    cfg = load_config(CONFIG, ["UPDATE.METHOD", "backprop"])
+    with pytest.raises(ValueError, match="train with tools/train_classifier.py"):
+        validate_config(cfg)
 
 
 @pytest.mark.slow
