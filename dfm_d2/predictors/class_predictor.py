@@ -27,6 +27,9 @@ class ClassPredictor(nn.Module):
         self.norm_out, self.answer = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, embed_dim)
         nn.init.zeros_(self.time_modulation.weight)  # begin as a predictor that ignores the time
         nn.init.zeros_(self.time_modulation.bias)
+        # Begin near the middle of the classes: an answer of the length of noise is wrong, and sure of it.
+        nn.init.normal_(self.answer.weight, std=0.01)
+        nn.init.zeros_(self.answer.bias)
 
     def forward(self, features: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The raw answer `(B, S, E)`.
