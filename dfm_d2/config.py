@@ -11,6 +11,7 @@ def add_dfm_config(cfg: CN) -> None:
     _add_data_keys(cfg)
     _add_solver_keys(cfg)
     _add_model_keys(cfg)
+    _add_classifier_keys(cfg)
 
 
 def _add_data_keys(cfg: CN) -> None:
@@ -162,3 +163,83 @@ def _add_model_keys(cfg: CN) -> None:
     dfm.SAMPLER.RENEWAL_THRESH = 0.0
     dfm.SAMPLER.SCORE_THRESH = 0.0
     dfm.SAMPLER.NMS_THRESH = 0.6  # per class; 0: off
+
+
+def _add_classifier_keys(cfg: CN) -> None:
+    """Keys of tools/train_classifier.py (docs/classification.md). Of MODEL.DFM classifiers use NUM_CLASSES,
+    UPDATE, STEP_IN_BACKWARD, PREDICTION, LOSS.VELOCITY_MAX and SEED."""
+    cfg.UPDATE = CN()
+    # How a classifier learns; it chooses MODEL.META_ARCHITECTURE.
+    cfg.UPDATE.METHOD = "flow"  # "flow" | "backprop" | "forward_forward" | "stochastic_forward_forward"
+    # What the names `root_<split>` read: a folder or a tar of <split>/<class>/<image>, or a folder of idx
+    # files (gzip or not). Where torchvision's CIFAR lies or is downloaded to.
+    cfg.DATASETS.ROOT = ""
+    # Share of the training images that is not trained on: the temperature of the probabilities is fitted
+    # on it before each evaluation. 0: the temperature is LOSS.READOUT_TEMPERATURE.
+    cfg.DATASETS.HOLD_OUT = 0.0
+    # Side in pixels to which images are resized; 0: they are taken as they are, all of one size.
+    cfg.INPUT.IMAGE_SIZE = 0
+    # Greatest shift in pixels, in either direction, of a training image (edges are filled with zeros).
+    cfg.INPUT.RANDOM_SHIFT = 0
+
+    cfg.MODEL.CLASSIFIER = CN()
+    c = cfg.MODEL.CLASSIFIER
+    # "cnn": CNN.*; "resnet": Detectron2's, by MODEL.RESNETS; "timm": TIMM.*
+    c.BACKBONE = "cnn"  # "cnn" | "resnet" | "timm"
+    # The number of blocks, each of them consecutive stages of the backbone (of a ViT: layers); 0: one each.
+    c.BLOCKS = 0
+    # Side of the grid to which a block's output is averaged before its predictor (or head) sees it.
+    c.POOL = 1
+    c.CNN = CN()
+    c.CNN.CHANNELS = (32, 64, 128)  # of each stage, a residual pair of 3x3 convolutions
+    c.CNN.STRIDES = (1, 2, 2)
+    c.CNN.NORM = "BN"  # "BN" | "GN"
+    c.TIMM = CN()
+    c.TIMM.NAME = "vit_tiny_patch16_224"
+    # Options of timm's constructor, such as ["img_size=32", "patch_size=4", "depth=6"].
+    c.TIMM.OPTIONS = []
+    # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
+    c.TIMM.WEIGHTS = ""
+    # x_1 of a class: fixed orthonormal, learned (normalised; by the read-out term), or EMBEDDING_FILE's rows.
+    c.EMBEDDING = "orthonormal"  # "orthonormal" | "learned" | "given"
+    c.EMBEDDING_FILE = ""  # a .npy or a text file of numbers, one row a class
+    c.EMBED_DIM = 0  # E; 0: K, but at least 16
+    c.RADIUS = 1.0  # length of an embedding; noise has length sqrt(E)
+    c.HIDDEN_DIM = 128  # of a block's predictor
+    # Points (x_0, t) of the path on which each image trains each block in a step.
+    c.NOISE_SAMPLES = 4
+    # A control: the velocity target is x_1 - x_0' x_0' the noise of another image: no transport.
+    c.SHUFFLE_X0 = False
+
+    c.LOSS = CN()
+    # Weight of the endpoint error at t: min((1 - t)^-2, MODEL.DFM.LOSS.VELOCITY_MAX), or 1.
+    c.LOSS.WEIGHTING = "plain"  # "velocity" | "plain"
+    # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
+    c.LOSS.READOUT_WEIGHT = 1.0
+    c.LOSS.READOUT_TEMPERATURE = 0.1
+
+    # Inference, changeable at test time without retraining.
+    c.SAMPLER = CN()
+    c.SAMPLER.METHOD = "euler"  # "euler" | "heun"
+    c.SAMPLER.STEPS = 4  # K
+    c.SAMPLER.SAMPLES = 1  # M, the number of noise samples of an image
+    c.SAMPLER.NOISE = 1.0  # standard deviation of the noise; 0 is a control
+    c.SAMPLER.BLOCKS = []  # indices of the blocks that answer; empty: all
+    # "velocity": blocks move one state by the mean of their velocities; "probability": each moves its own,
+    # and the class probabilities are averaged.
+    c.SAMPLER.AGGREGATION = "velocity"  # "velocity" | "probability"
+    # The weight of a block in that mean: equal, or its own greatest class probability.
+    c.SAMPLER.WEIGHTS = "confidence"  # "uniform" | "confidence"
+    c.SAMPLER.SEED = 0
+
+    c.FF = CN()
+    # Hinton's Forward-Forward: an image is positive with the probability sigmoid(SHARPNESS (goodness -
+    # THRESHOLD)); labels are added to images as waves of LABEL_SCALE standard deviations.
+    c.FF.THRESHOLD = 1.0
+    c.FF.SHARPNESS = 4.0
+    c.FF.LABEL_SCALE = 1.0
+    # The stochastic variant: noisy copies of an image, the noise on a block's input, and the weight of the
+    # dimension of the copies against that of the batch.
+    c.FF.COPIES = 4
+    c.FF.NOISE = 0.3
+    c.FF.COPY_WEIGHT = 1.0

@@ -16,11 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
-from dfm_d2.engine.errors import UserError  # noqa: E402
-from dfm_d2.engine.launch import run_processes  # noqa: E402
+from dfm_d2.engine.launch import run_tool  # noqa: E402
 from dfm_d2.engine.run import evaluate_only, train  # noqa: E402
-from dfm_d2.engine.setup import load_config, setup_run, uses_gpu  # noqa: E402
-from dfm_d2.framework import default_argument_parser  # noqa: E402
+from dfm_d2.engine.setup import load_config, setup_run  # noqa: E402
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -37,13 +35,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_command(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right, 1 training became non-finite."""
-    args = default_argument_parser().parse_args(arguments)
-    try:
-        on_gpu = uses_gpu(load_config(args.config_file, args.opts))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return run_processes(main, args, on_gpu)
+    return run_tool(main, load_config, arguments)
 
 
 if __name__ == "__main__":

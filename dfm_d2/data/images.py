@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -38,9 +39,10 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
-def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
+def read_image(path: str | Path | BinaryIO, image_format: str = "RGB", name: str = "") -> np.ndarray:
     """Pixels, uint8 (H, W, 3), EXIF orientation applied, channels in `image_format` order ("RGB" or "BGR").
 
+    name: of an open file, for the message.
     Raises ImageError if the file is missing, damaged or cut short.
     """
     if image_format not in ("RGB", "BGR"):
@@ -49,7 +51,7 @@ def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
         with Image.open(path) as image:
             pixels = np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     except _DECODE_ERRORS as error:
-        raise ImageError(f"{path} cannot be decoded ({_reason(error)})") from error
+        raise ImageError(f"{name or path} cannot be decoded ({_reason(error)})") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if image_format == "BGR" else pixels
 
 

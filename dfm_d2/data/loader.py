@@ -6,7 +6,7 @@ Position p of training shows image permutation(seed, p // n)[p % n], augmented b
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -43,15 +43,20 @@ def build_train_loader(cfg: CfgNode, start_position: int) -> Iterator[list[dict]
 
     Raises ValueError for a batch that the ranks cannot share, and if no training image is left.
     """
-    batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if batch < 1 or batch % world:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH is {batch}: it must be a positive multiple of {world}.")
     dataset = TrainStream(
         _training_dicts(cfg),
         seed=max(cfg.SEED, 0),
         image_format=cfg.INPUT.FORMAT,
         augmentation=_augment_config(cfg),
     )
+    return train_batches(dataset, cfg, start_position)
+
+
+def train_batches(dataset: "SampleStream", cfg: CfgNode, start_position: int) -> Iterator[list[dict]]:
+    """The endless batches of a stream from a position on; see build_train_loader."""
+    batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if batch < 1 or batch % world:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH is {batch}: it must be a positive multiple of {world}.")
     share = batch // world
     positions = _PositionBatches(start_position + comm.get_rank() * share, share, batch)
     loader = DataLoader(dataset, batch_sampler=positions, **_worker_options(cfg))
@@ -66,10 +71,14 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     that cannot be decoded is left out under ON_ERROR "skip": its objects then count as missed.
     """
     dicts = DatasetCatalog.get(dataset_name)
-    dataset = _TestImages(dicts, cfg)
+    return ordered_loader(TestImages(dicts, functools.partial(read_test_item, cfg=cfg)), len(dicts), cfg)
+
+
+def ordered_loader(dataset: "TestImages", number: int, cfg: CfgNode) -> "TestLoader":
+    """The share of this rank of a data set of `number` images; see build_test_loader."""
     if cfg.TEST.BATCH_SIZE < 1:
         raise ValueError(f"TEST.BATCH_SIZE is {cfg.TEST.BATCH_SIZE}: it must be at least 1.")
-    indices = np.array_split(np.arange(len(dicts)), comm.get_world_size())[comm.get_rank()].tolist()
+    indices = np.array_split(np.arange(number), comm.get_world_size())[comm.get_rank()].tolist()
     size = cfg.TEST.BATCH_SIZE
     batches = [indices[i : i + size] for i in range(0, len(indices), size)]
     loader = DataLoader(dataset, batch_sampler=batches, **_worker_options(cfg))
@@ -108,24 +117,31 @@ class TestLoader:
         return _good_items(self._loader, self._on_error)
 
 
-class TrainStream(Dataset):
-    """The training stream as a function of the position; see the head of this file."""
+class SampleStream(Dataset):
+    """A training stream as a function of the position; see the head of this file."""
 
-    def __init__(self, dicts: list[dict], seed: int, image_format: str, augmentation: AugmentConfig) -> None:
+    def __init__(self, dicts: list[dict], seed: int) -> None:
         self._dicts, self._seed = dicts, seed
-        self._format, self._augmentation = image_format, augmentation
+
+    def read(self, entry: dict) -> np.ndarray:
+        """The pixels of an entry; raises ImageError."""
+        raise NotImplementedError
+
+    def make(self, entry: dict, image: np.ndarray, rng: np.random.Generator) -> dict:
+        """The model's input dict, augmented by `rng`."""
+        raise NotImplementedError
 
     def __getitem__(self, position: int) -> _Sample:
         failures = []
         for offset in range(len(self._dicts)):
             entry = self._dicts[self.index_at(position + offset)]
             try:
-                image = read_image(entry["file_name"], self._format)
+                image = self.read(entry)
             except ImageError as error:
                 failures.append((entry["file_name"], str(error)))
                 continue
             rng = np.random.default_rng([self._seed, _AUGMENT_KEY, position])
-            return _Sample(self._augmented(entry, image, rng), failures)
+            return _Sample(self.make(entry, image, rng), failures)
         return _Sample(None, failures)
 
     def index_at(self, position: int) -> int:
@@ -133,7 +149,18 @@ class TrainStream(Dataset):
         epoch, place = divmod(position, len(self._dicts))
         return int(_permutation(len(self._dicts), self._seed, epoch)[place])
 
-    def _augmented(self, entry: dict, image: np.ndarray, rng: np.random.Generator) -> dict:
+
+class TrainStream(SampleStream):
+    """The stream of images with boxes."""
+
+    def __init__(self, dicts: list[dict], seed: int, image_format: str, augmentation: AugmentConfig) -> None:
+        super().__init__(dicts, seed)
+        self._format, self._augmentation = image_format, augmentation
+
+    def read(self, entry: dict) -> np.ndarray:
+        return read_image(entry["file_name"], self._format)
+
+    def make(self, entry: dict, image: np.ndarray, rng: np.random.Generator) -> dict:
         targets = usable_annotations(entry)
         boxes = np.array([target["bbox"] for target in targets], dtype=np.float64).reshape(-1, 4)
         classes = np.array([target["category_id"] for target in targets], dtype=np.int64)
@@ -144,14 +171,18 @@ class TrainStream(Dataset):
         return {**_item(entry, image), "instances": instances}
 
 
-class _TestImages(Dataset):
-    def __init__(self, dicts: list[dict], cfg: CfgNode) -> None:
-        self._dicts, self._cfg = dicts, cfg
+class TestImages(Dataset):
+    """The images of a set in order; `make_item` answers the model's input dict of an entry."""
+
+    __test__ = False  # pytest: not a test
+
+    def __init__(self, dicts: list[dict], make_item: Callable[[dict], dict]) -> None:
+        self._dicts, self._make_item = dicts, make_item
 
     def __getitem__(self, index: int) -> _Sample:
         entry = self._dicts[index]
         try:
-            return _Sample(read_test_item(entry, self._cfg), [])
+            return _Sample(self._make_item(entry), [])
         except ImageError as error:
             return _Sample(None, [(entry["file_name"], str(error))])
 
@@ -245,7 +276,7 @@ def _good_items(loader: DataLoader, on_error: str) -> Iterator[list[dict]]:
         items = [sample.item for sample in samples if sample.item is not None]
         if items:
             yield items
-        elif isinstance(loader.dataset, TrainStream):
+        elif isinstance(loader.dataset, SampleStream):
             raise DataProblemError(
                 "Not one training image can be decoded: check the files of DATASETS.TRAIN."
             )

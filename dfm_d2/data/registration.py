@@ -67,16 +67,24 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     names = list(dict.fromkeys(train + test))
     sources = {name: _locate(name, cfg) for name in names}
     check_on_error(cfg.DATASETS.ON_ERROR)
-    verify = cfg.DATASETS.VERIFY_IMAGES
-    if verify not in _DECODE_UP_TO:
-        raise ValueError(f"DATASETS.VERIFY_IMAGES is {verify!r}: set it to one of {tuple(_DECODE_UP_TO)}.")
-    loaded = {name: _load(source, _DECODE_UP_TO[verify]) for name, source in sources.items()}
+    limit = decode_limit(cfg.DATASETS.VERIFY_IMAGES)
+    loaded = {name: _load(source, limit) for name, source in sources.items()}
     classes = list(cfg.DATASETS.CLASSES) or _common_classes([loaded[name] for name in train or test])
     if len(set(classes)) != len(classes):
         raise ValueError(f"DATASETS.CLASSES names a class twice: {classes}.")
     for name in names:
         _register(loaded[name], classes, cfg.DATASETS.ON_ERROR)
     return {name: loaded[name].report for name in names}
+
+
+def decode_limit(verify: str) -> int:
+    """The size up to which every image of a set is decoded, for a value of DATASETS.VERIFY_IMAGES.
+
+    Raises ValueError for a value that is not known.
+    """
+    if verify not in _DECODE_UP_TO:
+        raise ValueError(f"DATASETS.VERIFY_IMAGES is {verify!r}: set it to one of {tuple(_DECODE_UP_TO)}.")
+    return _DECODE_UP_TO[verify]
 
 
 def _locate(name: str, cfg: CfgNode) -> _Source:

@@ -68,8 +68,9 @@ class BestCheckpointHook(HookBase):
     def _look(self) -> None:
         storage = self.trainer.storage
         latest = storage.latest()
-        if self.metric not in latest and any(name.startswith("bbox") for name in latest):
-            names = ", ".join(sorted(name for name in latest if name.startswith("bbox")))
+        measured = sorted(name for name in latest if name.startswith(("bbox", "accuracy")))
+        if self.metric not in latest and measured:
+            names = ", ".join(measured)
             _logger.warning("TEST.BEST_METRIC %s is not among what is measured: %s", self.metric, names)
         value, iteration = latest.get(self.metric, (float("-inf"), -1))
         if iteration != storage.iter or value <= self.best:

@@ -13,13 +13,29 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dfm_d2.engine.errors import NonFiniteLossError, UserError
-from dfm_d2.framework import default_argument_parser
+from dfm_d2.engine.setup import uses_gpu
+from dfm_d2.framework import CfgNode, default_argument_parser
 
 # A process that waits this long for the others gives up. Those that wait while the main process computes the
 # AP of a large data set must not; one that died is noticed at once, by its connection.
 _TIMEOUT = datetime.timedelta(minutes=60)
 
 Main = Callable[[argparse.Namespace], object]
+
+
+def run_tool(
+    main: Main, load: Callable[[str, list[str]], CfgNode], arguments: list[str] | None = None
+) -> int:
+    """Run ``main`` with the arguments of ``default_argument_parser`` (None: the command line's).
+
+    load: of a config file and overrides, the config. Returns the exit status, as ``run_processes``.
+    """
+    args = default_argument_parser().parse_args(arguments)
+    try:
+        on_gpu = uses_gpu(load(args.config_file, args.opts))
+    except UserError as error:
+        return _failed(error)
+    return run_processes(main, args, on_gpu)
 
 
 def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:

@@ -35,13 +35,14 @@ class LocallyTrainable(Protocol):
     """What a model offers so that its predictors can be trained one at a time. It is an ``nn.Module``."""
 
     num_predictors: int
+    """D; 0 for classifiers, of which every block is a stage of the backbone."""
     is_local: bool
     """False where predictors depend on each other (the backprop cascade): then only "joint" works."""
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """{"shared": [...], "p0": [...], ...}: each trainable parameter, by its full name, exactly once.
 
-        Backbone stages that are blocks come first, by their names.
+        Backbone stages that are blocks come first, by their names; "shared" may be absent.
         """
         ...
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
-from dfm_d2.data.loader import build_test_loader, build_train_loader
 from dfm_d2.engine.block_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.data_parallel import broadcast_model
@@ -22,10 +21,9 @@ from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolv
 from dfm_d2.engine.predictor_parallel import GatherBlocks, PredictorParallelUpdate
 from dfm_d2.engine.process_grid import ProcessGrid
 from dfm_d2.engine.progress import evaluation_bar
+from dfm_d2.engine.tasks import task_of
 from dfm_d2.engine.trainer import LocalUpdateTrainer
-from dfm_d2.engine.validate import check_start
 from dfm_d2.engine.weights import Preprocessing
-from dfm_d2.evaluation.detection import DetectionEvaluator, format_table
 from dfm_d2.framework import (
     CfgNode,
     EvalHook,
@@ -139,10 +137,11 @@ def _load_trained(
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:
-    """Results on ``DATASETS.TEST``: those of the first set as {"bbox": {...}}, of others under their names.
+    """Results on ``DATASETS.TEST``: those of the first set as {"bbox": {...}}, or of a classifier
+    {"accuracy": ...}, of others under their names.
 
     The model computes in the precision of training (``SOLVER.AMP``). With ``ema`` the averaged weights are
-    evaluated too, as "bbox_ema". Prints a table of each.
+    evaluated too, as "bbox_ema" or "accuracy_ema". Prints a table of each.
     """
     results: dict[str, Any] = OrderedDict()
     for number, name in enumerate(cfg.DATASETS.TEST):
@@ -169,7 +168,7 @@ def build_trainer(cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
         grid = ProcessGrid.build(cfg.MODEL.DFM.PREDICTOR_RANKS, cfg.MODEL.DFM.NUM_PREDICTORS)
         trainer = LocalUpdateTrainer(
             model,
-            lambda position: build_train_loader(cfg, position),
+            lambda position: task_of(cfg).train_loader(cfg, position),
             build_block_optimizer(cfg, model, scaler, grid),
             _build_update(cfg, grid, dtype),
             autocast_factory(device, dtype),
@@ -220,7 +219,7 @@ def _load_start(
         checkpointer.resume_or_load("", resume=True)
         return trainer.iter + 1
     with input_errors():
-        check_start(cfg)
+        task_of(cfg).check_start(cfg)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     if resume:
         _logger.info("%s has no checkpoint yet: training from the start", cfg.OUTPUT_DIR)
@@ -252,9 +251,11 @@ def _evaluate_and_record(
 
 
 def _evaluate_set(cfg: CfgNode, model: nn.Module, name: str, folder: str, title: str = "") -> dict[str, Any]:
-    evaluator = DetectionEvaluator(name, Path(cfg.OUTPUT_DIR) / folder, cfg.TEST.AP)
-    with evaluation_bar(build_test_loader(cfg, name), name + title) as loader, inference_autocast(cfg):
+    task = task_of(cfg)
+    task.before_evaluation(cfg, model)
+    evaluator = task.evaluator(cfg, name, Path(cfg.OUTPUT_DIR) / folder)
+    with evaluation_bar(task.test_loader(cfg, name), name + title) as loader, inference_autocast(cfg):
         results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
-        print(f"\n{name}{title}\n{format_table(results)}", flush=True)
+        print(f"\n{name}{title}\n{task.summary(results)}", flush=True)
     return results

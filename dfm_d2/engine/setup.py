@@ -9,11 +9,12 @@ from dfm_kernels.dispatch import use_triton
 
 from dfm_d2 import __version__
 from dfm_d2.config import add_dfm_config
-from dfm_d2.data.registration import register_datasets
 from dfm_d2.engine.errors import input_errors
 from dfm_d2.engine.log import start_log
 from dfm_d2.engine.precision import resolve_amp_dtype
+from dfm_d2.engine.tasks import task_of
 from dfm_d2.engine.validate import validate_config
+from dfm_d2.engine.validate_classifier import choose_method
 from dfm_d2.framework import (
     PROVIDER,
     CfgNode,
@@ -42,6 +43,14 @@ def load_config(config_file: str, opts: list[str]) -> CfgNode:
     return cfg
 
 
+def load_classifier_config(config_file: str, opts: list[str]) -> CfgNode:
+    """As ``load_config``; UPDATE.METHOD has chosen the meta-architecture."""
+    cfg = load_config(config_file, opts)
+    with input_errors():
+        choose_method(cfg)
+    return cfg
+
+
 def setup_run(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """Make ready what a training or an evaluation needs; ``cfg`` is completed in place, then frozen.
 
@@ -66,7 +75,7 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     with input_errors():
-        register_datasets(cfg)
+        task_of(cfg).register(cfg)
         classes = resolve_classes(cfg)
     cfg.freeze()
     return classes

@@ -10,6 +10,7 @@ from dfm_d2.core import AGGREGATIONS, PREDICTIONS, ODESolver
 from dfm_d2.engine.block_optimizer import OPTIMIZERS
 from dfm_d2.engine.local_update import BACKBONE_UPDATES, UPDATES, build_update
 from dfm_d2.engine.precision import AMP_DTYPES
+from dfm_d2.engine.validate_classifier import CLASSIFIER_CHOICES, CLASSIFIER_LEAST, classifier_problems
 from dfm_d2.evaluation.detection import AP_KINDS
 from dfm_d2.framework import META_ARCH_REGISTRY, CfgNode
 from dfm_d2.losses import COUPLINGS
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.OPTIMIZER": OPTIMIZERS,
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    **CLASSIFIER_CHOICES,
 }
 
 # Keys with a least value.
@@ -82,6 +84,7 @@ LEAST: dict[str, float] = {
     "TEST.BATCH_SIZE": 1,
     "TEST.DETECTIONS_PER_IMAGE": 1,
     "TEST.EVAL_PERIOD": 0,
+    **CLASSIFIER_LEAST,
 }
 
 
@@ -125,12 +128,15 @@ def _problems(cfg: CfgNode) -> Iterator[str]:
         )
     yield from _model_problems(cfg)
     yield from _sampler_problems(cfg.MODEL.DFM)
+    if is_classifier(cfg):
+        yield from classifier_problems(cfg)
 
 
 def _model_problems(cfg: CfgNode) -> Iterator[str]:
     dfm, name = cfg.MODEL.DFM, cfg.MODEL.META_ARCHITECTURE
     # Those of ours and of whoever embeds us; Detectron2's own cannot be trained block by block.
-    known = {key: model for key, model in META_ARCH_REGISTRY if hasattr(model, "is_local")}
+    ours = [(key, model) for key, model in META_ARCH_REGISTRY if hasattr(model, "is_local")]
+    known = dict(sorted(ours, key=lambda entry: getattr(entry[1], "task", "")))  # detectors first
     if name not in known:
         yield f"MODEL.META_ARCHITECTURE is {name!r}; choose one of {', '.join(known)}."
     elif not known[name].is_local and dfm.UPDATE != "joint":
@@ -162,9 +168,13 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
     weights = ("CLS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "VELOCITY_WEIGHT")
     if not any(dfm.LOSS[key] > 0 for key in weights):
         yield f"MODEL.DFM.LOSS has no weight above 0; set one of {', '.join(weights)}."
-    for key, number in (("PIXEL_MEAN", 3), ("PIXEL_STD", 3)):
-        if len(cfg.MODEL[key]) != number:
-            yield f"MODEL.{key} is {list(cfg.MODEL[key])}; it must have {number} numbers."
+    numbers = (1, 3) if is_classifier(cfg) else (3,)
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) not in numbers:
+            allowed = " or ".join(map(str, numbers))
+            yield f"MODEL.{key} is {list(cfg.MODEL[key])}; it must have {allowed} numbers."
+    if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
+        yield "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have as many numbers."
     if not all(value > 0 for value in cfg.MODEL.PIXEL_STD):
         yield f"MODEL.PIXEL_STD is {list(cfg.MODEL.PIXEL_STD)}; each must be greater than 0."
     head = dfm.HEAD
@@ -177,6 +187,12 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
             f"MODEL.DFM.HEAD.NUM_HEADS is {head.NUM_HEADS}; it must divide MODEL.DFM.HEAD.HIDDEN_DIM "
             f"{head.HIDDEN_DIM}."
         )
+
+
+def is_classifier(cfg: CfgNode) -> bool:
+    """Whether MODEL.META_ARCHITECTURE is a classifier."""
+    models = dict(META_ARCH_REGISTRY)
+    return getattr(models.get(cfg.MODEL.META_ARCHITECTURE), "task", "") == "classification"
 
 
 def _sampler_problems(dfm: CfgNode) -> Iterator[str]:
@@ -202,7 +218,7 @@ def _sampler_problems(dfm: CfgNode) -> Iterator[str]:
         )
 
 
-def check_start(cfg: CfgNode) -> None:
+def check_detector_start(cfg: CfgNode) -> None:
     """ValueError if training from scratch (``MODEL.WEIGHTS`` empty) would leave random layers untrained."""
     if cfg.MODEL.WEIGHTS:
         return

@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Accuracy of local flow, backprop and Forward-Forward on one backbone, with the controls of transport.
+
+python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --tune
+python benchmarks/classification.py --config configs/cifar10_flow_vit.yaml --seeds 1 --variants flow backprop
+
+--tune: every method first gets the same budget, three learning rates (0.3, 1 and 3 times the config's) on one
+seed and half the iterations, compared on a fifth of the training images that is set aside; what won trains
+all variants of the method.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from class_runs import (
+    FLOWS,
+    VARIANTS,
+    accuracy,
+    batches,
+    load,
+    op_of,
+    parser,
+    probabilities,
+    result_of,
+    trained,
+)
+from rows import Row, quantiles, save_rows
+
+from dfm_d2.data.class_registration import HELD_OUT
+from dfm_d2.engine.setup import load_classifier_config
+from dfm_d2.evaluation.classification import classification_metrics
+from dfm_d2.modeling.class_sampler import ClassSampler
+
+RATES = (0.3, 1.0, 3.0)
+# Samplers: fields of ClassSamplerSettings. "fresh_noise_4x1" spends on fresh noise what 4 steps spend.
+SAMPLERS: dict[str, dict] = {
+    "default": {},
+    "steps_1": {"steps": 1},
+    "steps_16": {"steps": 16},
+    "samples_8": {"samples": 8},
+    "fresh_noise_4x1": {"steps": 1, "samples": 4},
+    "zero_noise": {"noise": 0.0},
+    "uniform": {"weights": "uniform"},
+    "probability": {"aggregation": "probability"},
+    "heun": {"method": "heun"},
+    "other_seed": {"seed": 1},
+}
+
+
+def tuned_rates(args: argparse.Namespace, variants: list[str]) -> tuple[dict[str, float], list[Row]]:
+    """The learning rate of every variant, that of its method, and the rows by which it was chosen."""
+    solver = load_classifier_config(args.config, args.opts).SOLVER
+    base, iterations = solver.BASE_LR, solver.MAX_ITER
+    if not args.tune:
+        return dict.fromkeys(variants, base), []
+    rows, rates = [], {}
+    for method in dict.fromkeys("flow" if v in FLOWS else v for v in variants):
+        scores = {}
+        for factor in RATES:
+            more = ["SOLVER.BASE_LR", base * factor, "SOLVER.MAX_ITER", max(iterations // 2, 1)]
+            more += ["DATASETS.HOLD_OUT", 0.2, "TEST.EVAL_PERIOD", 0]
+            out = trained(args, method, 0, f"tune_{method}_{factor}", more)
+            cfg, model = load(out)
+            scores[factor] = accuracy(model, batches(cfg, HELD_OUT))
+            found = result_of(out)
+            rows.append(
+                Row(op_of(args), method, "tune", "held-out accuracy", "%", "BASE_LR", f"{base * factor:g}",
+                    *[scores[factor]] * 3, found["device"], torch.__version__, found["commit"], "seed 0")
+            )  # fmt: skip
+        best = base * max(scores, key=scores.get)
+        rates |= {v: best for v in variants if v == method or (method == "flow" and v in FLOWS)}
+    return rates, rows
+
+
+def evaluations(out: Path) -> dict[str, dict[str, float]]:
+    """{sampler: {metric: value}} of a training; a model without a flow has the default alone."""
+    cfg, model = load(out)
+    test = batches(cfg, cfg.DATASETS.TEST[0])
+    samplers = {"default": {}}
+    if hasattr(model, "sampler"):
+        settings = model.sampler.settings
+        samplers = SAMPLERS | {f"block_{d}": {"blocks": (d,)} for d in range(model.num_blocks)}
+    found = {}
+    for name, changes in samplers.items():
+        if changes:
+            changed = dataclasses.replace(settings, **changes)
+            model.sampler = ClassSampler(changed, model.criterion.temperature)
+        begun = time.perf_counter()
+        probs, labels = probabilities(model, test)
+        seconds = time.perf_counter() - begun
+        metrics = classification_metrics(probs.double().numpy(), labels.numpy(), [])
+        found[name] = {**metrics, "ms an image": 1000 * seconds / len(labels)}
+    return found
+
+
+def rows_of(args: argparse.Namespace, variant: str, outs: list[Path], rate: float) -> list[Row]:
+    """Quantiles over the seeds of one variant."""
+    results = [result_of(out) for out in outs]
+    scores = [evaluations(out) for out in outs]
+    tail = (results[0]["device"], torch.__version__, results[0]["commit"])
+    note = f"seeds 0-{len(outs) - 1}, {results[0]['iterations']} iterations, BASE_LR {rate:g}"
+    rows = []
+    units = {"accuracy": "%", "nll": "nats", "ece": "%", "ms an image": "ms"}
+    for sampler in scores[0]:
+        for metric, unit in units.items():
+            values = [score[sampler][metric] for score in scores]
+            said = f"{note}: {' '.join(f'{value:.2f}' for value in values)}" if metric == "accuracy" else note
+            rows.append(
+                Row(
+                    op_of(args),
+                    variant,
+                    "eval",
+                    metric,
+                    unit,
+                    "sampler",
+                    sampler,
+                    *quantiles(values),
+                    *tail,
+                    said,
+                )
+            )
+    for metric, unit, key in (("time", "s", "seconds"), ("peak memory", "MiB", "peak_mib")):
+        values = [result[key] for result in results]
+        rows.append(
+            Row(op_of(args), variant, "train", metric, unit, "seeds", "all", *quantiles(values), *tail, note)
+        )
+    return rows
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--tune", action="store_true")
+    args = arguments.parse_args()
+    variants = args.variants or list(VARIANTS)
+    rates, tuning = tuned_rates(args, variants)
+    rows = list(tuning)
+    for variant in variants:
+        more = ["SOLVER.BASE_LR", rates[variant]]
+        outs = [trained(args, variant, seed, more=more) for seed in range(args.seeds)]
+        rows += rows_of(args, variant, outs, rates[variant])
+    print(save_rows(f"classification_{op_of(args)}", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""What frozen features of every block know: a linear probe and the nearest neighbours, per method.
+
+python benchmarks/representation.py --config configs/digits_flow_cnn.yaml
+
+Features are a block's output averaged over the image; the probe is scikit-learn's logistic regression on
+standardised features, the neighbours are 5. "random" is the backbone before training. The trainings are those
+of benchmarks/classification.py, made here where they are not there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from class_runs import batches, load, op_of, parser, result_of, trained
+from rows import Row, quantiles, save_rows
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dfm_d2.framework import build_model
+from dfm_d2.modeling.forward_forward import unit_square
+
+METHODS = ["flow", "backprop", "forward_forward", "stochastic_ff"]
+# Training images that the probe and the neighbours see at most.
+_IMAGES = 5000
+
+
+@torch.no_grad()
+def features(model, loader: Sequence[list[dict]], limit: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Averaged outputs `(n, C)` of every block, as the model's own blocks see their inputs, and labels."""
+    found: list[list] = [[] for _ in range(model.num_blocks)]
+    labels: list[int] = []
+    for batch in loader:
+        if len(labels) >= limit:
+            break
+        x = model.normalised(batch)
+        for d in range(model.num_blocks):
+            x = model.backbone.forward_block(d, x)
+            found[d].append(model.backbone.grid(x).mean((2, 3)).cpu().numpy())
+            if "ForwardForward" in type(model).__name__:
+                x = unit_square(x)
+        labels += [item["label"] for item in batch]
+    return [np.concatenate(parts) for parts in found], np.array(labels)
+
+
+def scores(model, cfg) -> dict[tuple[str, int], float]:
+    """{(probe, block): accuracy in percent}."""
+    train, train_labels = features(model, batches(cfg, cfg.DATASETS.TRAIN[0]), _IMAGES)
+    test, test_labels = features(model, batches(cfg, cfg.DATASETS.TEST[0]), 10**9)
+    found = {}
+    for d, (seen, unseen) in enumerate(zip(train, test)):
+        probes = {"linear probe": LogisticRegression(max_iter=500), "5 neighbours": KNeighborsClassifier(5)}
+        for name, probe in probes.items():
+            fitted = make_pipeline(StandardScaler(), probe).fit(seen, train_labels)
+            found[name, d] = 100 * float(fitted.score(unseen, test_labels))
+    return found
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    found: dict[tuple, list[float]] = {}
+    for seed in range(args.seeds):
+        for variant in args.variants or METHODS:
+            out = trained(args, variant, seed)
+            cfg, model = load(out)
+            models = {variant: model}
+            if variant == "backprop":
+                torch.manual_seed(seed)
+                models["random"] = build_model(cfg).eval()
+            for name, model in models.items():
+                for (probe, d), value in scores(model, cfg).items():
+                    found.setdefault((name, probe, d), []).append(value)
+    first = result_of(out)
+    rows = [
+        Row(op_of(args), name, probe, "accuracy", "%", "block", str(d), *quantiles(values),
+            first["device"], torch.__version__, first["commit"], f"seeds 0-{args.seeds - 1}")
+        for (name, probe, d), values in found.items()
+    ]  # fmt: skip
+    print(save_rows(f"representation_{op_of(args)}", rows))
+
+
+if __name__ == "__main__":
+    main()

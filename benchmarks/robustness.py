@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Accuracy on corrupted test images: Gaussian noise, blur, occlusion and JPEG at several severities.
+
+python benchmarks/robustness.py --config configs/digits_flow_cnn.yaml
+
+Of flow with K = 1, 4, 16 steps and M = 1, 8 noise samples, and of backprop: the trainings of
+benchmarks/classification.py, made here where they are not there. Corruptions are seeded by image.
+"""
+
+import dataclasses
+import io
+
+import cv2
+import numpy as np
+import torch
+from class_runs import accuracy, batches, load, op_of, parser, result_of, trained
+from PIL import Image
+from rows import Row, quantiles, save_rows
+
+from dfm_d2.core import stream_key
+from dfm_d2.modeling.class_sampler import ClassSampler
+
+# Severities of each: standard deviation (of 255), that of the blur in shares of the side, side of the
+# occluding square in shares of the image's, JPEG quality.
+SEVERITIES = {
+    "noise": (25, 50, 100),
+    "blur": (0.05, 0.1, 0.2),
+    "occlusion": (0.25, 0.375, 0.5),
+    "jpeg": (50, 20, 5),
+}
+SAMPLERS = {f"K={k}, M={m}": {"steps": k, "samples": m} for k in (1, 4, 16) for m in (1, 8)}
+
+
+def corrupted(image: np.ndarray, kind: str, severity: float, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (H, W, C) to the same."""
+    height, width = image.shape[:2]
+    if kind == "noise":
+        return (image + rng.normal(0, severity, image.shape)).clip(0, 255).astype(np.uint8)
+    if kind == "blur":
+        return cv2.GaussianBlur(image, (0, 0), severity * height).reshape(image.shape)
+    if kind == "occlusion":
+        side = round(severity * height)
+        top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+        image = image.copy()
+        image[top : top + side, left : left + side] = 0
+        return image
+    file = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(file, "JPEG", quality=int(severity))
+    return np.asarray(Image.open(file)).reshape(image.shape)
+
+
+def corrupted_batches(loader: list[list[dict]], kind: str, severity: float) -> list[list[dict]]:
+    """The batches with every image corrupted, by a generator of the image's id."""
+    changed = []
+    for batch in loader:
+        changed.append([])
+        for item in batch:
+            rng = np.random.default_rng(abs(stream_key(kind, str(severity), item["image_id"])))
+            image = corrupted(item["image"].numpy().transpose(1, 2, 0), kind, severity, rng)
+            changed[-1].append(item | {"image": torch.from_numpy(image.transpose(2, 0, 1).copy())})
+    return changed
+
+
+def main() -> None:
+    args = parser(__doc__).parse_args()
+    found: dict[tuple, list[float]] = {}
+    cases = [("clean", 0.0)] + [(kind, s) for kind, severities in SEVERITIES.items() for s in severities]
+    for variant in args.variants or ["flow", "backprop"]:
+        for seed in range(args.seeds):
+            out = trained(args, variant, seed)
+            cfg, model = load(out)
+            clean = batches(cfg, cfg.DATASETS.TEST[0])
+            samplers = {"": {}}
+            if hasattr(model, "sampler"):
+                settings, samplers = model.sampler.settings, SAMPLERS
+            for kind, severity in cases:
+                test = clean if kind == "clean" else corrupted_batches(clean, kind, severity)
+                for name, changes in samplers.items():
+                    if changes:
+                        changed = dataclasses.replace(settings, **changes)
+                        model.sampler = ClassSampler(changed, model.criterion.temperature)
+                    key = (variant, name, kind, severity)
+                    found.setdefault(key, []).append(accuracy(model, test))
+    rows, first = [], result_of(out)
+    for (variant, name, kind, severity), values in found.items():
+        rows.append(
+            Row(op_of(args), variant, name or "eval", "accuracy", "%", kind, f"{severity:g}",
+                *quantiles(values), first["device"], torch.__version__, first["commit"],
+                f"seeds 0-{args.seeds - 1}")
+        )  # fmt: skip
+    print(save_rows(f"robustness_{op_of(args)}", rows))
+
+
+if __name__ == "__main__":
+    main()

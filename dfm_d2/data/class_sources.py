@@ -1,0 +1,203 @@
+"""Where labelled images come from: folders, a tar of folders, idx files, torchvision, scikit-learn.
+
+Each source answers samples whose pixels are read when they are asked for: uint8 (H, W, 3), or (H, W, 1) for
+grey ones.
+"""
+
+import gzip
+import io
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dfm_d2.data.images import ImageError, read_image
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# The seeded split of data that come in one piece, and its share of test images.
+_SPLIT_SEED, _TEST_SHARE = 0, 0.2
+_SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class ClassSample:
+    """One labelled image. name: for messages. image_id: unique in its set. class_name: its class.
+
+    read: its pixels; raises ImageError.
+    """
+
+    name: str
+    image_id: str
+    class_name: str
+    read: Callable[[], np.ndarray]
+
+
+def read_root(root: Path, split: str) -> tuple[list[ClassSample], bool]:
+    """The samples of a split of a folder, tar or idx folder, and whether they lie in files of their own.
+
+    Raises FileNotFoundError or ValueError, naming what is missing.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"DATASETS.ROOT is {root}, which is missing: point it to the data.")
+    if root.is_file():
+        return _tar_samples(root, split), True
+    if any(root.glob("*idx3-ubyte*")):
+        return _idx_samples(root, split), False
+    return _folder_samples(root, split), True
+
+
+def _folder_samples(root: Path, split: str) -> list[ClassSample]:
+    folder = root / split
+    if not folder.is_dir():
+        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(
+            f"{root} has no folder {split} (there are: {there}): it wants {split}/<class>/<image>."
+        )
+    files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    return [
+        ClassSample(str(p), f"{p.parent.name}/{p.name}", p.parent.name, partial(read_image, p)) for p in files
+    ]
+
+
+def _tar_samples(path: Path, split: str) -> list[ClassSample]:
+    """Members are read where they lie in the file, which is not unpacked."""
+    try:
+        # "r:": no compression, in which no member could be found without reading all before it.
+        with tarfile.open(path, "r:") as archive:
+            members = [m for m in archive.getmembers() if m.isfile()]
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(
+            f"DATASETS.ROOT {path} is not a plain tar ({error}): unpack it, or tar it without compression."
+        ) from error
+    samples = []
+    for member in sorted(members, key=lambda m: m.name):
+        *_, found, class_name, name = ("", "", *member.name.split("/"))
+        if found == split and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            full = f"{path}:{member.name}"
+            read = partial(_read_member, path, member.offset_data, member.size, full)
+            samples.append(ClassSample(full, f"{class_name}/{name}", class_name, read))
+    if not samples:
+        raise ValueError(f"{path} has no image {split}/<class>/<image>: check DATASETS.ROOT and the split.")
+    return samples
+
+
+def _read_member(path: Path, offset: int, size: int, name: str) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read ({error.strerror})") from error
+    return read_image(io.BytesIO(content), name=name)
+
+
+def _idx_samples(root: Path, split: str) -> list[ClassSample]:
+    """Of idx files: `train-*` and `t10k-*`, or a seeded split where only one pair is there."""
+    pairs = {}
+    for images in sorted(root.glob("*images*idx3-ubyte*")):
+        labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+        if not labels.is_file():
+            raise FileNotFoundError(f"{images} has no labels {labels.name} beside it.")
+        pairs[images.name.split("-")[0]] = images, labels
+    _check_split(split, str(root))
+    if len(pairs) == 1:
+        images, labels = next(iter(pairs.values()))
+        pixels, classes = read_idx(images, 3), read_idx(labels, 1)
+        chosen = _seeded_split(len(pixels), split)
+    else:
+        key = "train" if split == "train" else next((k for k in pairs if k in ("t10k", "test")), None)
+        if key not in pairs:
+            raise FileNotFoundError(f"{root} has no idx files of the split {split}, only {sorted(pairs)}.")
+        images, labels = pairs[key]
+        pixels, classes = read_idx(images, 3), read_idx(labels, 1)
+        chosen = np.arange(len(pixels))
+    if len(pixels) != len(classes):
+        raise ValueError(
+            f"{images} has {len(pixels)} images, {labels} {len(classes)} labels: get them again."
+        )
+    return array_samples(
+        pixels, classes, [str(k) for k in range(int(classes.max()) + 1)], str(images), chosen
+    )
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The bytes of an idx file, uint8 of `dimensions` dimensions.
+
+    Raises ValueError for a file that is damaged or of another kind.
+    """
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
+        if content[:4] != bytes((0, 0, 8, dimensions)):
+            raise ValueError(f"its magic number is {content[:4].hex()}")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole idx file ({error}): get it again.") from error
+
+
+def read_digits(split: str) -> list[ClassSample]:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, 0 to 16, here 0 to 240; a seeded split 80 : 20."""
+    from sklearn.datasets import load_digits
+
+    _check_split(split, "digits")
+    found = load_digits()
+    pixels = (found.images * 15).astype(np.uint8)
+    chosen = _seeded_split(len(pixels), split)
+    return array_samples(pixels, found.target, [str(k) for k in range(10)], "digits", chosen)
+
+
+def read_torchvision(name: str, root: Path, split: str) -> list[ClassSample]:
+    """torchvision's CIFAR ("cifar10", "cifar100"), downloaded to `root` where it is not there yet.
+
+    Raises FileNotFoundError where it neither is there nor can be downloaded.
+    """
+    from torchvision import datasets
+
+    _check_split(split, name)
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        found = kind(str(root), train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{name} is not in {root} and could not be downloaded ({error}): put torchvision's files "
+            "there, or point DATASETS.ROOT to where they are."
+        ) from error
+    return array_samples(found.data, np.array(found.targets), found.classes, name)
+
+
+def array_samples(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    name: str,
+    chosen: np.ndarray | None = None,
+) -> list[ClassSample]:
+    """Samples of an array (n, H, W) or (n, H, W, 3) in memory; chosen: indices, None: all."""
+    pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+    indices = range(len(pixels)) if chosen is None else chosen.tolist()
+    return [
+        ClassSample(f"{name}[{i}]", str(i), classes[int(labels[i])], partial(_row, pixels, i))
+        for i in indices
+    ]
+
+
+def _seeded_split(number: int, split: str) -> np.ndarray:
+    """Indices of a split of `number` images that come without one."""
+    order = np.random.default_rng(_SPLIT_SEED).permutation(number)
+    first = round(number * (1 - _TEST_SHARE))
+    return np.sort(order[:first] if split == "train" else order[first:])
+
+
+def _row(pixels: np.ndarray, index: int) -> np.ndarray:
+    return pixels[index]
+
+
+def _check_split(split: str, name: str) -> None:
+    if split not in _SPLITS:
+        raise ValueError(f"{name} has the splits {' and '.join(_SPLITS)}, not {split!r}: see DATASETS.")

@@ -1,0 +1,87 @@
+"""ClassificationEvaluator: accuracy and calibration of class probabilities, and the file to check them by.
+
+Shapes: n images, K classes.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from dfm_d2.data.files import write_text_atomically
+from dfm_d2.framework import DatasetEvaluator, MetadataCatalog, comm
+
+# Bins of the calibration error.
+_BINS = 15
+
+
+class ClassificationEvaluator(DatasetEvaluator):
+    """Collects probabilities; an evaluator for Detectron2's inference_on_dataset."""
+
+    def __init__(self, dataset_name: str, output_dir: str | Path | None = None) -> None:
+        """output_dir: folder for predictions.json, a line {image_id, label, probs} an image; None: none."""
+        self._classes = list(MetadataCatalog.get(dataset_name).thing_classes)
+        self._output_dir = None if output_dir is None else Path(output_dir)
+        self._found: list[dict] = []
+
+    def reset(self) -> None:
+        self._found = []
+
+    def process(self, inputs: Iterable[dict], outputs: Iterable[dict]) -> None:
+        """Take the model's outputs, {"probs": (K,)} an image.
+
+        Raises ValueError for probabilities that are not finite.
+        """
+        for source, output in zip(inputs, outputs):
+            probs = output["probs"].detach().double().cpu().numpy()
+            if not np.isfinite(probs).all():
+                raise ValueError(f"{source['file_name']} has class probabilities that are not finite.")
+            self._found.append(
+                {"image_id": source["image_id"], "label": source["label"], "probs": probs.tolist()}
+            )
+
+    def evaluate(self) -> OrderedDict:
+        """accuracy (percent), nll (nats), ece (percent) and accuracy-<class>; {} on processes but the main.
+
+        Raises ValueError where not one image could be read.
+        """
+        comm.synchronize()
+        gathered = comm.gather(self._found, dst=0)
+        if not comm.is_main_process():
+            return OrderedDict()
+        found = [item for share in gathered for item in share]
+        if not found:
+            raise ValueError("Not one image of the test set could be read: check the files of DATASETS.TEST.")
+        if self._output_dir is not None:
+            lines = "".join(json.dumps(item) + "\n" for item in found)
+            write_text_atomically(self._output_dir / "predictions.json", lines)
+        probs = np.array([item["probs"] for item in found])
+        return classification_metrics(probs, np.array([item["label"] for item in found]), self._classes)
+
+
+def classification_metrics(probs: np.ndarray, labels: np.ndarray, classes: list[str]) -> OrderedDict:
+    """Metrics of probabilities `(n, K)` and labels `(n,)`.
+
+    ece: the expected calibration error (arXiv 1706.04599, equation 3) over 15 bins of equal width.
+    """
+    right = probs.argmax(1) == labels
+    confidence = probs.max(1)
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = [abs((right[bins == b] - confidence[bins == b]).sum()) for b in range(_BINS)]
+    likelihood = np.clip(probs[np.arange(len(labels)), labels], 1e-12, None)
+    results = OrderedDict(
+        accuracy=100 * float(right.mean()),
+        nll=float(-np.log(likelihood).mean()),
+        ece=100 * float(sum(gaps)) / len(labels),
+    )
+    for index, name in enumerate(classes):
+        of_class = right[labels == index]
+        results[f"accuracy-{name}"] = 100 * float(of_class.mean()) if len(of_class) else float("nan")
+    return results
+
+
+def class_summary(results: dict[str, float]) -> str:
+    """One line of the first metrics."""
+    return f"accuracy {results['accuracy']:.2f}%, nll {results['nll']:.4f}, ece {results['ece']:.2f}%"

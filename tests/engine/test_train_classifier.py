@@ -1,0 +1,189 @@
+"""tools/train_classifier.py: training, evaluation, pictures, resume, and one sentence for what is wrong."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_resume import assert_same_checkpoint, losses
+
+from dfm_d2.engine.setup import load_config
+from dfm_d2.engine.validate import validate_config
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs/digits_flow_cnn.yaml")
+TOOL = str(ROOT / "tools/train_classifier.py")
+TINY = (
+    "SEED 1 SOLVER.IMS_PER_BATCH 16 SOLVER.LOG_PERIOD 1 TEST.EVAL_PERIOD 0 SOLVER.WARMUP_ITERS 0 "
+    "MODEL.CLASSIFIER.CNN.CHANNELS (8,8) MODEL.CLASSIFIER.CNN.STRIDES (2,1) MODEL.CLASSIFIER.HIDDEN_DIM 16"
+).split()
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """tools/train_classifier.py as a module."""
+    spec = importlib.util.spec_from_file_location("train_classifier", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tool, tmp_path):
+    def command(*opts: str, flags: tuple[str, ...] = ()) -> int:
+        return tool.run_command(
+            ["--config-file", CONFIG, *flags, *TINY, "OUTPUT_DIR", str(tmp_path / "out"), *opts]
+        )
+
+    return command
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+METHODS = ("flow", "backprop", "forward_forward", "stochastic_forward_forward")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
+    out = tmp_path / "out"
+    options = ["UPDATE.METHOD", method, "SOLVER.EMA_DECAY", "0.5", "DATASETS.HOLD_OUT", "0.1"]
+    assert run(*options, "SOLVER.MAX_ITER", "3") == 0
+    last = lines(out)[-1]
+    assert {"accuracy", "accuracy_ema", "nll", "ece", "accuracy-7"} <= last.keys()
+    assert 0 <= last["accuracy"] <= 100
+    expected = {"model_final.pth", "config.yaml", "curves.png", "log.txt", "inference", "inference_ema"}
+    assert (expected | ({"flow.png"} if method == "flow" else set())) <= set(os.listdir(out))
+    assert list(out.glob("events.out.tfevents.*"))
+    assert "fitted on 144 held-out images" in (out / "log.txt").read_text()
+    predictions = (out / "inference/predictions.json").read_text().splitlines()
+    assert len(predictions) == 359
+    found = [json.loads(line) for line in predictions]
+    right = np.mean([np.argmax(item["probs"]) == item["label"] for item in found])
+    assert last["accuracy"] == pytest.approx(100 * right)
+
+    weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
+    assert run(*options, *weights, flags=("--eval-only",)) == 0
+    assert lines(out)[-1]["accuracy"] == last["accuracy"]
+    if method == "flow":
+        capsys.readouterr()
+        assert run(*options[2:], "UPDATE.METHOD", "backprop", *weights, flags=("--eval-only",)) == 2
+        assert "was trained with MODEL.META_ARCHITECTURE FlowClassifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("provider", ["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])
+def test_killed_and_resumed_equals_uninterrupted(provider, tmp_path):
+    """Killed right after a checkpoint, within an epoch: the same metrics and weights, bit for bit."""
+    if provider == "detectron2":
+        pytest.importorskip("detectron2")
+
+    options = [*TINY, "SOLVER.MAX_ITER", "9", "DATASETS.HOLD_OUT", "0.1", "SOLVER.CHECKPOINT_PERIOD", "4"]
+    options += ["TEST.EVAL_PERIOD", "3", "SOLVER.EMA_DECAY", "0.5"]
+    driver = [sys.executable, str(Path(__file__).parent / "killed_classifier.py"), str(tmp_path)]
+    done = subprocess.run(
+        [*driver, "--config-file", CONFIG, "--resume", *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DFM_FRAMEWORK": provider},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ends = [line for line in done.stderr.splitlines() if line.startswith(("straight", "killed"))]
+    assert ends == ["straight 0", "killed 9", "killed 0"]
+    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    one, two = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in ("straight", "killed")
+    )
+    for checkpoint in (one, two):
+        del checkpoint["dfm_d2"]["config"]  # names its own OUTPUT_DIR
+    assert_same_checkpoint(one, two)
+
+
+CASES = {
+    "method": (["UPDATE.METHOD", "hebb"], "UPDATE.METHOD is 'hebb'; choose one of flow, backprop"),
+    "unknown data": (["DATASETS.TRAIN", "('imagenet_train',)"], "Unknown data set 'imagenet_train'"),
+    "split": (["DATASETS.TEST", "('digits_val',)"], "not 'val'"),
+    "no root": (["DATASETS.TRAIN", "('root_train',)"], "needs DATASETS.ROOT"),
+    "root": (
+        ["DATASETS.TRAIN", "('root_train',)", "DATASETS.ROOT", "/nowhere"],
+        "/nowhere, which is missing",
+    ),
+    "hold out": (["DATASETS.HOLD_OUT", "1.0"], "HOLD_OUT is 1.0; it is a share"),
+    "frozen": (["MODEL.DFM.BACKBONE_UPDATE", "frozen"], "leave it at accumulate"),
+    "ranks": (
+        ["MODEL.DFM.UPDATE", "parallel", "MODEL.DFM.PREDICTOR_RANKS", "2"],
+        "a classifier has no predictors to share",
+    ),
+    "learned": (
+        ["MODEL.CLASSIFIER.EMBEDDING", "learned", "MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", "0.0"],
+        "learned needs LOSS.READOUT_WEIGHT above 0",
+    ),
+    "temperature": (
+        ["MODEL.CLASSIFIER.LOSS.READOUT_TEMPERATURE", "0.0"],
+        "READOUT_TEMPERATURE is 0.0; it must",
+    ),
+    "strides": (["MODEL.CLASSIFIER.CNN.STRIDES", "(1,)"], "give both for each stage"),
+    "pixels": (["MODEL.PIXEL_MEAN", "[1.0, 2.0]"], "it must have 1 or 3 numbers"),
+    "class number": (["MODEL.DFM.NUM_CLASSES", "3"], "MODEL.DFM.NUM_CLASSES is 3"),
+    "frozen resnet": (
+        ["MODEL.CLASSIFIER.BACKBONE", "resnet", "MODEL.BACKBONE.NAME", "build_resnet_backbone"]
+        + ["MODEL.RESNETS.OUT_FEATURES", "['res2','res3','res4','res5']"],
+        "would keep random layers frozen",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_user_errors_are_one_sentence(run, capsys, name):
+    given, expected = CASES[name]
+    assert run("SOLVER.MAX_ITER", "1", *given) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 1 and expected in errors and "Traceback" not in errors
+
+
+def test_a_folder_with_a_broken_image(run, tmp_path, capsys):
+    """Skipped with its name, or fatal; sizes made one by INPUT.IMAGE_SIZE."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, size in (("cat", 10), ("dog", 14)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for index in range(8):
+                pixels = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    broken = tmp_path / "data/train/dog/3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    options = ["DATASETS.ROOT", str(tmp_path / "data"), "DATASETS.TRAIN", "('root_train',)"]
+    options += ["DATASETS.TEST", "('root_test',)", "SOLVER.MAX_ITER", "2", "INPUT.IMAGE_SIZE", "8"]
+    assert run(*options) == 0
+    log = (tmp_path / "out/log.txt").read_text()
+    assert str(broken) in log and "root_train: 15 images, 2 classes" in log
+    assert {"accuracy-cat", "accuracy-dog"} <= lines(tmp_path / "out")[-1].keys()
+    capsys.readouterr()
+    assert run(*options, "DATASETS.ON_ERROR", "fatal") == 2
+    assert str(broken) in capsys.readouterr().err
+
+
+def test_what_the_tools_want(run, capsys):
+    """--eval-only wants weights, and the detector's tool does not take a method by UPDATE.METHOD."""
+    assert run(flags=("--eval-only",)) == 2
+    assert "--eval-only needs weights" in capsys.readouterr().err
+    cfg = load_config(CONFIG, ["UPDATE.METHOD", "backprop"])
+    with pytest.raises(ValueError, match="train with tools/train_classifier.py"):
+        validate_config(cfg)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["flow", "backprop"])
+def test_the_digits_are_learned(tool, tmp_path, method):
+    """The config as it is: at least 97 %."""
+    arguments = ["--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path), "UPDATE.METHOD", method]
+    assert tool.run_command(arguments) == 0
+    assert lines(tmp_path)[-1]["accuracy"] >= 97.0

@@ -1,0 +1,225 @@
+"""Classifiers: whose gradients go where, what inference depends on, embeddings and backbones."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_classifier import RESNET, TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
+
+from dfm_d2.engine.block_optimizer import check_blocks
+from dfm_d2.engine.local_update import sum_losses
+from dfm_d2.framework import build_model
+from dfm_d2.losses import EndpointLoss
+
+COLOUR = ["MODEL.PIXEL_MEAN", "[120.0,120.0,120.0]", "MODEL.PIXEL_STD", "[60.0,60.0,60.0]"]
+BACKBONES = {
+    "cnn": ([], 8, 1),
+    "vit": (VIT, 8, 1),
+    "vit pooled": ([*VIT, "MODEL.CLASSIFIER.POOL", "2"], 8, 1),
+    "timm cnn": ([*TIMM_CNN, *COLOUR], 32, 3),
+    "resnet": ([*RESNET, *COLOUR], 32, 3),
+    "resnet in two": ([*RESNET, *COLOUR, "MODEL.CLASSIFIER.BLOCKS", "2"], 32, 3),
+}
+
+
+def stage_losses(model, inputs, iteration=7):
+    losses = {}
+    features = model.extract_features(model.prepare(inputs, iteration), losses.__setitem__)
+    assert features == []
+    return losses
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_block_s_loss_has_gradients_in_its_own_block_only(name):
+    opts, size, channels = BACKBONES[name]
+    model = make_classifier(*opts).train()
+    inputs = class_inputs(4, size, channels)
+    check_blocks(model.blocks(), [(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    for index in range(model.num_blocks):
+        model.zero_grad(set_to_none=True)
+        losses = stage_losses(model, inputs)
+        assert list(losses) == [f"b{d}" for d in range(model.num_blocks)]
+        sum_losses(losses[f"b{index}"]).backward()
+        for block, named in model.blocks().items():
+            touched = {n: p.grad is not None for n, p in named}
+            if block == f"b{index}":
+                # The output of a ViT's class token is not pooled, its parameters are.
+                assert all(touched.values()), [n for n, t in touched.items() if not t]
+            else:
+                assert not any(touched.values()), (block, [n for n, t in touched.items() if t])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_blocks_in_a_row_are_the_backbone(name):
+    opts, size, channels = BACKBONES[name]
+    model = make_classifier(*opts, method="backprop").eval()
+    x = images = model.normalised(class_inputs(2, size, channels))
+    for index in range(model.num_blocks):
+        x = model.backbone.forward_block(index, x)
+        assert model.backbone.pooled(x).shape == (2, model.backbone.channels[index])
+    if name.startswith("vit"):
+        torch.testing.assert_close(x, model.backbone.model.forward_features(images))
+    assert list(model.blocks()) == ["shared"]
+
+
+def test_noise_depends_on_seed_iteration_image_and_block_only():
+    model, inputs = make_classifier(), class_inputs(3)
+    whole, part = model.prepare(inputs, 7), model.prepare(inputs[1:2], 7)
+    points = model.noise_samples
+    for d in range(model.num_blocks):
+        assert torch.equal(whole.samples[d].x_0[points : 2 * points], part.samples[d].x_0)
+        assert torch.equal(whole.samples[d].t[points : 2 * points], part.samples[d].t)
+    assert not torch.equal(whole.samples[0].x_0, whole.samples[1].x_0)
+    assert not torch.equal(whole.samples[0].x_0, model.prepare(inputs, 8).samples[0].x_0)
+
+
+@pytest.mark.parametrize("aggregation", ["velocity", "probability"])
+def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(aggregation):
+    opts = ["MODEL.CLASSIFIER.SAMPLER.SAMPLES", "3", "MODEL.CLASSIFIER.SAMPLER.AGGREGATION", aggregation]
+    model, inputs = make_classifier(*opts).double().eval(), class_inputs(2)
+    together = [x["probs"] for x in model(inputs)]
+    alone = [model([x])[0]["probs"] for x in inputs]
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert abs(float(a.sum()) - 1) < 1e-10
+    assert all(torch.equal(a, x["probs"]) for a, x in zip(together, model(inputs)))
+    other = make_classifier(*opts, "MODEL.CLASSIFIER.SAMPLER.SEED", "1").double().eval()
+    assert not torch.equal(other(inputs)[0]["probs"], together[0])
+
+
+def test_one_euler_step_answers_the_weighted_mean_endpoint():
+    opts = ["MODEL.CLASSIFIER.SAMPLER.STEPS", "1", "MODEL.CLASSIFIER.SAMPLER.WEIGHTS", "uniform"]
+    model, inputs = make_classifier(*opts).eval(), class_inputs(2)
+    x_0 = model.sampler.noise(["0", "1"], model.label_space)
+    with torch.no_grad():
+        x, ends = model.normalised(inputs), []
+        for d in range(model.num_blocks):
+            x = model.backbone.forward_block(d, x)
+            ends.append(model._endpoint(d, model.backbone.pooled(x), x_0, torch.zeros(2, 1)))
+    expected = model.label_space.logits(torch.stack(ends).mean(0))
+    torch.testing.assert_close(model.logits_of(inputs), expected)
+
+
+def test_velocity_answers_become_endpoints():
+    model = make_classifier("MODEL.DFM.PREDICTION", "velocity").eval()
+    pooled, x_t, t = torch.randn(2, 8), torch.randn(2, 3, 6), torch.rand(2, 3)
+    answer = model.block_predictors[0](pooled, x_t, t)
+    torch.testing.assert_close(model._endpoint(0, pooled, x_t, t), x_t + (1 - t)[..., None] * answer)
+
+
+def test_the_loss_is_the_velocity_error_where_the_bound_does_not_bind():
+    x_1_hat, x_1, x_t = torch.randn(3, 2, 5, 4).double()
+    t, labels, embeddings = torch.rand(2, 5).double() * 0.7, torch.tensor([0, 2]), torch.eye(4).double()
+    loss = EndpointLoss(weighting="velocity", velocity_max=1e6, readout_weight=0.0)
+    found = loss(x_1_hat, x_1, t, embeddings, labels)
+    velocity, target = ((x - x_t) / (1 - t)[..., None] for x in (x_1_hat, x_1))
+    assert list(found) == ["flow"]
+    torch.testing.assert_close(found["flow"], (velocity - target).square().sum(-1).mean())
+
+
+def test_shuffled_noise_has_the_velocity_of_another_image():
+    """The target x_t + (1 - t)(x_1 - x_0') is x_1 only where x_0' = x_0."""
+    plain, control = (make_classifier("MODEL.CLASSIFIER.SHUFFLE_X0", str(s)).train() for s in (False, True))
+    inputs = class_inputs(4)
+    a, b = (stage_losses(m, inputs)["b0"]["loss_flow/b0"] for m in (plain, control))
+    assert b > a
+    one = class_inputs(1)  # alone, the other image is itself
+    a, b = (stage_losses(m, one)["b0"]["loss_flow/b0"] for m in (plain, control))
+    torch.testing.assert_close(a, b)
+
+
+def test_learned_embeddings_learn_by_the_read_out_term_alone():
+    model = make_classifier("MODEL.CLASSIFIER.EMBEDDING", "learned").train()
+    losses = stage_losses(model, class_inputs())
+    assert [n for n, _ in model.blocks()["shared"]] == ["label_space.weight"]
+    losses["b1"]["loss_flow/b1"].backward(retain_graph=True)
+    assert model.label_space.weight.grad is None
+    losses["b1"]["loss_readout/b1"].backward()
+    assert model.label_space.weight.grad.norm() > 0
+
+
+def test_given_embeddings_come_from_a_file(tmp_path):
+    matrix = np.arange(12.0).reshape(3, 4) + 1
+    np.save(tmp_path / "a.npy", matrix)
+    np.savetxt(tmp_path / "a.txt", matrix)
+    for name in ("a.npy", "a.txt"):
+        opts = [
+            "MODEL.CLASSIFIER.EMBEDDING",
+            "given",
+            "MODEL.CLASSIFIER.EMBEDDING_FILE",
+            str(tmp_path / name),
+        ]
+        found = make_classifier(*opts).label_space.embeddings
+        expected = torch.tensor(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), dtype=torch.float32)
+        torch.testing.assert_close(found, expected)
+    np.save(tmp_path / "a.npy", matrix[:2])
+    with pytest.raises(ValueError, match="a.npy has the shape .* one row for each of the 3 classes"):
+        make_classifier(*opts[:3], str(tmp_path / "a.npy"))
+
+
+def test_the_temperature_is_that_of_greatest_likelihood():
+    model = make_classifier()
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4000, 1, 3, generator=generator)
+    labels = torch.multinomial((logits[:, 0] / 2.5).softmax(-1), 1, generator=generator)[:, 0]
+    assert model.fit_temperature(logits, labels) == pytest.approx(2.5, rel=0.1)
+    assert "temperature" in model.state_dict()
+
+
+FPN = ["MODEL.FPN.IN_FEATURES", '["res2","res3","res4","res5"]']
+WRONG = {
+    "blocks": (["MODEL.CLASSIFIER.BLOCKS", "9"], "BLOCKS is 9, but the backbone has 3 stages"),
+    "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm"),
+    "option form": ([*VIT[:-1], '["depth"]'], "OPTIONS has 'depth': write name=value"),
+    "option": ([*VIT[:-1], '["depht=2"]'], "timm cannot build vit_tiny_patch16_224"),
+    "no stages": ([*TIMM_CNN[:3], "test_efficientnet"], "has no row of stages"),
+    "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth"),
+    "fpn": (
+        [*RESNET, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", *FPN],
+        "build_resnet_backbone, not",
+    ),
+    "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "3 orthonormal classes need"),
+    "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_built_is_one_sentence(name):
+    opts, said = WRONG[name]
+    with pytest.raises(ValueError, match=said):
+        make_classifier(*opts).eval()(class_inputs(1))
+
+
+def test_inputs_that_do_not_fit_are_named():
+    model, inputs = make_classifier(), class_inputs(2)
+    with pytest.raises(RuntimeError, match="train through dfm_d2.engine"):
+        model.train()(inputs)
+    with pytest.raises(ValueError, match="'1.png' has the label 7"):
+        model.prepare([inputs[0], inputs[1] | {"label": 7}], 0)
+    small = inputs[1] | {"image": inputs[1]["image"][:, :4]}
+    with pytest.raises(ValueError, match="1.png has the shape .* set INPUT.IMAGE_SIZE"):
+        model.eval()([inputs[0], small])
+    with pytest.raises(ValueError, match="images have 3 channels"):
+        model.eval()(class_inputs(1, channels=3))
+    with pytest.raises(IndexError, match="no predictor 0"):
+        model.block_losses(0, [], None)
+
+
+def test_pretrained_weights_of_timm_are_loaded_from_a_file(tmp_path):
+    import timm
+
+    torch.manual_seed(3)
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "in_chans": 1}
+    trained = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
+    torch.save(trained.state_dict(), tmp_path / "vit.pth")
+    model = make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(tmp_path / "vit.pth")).eval()
+    x = model.normalised(class_inputs(2))
+    for index in range(model.num_blocks):
+        last = x = model.backbone.forward_block(index, x)
+    expected = trained.eval().forward_features(model.normalised(class_inputs(2)))
+    torch.testing.assert_close(last, expected)
+
+
+def test_the_config_is_refused_without_classes():
+    cfg = classifier_cfg("MODEL.DFM.NUM_CLASSES", "0")
+    with pytest.raises(ValueError, match="NUM_CLASSES must be at least 2"):
+        build_model(cfg)
