@@ -17,9 +17,9 @@ from dfm_d2.modeling.detector import FlowDetector
 
 @dataclass(frozen=True)
 class RoomCost:
-    """room: a part of the detector. parameters: their number. multiply_adds: of one image; convolutions, matrix
-    products, attention, norms, interpolation and RoIAlign's sums. activations: numbers that convolutions and
-    matrix products answer.
+    """room: a part of the detector. parameters: their number. multiply_adds: of one image, in convolutions,
+    matrix products, attention, norms, interpolation and RoIAlign's sums. activations: numbers that
+    convolutions and matrix products answer.
     """
 
     room: str
