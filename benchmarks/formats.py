@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Every export format on every framework that is here: exports, runs, equal, file size, latency against eager.
+"""Every export format on every framework that is here: whether it is equal, its size and its latency.
 
 python benchmarks/formats.py --config-file output/demo/config.yaml [--steps 1 4] [--save] \\
     [--opts MODEL.WEIGHTS output/demo/model_final.pth]
@@ -59,8 +59,10 @@ def in_process(framework: str) -> list[Row]:
     rows = []
     for file_format, steps, metric, unit, values, note in json.loads(done.stdout.splitlines()[-1]):
         rows.append(
-            Row("export", f"{file_format} {framework} K={steps}", "float32", metric, unit, "steps", str(steps),
-                *quantiles(values), device_name("cpu"), torch.__version__, commit(), note)
+            Row(
+                "export", f"{file_format} {framework} K={steps}", "float32", metric, unit, "steps",
+                str(steps), *quantiles(values), device_name("cpu"), torch.__version__, commit(), note,
+            )
         )  # fmt: skip
         row = rows[-1]
         print(f"{row.provider:28s} {row.metric:24s} {row.p50:.4g} {row.unit}", flush=True)

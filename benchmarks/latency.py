@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Latency of the whole detector (pixels to Instances) over steps, beside the cascade twin at equal N, in turns.
+"""Latency of the whole detector (pixels to Instances) over steps, beside the cascade twin at equal N.
 
 python benchmarks/latency.py [--device cpu|cuda] [--config configs/bccd_flow_r18.yaml] [--save]
     --steps 1 2 4 8 --proposals 100 300 --batches 1 8 --size 352 480 --repeats 5

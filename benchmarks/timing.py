@@ -46,7 +46,7 @@ def peak_mib(run: Callable[[], object]) -> float:
 
 
 def in_turns(runs: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every call, `repeats` of each: all in turns, so that drift of the machine hits all alike."""
+    """Milliseconds of `repeats` calls of each: all in turns, so that drift of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():

@@ -17,9 +17,9 @@ from dfm_d2.modeling.detector import FlowDetector
 
 @dataclass(frozen=True)
 class RoomCost:
-    """room: a part of the detector. parameters: their number. multiply_adds: of one image; convolutions, matrix
-    products, attention, norms, interpolation and RoIAlign's sums. activations: numbers that convolutions and
-    matrix products answer.
+    """room: a part of the detector. parameters: their number. multiply_adds: of one image, in convolutions,
+    matrix products, attention, norms, interpolation and RoIAlign's sums. activations: numbers that
+    convolutions and matrix products answer.
     """
 
     room: str
@@ -49,22 +49,25 @@ def analyze(model: FlowDetector, image: torch.Tensor) -> list[RoomCost]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     parameters = parameter_count(model)
-    rooms = {"backbone.bottom_up": "backbone", "backbone": "FPN"}
+    # The pooler is one object, which all predictors share: its work is counted under the first of them.
+    rooms = {"backbone.bottom_up": "backbone", "backbone": "FPN", "predictors.0.pooler": "RoIAlign"}
     rooms |= {f"predictors.{d}": f"predictor {d}" for d in range(model.num_predictors)}
     costs = [
         RoomCost(name, parameters[module], int(work[f"model.{module}"]), int(numbers[f"model.{module}"]))
         for module, name in rooms.items()
     ]
-    # The FPN's entry holds the backbone below it.
-    below, whole = costs[:2]
-    costs[1] = RoomCost(
-        whole.room,
-        whole.parameters - below.parameters,
-        whole.multiply_adds - below.multiply_adds,
-        whole.activations - below.activations,
-    )
+    costs[1], costs[3] = _without(costs[1], costs[0]), _without(costs[3], costs[2])
     total = RoomCost("total", parameters[""], int(work[""]), int(numbers[""]))
     return [*costs, total]
+
+
+def _without(whole: RoomCost, part: RoomCost) -> RoomCost:
+    return RoomCost(
+        whole.room,
+        whole.parameters - part.parameters,
+        whole.multiply_adds - part.multiply_adds,
+        whole.activations - part.activations,
+    )
 
 
 def _size(value: Any) -> list[int]:

@@ -37,7 +37,7 @@ def set_value(page, name, value):
 def test_slider_toggles_and_tooltips(page, tmp_path):
     now = "document.getElementById('now').textContent"
     assert page.run("document.title") == "cells.jpg"
-    assert page.run(now).startswith("t = 0.0000  step 0 of 3") and page.run(BOXES) == 12
+    assert page.run(now).startswith("t = 0.0000 \u00b7 step 0 of 3 \u00b7 ") and page.run(BOXES) == 12
     before = page.screenshot(tmp_path / "noise.png")
     first = page.run("document.querySelector('rect.box').getAttribute('x')")
 

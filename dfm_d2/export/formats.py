@@ -3,6 +3,7 @@
 Shapes: B images, N noise boxes of all passes.
 """
 
+import importlib.util
 import json
 import logging
 import warnings
@@ -127,10 +128,13 @@ def export_model(
         sample: an image `(3, H, W)`, pixels 0 to 255, of which a trace is made; other sizes work after it.
 
     Raises:
-        ValueError: an unknown format, or see prepared_model.
+        ValueError: an unknown format, ONNX without its packages, or see prepared_model.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}: set it to one of {', '.join(FORMATS)}")
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if format == "onnx" and missing:
+        raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install 'dfm_d2[export]'")
     model = prepared_model(model, settings)
     path = Path(folder) / FORMATS[format]
     about = json.dumps(asdict(preparation) | _contract(model, settings, format))

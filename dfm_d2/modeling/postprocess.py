@@ -82,7 +82,7 @@ class PaddedDetections(NamedTuple):
 def padded_detections(
     candidates: Candidates, space: BoxSpace, image_sizes: Tensor, settings: SamplerSettings
 ) -> PaddedDetections:
-    """As `detections`, for graphs: static shapes but for B and for what NMS keeps.
+    """As `detections`, for graphs: static shapes but for B and for what NMS keeps inside of it.
 
     One NMS for all: boxes of another image or class are moved to a place of their own.
     """

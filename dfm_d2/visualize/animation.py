@@ -67,7 +67,7 @@ def _frame(
     for n in scores.argsort().tolist():
         sure = float(scores[n]) >= score_thresh
         color = predictor_color(int(leaders[n])) if sure else (0.75, 0.75, 0.75)
-        alpha = int(255 * (max(float(scores[n]), 0.45) if sure else 0.35))
+        alpha = int(255 * (max(float(scores[n]), 0.75) if sure else 0.35))
         x0, y0, x1, y1 = boxes[n]
         corners = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
         draw.rectangle(corners, outline=(*(int(255 * c) for c in color), alpha), width=3 if sure else 1)
@@ -78,4 +78,5 @@ def _frame(
     write = ImageDraw.Draw(frame)
     write.text((6, 5), text, fill="black", font=ImageFont.load_default(15))
     write.rectangle((0, _BAR - 3, frame.width * t, _BAR - 1), fill=(60, 110, 200))
-    return frame
+    # Without dithering, whose noise would be most of the file.
+    return frame.quantize(128, dither=Image.Dither.NONE)

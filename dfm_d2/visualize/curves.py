@@ -45,6 +45,7 @@ def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
                 x, y, style, color=predictor_color(number), lw=1.2, ms=3.5, label=key.rsplit("/", 1)[-1]
             )
         panel.set_title(title, fontsize=9)
+        panel.set_xlim(0, 1.03 * max(entry["iteration"] for entry in entries))
         panel.set_xlabel("iteration", fontsize=8)
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)

@@ -136,8 +136,8 @@ def draw_flow(
         step = record.step_of(place) if color_by == "predictor" else -1
         scores, classes, leaders = record.scores[step], record.classes[step], record.leader(place)
         moved = sorted({answer.predictor for answer in record.answers[record.step_of(place)]})
-        by = ", ".join(f"p{d}" for d in moved) if color_by == "predictor" else ""
-        note = " (noise)" if place == 0 else f" {by}".rstrip()
+        note = " (noise)" if place == 0 else ""
+        note += f", {' '.join(f'p{d}' for d in moved)}" if color_by == "predictor" else ""
         _show(panel, image, f"t = {t:.4g}{note}")
         boxes_xyxy = torch.minimum(boxes.clamp(min=0), limits)
         # Faint ones first, so that what matters lies on top.

@@ -1,10 +1,19 @@
 """The same detections from the detector and from its files, on photographs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from detections import assert_equal_detections
+from tiny_model import spread
 
-from dfm_d2.export import FORMATS
+from dfm_d2.engine.setup import load_config
+from dfm_d2.export import FORMATS, ExportSettings, export_model, load_artefact
+from dfm_d2.export.formats import Preparation, prepared_model
+from dfm_d2.export.tensor_detector import TensorDetector
+from dfm_d2.framework import build_model
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -47,3 +56,55 @@ def test_a_photograph_without_detections(detector, runs, photographs, format):
     found = run([item], far)[0]["instances"]
     assert len(found) == len(expected)
     assert (found.scores > thresh).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"SAMPLER__NMS_THRESH": 0.0},
+        {"SAMPLER__SCORE_THRESH": 0.6},
+        {"NUM_CLASSES": 37, "SAMPLER__NMS_THRESH": 0.2},
+        {"NUM_CLASSES": 1, "NUM_PROPOSALS": 3},
+        {"SAMPLER__NOISE_PASSES": 2, "SAMPLER__ENSEMBLE_STEPS": True},
+    ],
+)
+@pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
+def test_padded_tensors_hold_the_instances(make_model, make_input, architecture, options):
+    """The function that ONNX and pt2 files are made of, before any export, on a batch of three sizes."""
+    model = make_model(architecture, **options).eval()
+    sizes = {"a": (96, 120), "b": (128, 96), "c": (97, 101)}
+    items = [
+        {**make_input(name, size=size), "height": size[0], "width": size[1]} for name, size in sizes.items()
+    ]
+    images = torch.zeros(3, 3, 128, 128)
+    for place, item in zip(images, items):
+        place[:, : item["image"].shape[1], : item["image"].shape[2]] = item["image"]
+    x_0 = model.sampler.noise(list(sizes), model.device)
+    with torch.no_grad():
+        found = TensorDetector(model, constant=False)(images, torch.tensor(list(sizes.values())).float(), x_0)
+    for boxes, scores, classes, count, expected in zip(*found, model(items), strict=True):
+        expected, n = expected["instances"], int(count)
+        assert (
+            n == len(expected) and (classes[n:] == -1).all() and not scores[n:].any() and not boxes[n:].any()
+        )
+        torch.testing.assert_close(boxes[:n], expected.pred_boxes.tensor, rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[:n], expected.scores, rtol=0, atol=1e-5)
+        assert torch.equal(classes[:n], expected.pred_classes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_resnet50_config(photographs, tmp_path, format):
+    """configs/voc_flow_r50.yaml at full width, with random weights."""
+    words = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.DFM.NUM_CLASSES", "20"]
+    cfg = load_config(str(CONFIGS / "voc_flow_r50.yaml"), words)
+    torch.manual_seed(0)
+    model = spread(build_model(cfg)).eval()
+    settings = ExportSettings(steps=2, proposals=100)
+    preparation = Preparation.from_config(cfg, model, [str(i) for i in range(20)])
+    sample = torch.zeros(3, 96, 128)
+    run = load_artefact(export_model(model, format, tmp_path, preparation, settings, sample))
+    eager = prepared_model(model, settings)
+    for item in photographs:
+        assert_equal_detections(run([item])[0]["instances"], eager([item])[0]["instances"])
