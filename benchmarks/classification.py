@@ -35,17 +35,20 @@ from dfm_d2.evaluation.classification import classification_metrics
 from dfm_d2.modeling.class_sampler import ClassSampler
 
 RATES = (0.3, 1.0, 3.0)
-# Samplers: fields of ClassSamplerSettings. "fresh_noise_4x1" spends on fresh noise what 4 steps spend.
+# Samplers: fields of ClassSamplerSettings. The default, one step of 4 samples, spends on
+# fresh noise what "steps_4" spends on steps.
 SAMPLERS: dict[str, dict] = {
     "default": {},
-    "steps_1": {"steps": 1},
-    "steps_16": {"steps": 16},
-    "samples_8": {"samples": 8},
-    "fresh_noise_4x1": {"steps": 1, "samples": 4},
-    "zero_noise": {"noise": 0.0},
+    "steps_1": {"steps": 1, "samples": 1},
+    "steps_4": {"steps": 4, "samples": 1},
+    "steps_16": {"steps": 16, "samples": 1},
+    "heun_4": {"steps": 4, "samples": 1, "method": "heun"},
+    "steps_4_samples_8": {"steps": 4, "samples": 8},
+    "steps_1_samples_8": {"steps": 1, "samples": 8},
+    "zero_noise": {"noise": 0.0, "samples": 1},
+    "zero_noise_4": {"noise": 0.0, "samples": 1, "steps": 4},
     "uniform": {"weights": "uniform"},
     "probability": {"aggregation": "probability"},
-    "heun": {"method": "heun"},
     "other_seed": {"seed": 1},
 }
 
