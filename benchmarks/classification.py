@@ -99,10 +99,12 @@ def evaluations(out: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def rows_of(args: argparse.Namespace, variant: str, outs: list[Path], rate: float) -> list[Row]:
+def rows_of(args: argparse.Namespace, variant: str, outs: list[Path]) -> list[Row]:
     """Quantiles over the seeds of one variant."""
     results = [result_of(out) for out in outs]
     scores = [evaluations(out) for out in outs]
+    # Of the training itself: one that was done before may have had another.
+    rate = load_classifier_config(str(outs[0] / "config.yaml"), []).SOLVER.BASE_LR
     tail = (results[0]["device"], torch.__version__, results[0]["commit"])
     note = f"seeds 0-{len(outs) - 1}, {results[0]['iterations']} iterations, BASE_LR {rate:g}"
     rows = []
@@ -143,7 +145,7 @@ def main() -> None:
     for variant in variants:
         more = ["SOLVER.BASE_LR", rates[variant]]
         outs = [trained(args, variant, seed, more=more) for seed in range(args.seeds)]
-        rows += rows_of(args, variant, outs, rates[variant])
+        rows += rows_of(args, variant, outs)
     print(save_rows(f"classification_{op_of(args)}", rows))
 
 
