@@ -35,17 +35,20 @@ from dfm_d2.evaluation.classification import classification_metrics
 from dfm_d2.modeling.class_sampler import ClassSampler
 
 RATES = (0.3, 1.0, 3.0)
-# Samplers: fields of ClassSamplerSettings. "fresh_noise_4x1" spends on fresh noise what 4 steps spend.
+# Samplers: fields of ClassSamplerSettings. The default, one step of 4 samples, spends on
+# fresh noise what "steps_4" spends on steps.
 SAMPLERS: dict[str, dict] = {
     "default": {},
-    "steps_1": {"steps": 1},
-    "steps_16": {"steps": 16},
-    "samples_8": {"samples": 8},
-    "fresh_noise_4x1": {"steps": 1, "samples": 4},
-    "zero_noise": {"noise": 0.0},
+    "steps_1": {"steps": 1, "samples": 1},
+    "steps_4": {"steps": 4, "samples": 1},
+    "steps_16": {"steps": 16, "samples": 1},
+    "heun_4": {"steps": 4, "samples": 1, "method": "heun"},
+    "steps_4_samples_8": {"steps": 4, "samples": 8},
+    "steps_1_samples_8": {"steps": 1, "samples": 8},
+    "zero_noise": {"noise": 0.0, "samples": 1},
+    "zero_noise_4": {"noise": 0.0, "samples": 1, "steps": 4},
     "uniform": {"weights": "uniform"},
     "probability": {"aggregation": "probability"},
-    "heun": {"method": "heun"},
     "other_seed": {"seed": 1},
 }
 
@@ -96,10 +99,12 @@ def evaluations(out: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def rows_of(args: argparse.Namespace, variant: str, outs: list[Path], rate: float) -> list[Row]:
+def rows_of(args: argparse.Namespace, variant: str, outs: list[Path]) -> list[Row]:
     """Quantiles over the seeds of one variant."""
     results = [result_of(out) for out in outs]
     scores = [evaluations(out) for out in outs]
+    # Of the training itself: one that was done before may have had another.
+    rate = load_classifier_config(str(outs[0] / "config.yaml"), []).SOLVER.BASE_LR
     tail = (results[0]["device"], torch.__version__, results[0]["commit"])
     note = f"seeds 0-{len(outs) - 1}, {results[0]['iterations']} iterations, BASE_LR {rate:g}"
     rows = []
@@ -140,7 +145,7 @@ def main() -> None:
     for variant in variants:
         more = ["SOLVER.BASE_LR", rates[variant]]
         outs = [trained(args, variant, seed, more=more) for seed in range(args.seeds)]
-        rows += rows_of(args, variant, outs, rates[variant])
+        rows += rows_of(args, variant, outs)
     print(save_rows(f"classification_{op_of(args)}", rows))
 
 

@@ -1,5 +1,6 @@
 """curves.png and flow.png of a classifier's training."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from dfm_d2.engine.hooks import loss_by_block
 from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import load_for_inference
 from dfm_d2.framework import CfgNode, DatasetCatalog
+from dfm_d2.modeling.class_sampler import ClassSampler
 from dfm_d2.modeling.classifier import FlowClassifier
 from dfm_d2.visualize.classes import draw_class_flow, draw_curves
 
 # Test images whose flow is drawn.
 _SAMPLES = 40
+_STEPS = 8
 
 
 def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]:
@@ -58,6 +61,9 @@ def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str],
     chosen = [entries[i] for i in np.linspace(0, len(entries) - 1, min(_SAMPLES, len(entries))).astype(int)]
     items = [class_item(entry, cfg) for entry in chosen]
     images, ids = model.normalised(items), [item["image_id"] for item in items]
+    # The way is what is to be seen: in several steps, of one sample, whatever inference does.
+    way = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1, aggregation="velocity")
+    model.sampler = ClassSampler(way, model.criterion.temperature)
     trajectory = model.trajectories(images, ids, keep=True)[0]
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()
     embeddings = model.label_space.embeddings.detach().cpu().numpy()

@@ -31,8 +31,8 @@ Endpoint = Callable[[int, Tensor, Tensor], Tensor]
 class ClassSamplerSettings:
     """See the keys of MODEL.CLASSIFIER.SAMPLER."""
 
-    steps: int = 4
-    samples: int = 1
+    steps: int = 1
+    samples: int = 4
     method: str = "euler"
     noise: float = 1.0
     blocks: tuple[int, ...] = ()

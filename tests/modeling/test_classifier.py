@@ -94,7 +94,7 @@ def test_one_euler_step_answers_the_weighted_mean_endpoint():
         x, ends = model.normalised(inputs), []
         for d in range(model.num_blocks):
             x = model.backbone.forward_block(d, x)
-            ends.append(model._endpoint(d, model.backbone.pooled(x), x_0, torch.zeros(2, 1)))
+            ends.append(model._endpoint(d, model.backbone.pooled(x), x_0, torch.zeros(2, 4)))
     expected = model.label_space.logits(torch.stack(ends).mean(0))
     torch.testing.assert_close(model.logits_of(inputs), expected)
 
