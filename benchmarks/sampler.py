@@ -8,9 +8,7 @@ python benchmarks/sampler.py [--device cpu|cuda] [--config configs/voc_flow_r50.
 """
 
 import argparse
-import copy
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from timing import launches, measure, peak_mib  # noqa: E402
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config  # noqa: E402
+from dfm_d2.export.tensor_detector import with_backend  # noqa: E402
 from dfm_d2.framework import build_model, get_cfg  # noqa: E402
 
 
@@ -115,16 +114,6 @@ def rows_of(args: argparse.Namespace, interaction: str) -> list[Row]:
                         device_name(args.device), torch.__version__, commit(), f"float32 {args.precision}")
                 )  # fmt: skip
     return rows
-
-
-def with_backend(model: torch.nn.Module, backend: str) -> torch.nn.Module:
-    """A copy whose ops run on `backend`."""
-    model = copy.deepcopy(model)
-    model.flow = replace(model.flow, backend=backend)
-    for module in model.predictors.modules():
-        if hasattr(module, "backend"):
-            module.backend = backend
-    return model
 
 
 def sample(model: torch.nn.Module, features: list[torch.Tensor], sizes: torch.Tensor):

@@ -4,6 +4,7 @@ Shapes: B images, N noise boxes of all passes.
 """
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _load_pt2(path: Path) -> tuple[Run, str]:
     extra = {ABOUT: ""}
     try:
         module = torch.export.load(str(path), extra_files=extra).module()
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no pt2 file that this torch can read: export it again") from error
 
     def run(images: Tensor, sizes: Tensor, x_0: Tensor | None) -> Sequence[Tensor]:
