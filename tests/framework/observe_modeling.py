@@ -43,9 +43,9 @@ def fill_by_formula(module: torch.nn.Module) -> None:
 
 
 def seeded_images(height: int = 64, width: int = 96) -> torch.Tensor:
-    """(2, 3, height, width), the same on every machine."""
+    """(2, 3, height, width) float64, the same on every machine."""
     wave = torch.arange(2 * 3 * height * width, dtype=torch.float64)
-    return torch.sin(wave * 0.7).reshape(2, 3, height, width).float()
+    return torch.sin(wave * 0.7).reshape(2, 3, height, width)
 
 
 def summary(tensor: torch.Tensor) -> dict:
@@ -71,10 +71,14 @@ def observe_parameters(provider, depth: int):
 
 
 def observe_outputs(provider, depth: int, norm: str, options=()):
-    """Feature maps for weights and images given by a formula, in eval mode and with gradients wanted."""
+    """Feature maps for weights and images given by a formula, in eval mode and with gradients wanted.
+
+    In float64: norms over nearly equal values turn the rounding of float32, which differs from processor to
+    processor, into percents.
+    """
     backbone = provider.build_backbone(backbone_config(provider, depth, norm, 0, options))
     fill_by_formula(backbone)
-    backbone.eval()
+    backbone.double().eval()
     images = seeded_images()
     with torch.no_grad():
         features = backbone(images)
@@ -82,13 +86,15 @@ def observe_outputs(provider, depth: int, norm: str, options=()):
 
 
 def observe_gradients(provider):
-    """Gradients of a network with fixed norms, and a training step of one with batch norms."""
+    """Gradients of a network with fixed norms, and a training step of one with batch norms, in float64."""
     frozen = provider.build_backbone(backbone_config(provider, 18, "FrozenBN", 0))
     fill_by_formula(frozen)
+    frozen.double()
     images = seeded_images(32, 32).requires_grad_()
     frozen(images)["p3"].square().mean().backward()
     normed = provider.build_backbone(backbone_config(provider, 18, "BN", 0))
     fill_by_formula(normed)
+    normed.double()
     normed(seeded_images(32, 32))["p2"].square().mean().backward()
     state = normed.state_dict()
     return {

@@ -77,4 +77,4 @@ def test_configs_load(path):
     cfg = get_cfg()
     add_dfm_config(cfg)
     merge_config_file(cfg, str(path))
-    assert cfg.MODEL.META_ARCHITECTURE in ("FlowDetector", "CascadeDetector")
+    assert cfg.MODEL.META_ARCHITECTURE in ("FlowDetector", "CascadeDetector", "FlowClassifier")
