@@ -59,19 +59,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
         from dfm_d2.data.shapes import write_shapes
 
         write_shapes(Path(args.data), num_train=64, num_val=2, size=128, seed=0)
-    rows, first = [], None
+    rows, alone = [], None
     tail = (device_name(args.device), torch.__version__, commit(), f"{args.threads} threads a process")
     # One process is the same in both modes.
     runs = [("data", 1)] if 1 in args.processes else []
     runs += [(mode, processes) for mode in args.modes for processes in args.processes if processes > 1]
     for mode, processes in runs:
         p20, p50, p80 = quantiles([1 / s for s in seconds_of(args, mode, processes)])
-        first = first or p50
-        for metric, unit, scale in (
-            ("steps", "1/s", 1),
-            ("images", "1/s", processes * args.images),
-            ("steps of one process", "%", 100 / first),
-        ):
+        alone = p50 if processes == 1 else alone
+        metrics = [("steps", "1/s", 1), ("images", "1/s", processes * args.images)]
+        if alone is not None:
+            metrics.append(("steps of one process", "%", 100 / alone))
+        for metric, unit, scale in metrics:
             where = ("training", f"{mode} parallel", "sequential", metric, unit, "processes", str(processes))
             rows.append(Row(*where, p20 * scale, p50 * scale, p80 * scale, *tail))
             print(f"{mode} parallel, {processes} processes: {metric} {p50 * scale:.3g} {unit}", flush=True)

@@ -28,18 +28,12 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
-        if cause is not None and cause.errno is not None:
+        # torch.save hides what the operating system said in a RuntimeError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and cause.errno is not None:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The error of the operating system behind one: torch.save hides it in a RuntimeError."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:

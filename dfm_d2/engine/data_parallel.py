@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dfm_d2.core.processes import current_group, total_processes, world_size
+from dfm_d2.core.processes import current_group, mean_over_processes, total_processes, world_size
+from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.process_grid import ProcessGrid
+from dfm_d2.framework import HookBase
 
 
 class GradientReducer:
@@ -73,6 +75,20 @@ def of_all_processes(values: dict[str, float]) -> dict[str, float]:
     }
 
 
+def gathered(values: list, group: dist.ProcessGroup | None) -> list:
+    """The values of all processes of a group, once each, in their order; None: of this one."""
+    if group is None:
+        return values
+    lists: list[list] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(lists, values, group=group)
+    return list(dict.fromkeys(value for found in lists for value in found))
+
+
+def current_processes() -> dist.ProcessGroup | None:
+    """The processes of `among`, or all; None where there is only one."""
+    return None if world_size() == 1 else current_group() or dist.group.WORLD
+
+
 def _ranks() -> list[int]:
     """The processes of the current group."""
     group = current_group()
@@ -86,3 +102,44 @@ def broadcast_model(model: nn.Module) -> None:
         return
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
+
+
+class Gathering(HookBase):
+    """Brings the processes to one state before an evaluation or a checkpoint looks at it."""
+
+    def __init__(self, periods: Sequence[int]):
+        """``periods``: of those, in iterations; 0: never. After the last iteration in any case."""
+        self.periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        """Gather if it is time to."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
+            self.gather()
+
+    def gather(self) -> None:
+        """All processes call this at the same time."""
+        raise NotImplementedError
+
+
+class MeanStatistics(Gathering):
+    """Gives every process the mean of the running statistics of batch norms: each process has seen its own
+    images, and what is evaluated must be what is saved."""
+
+    def __init__(self, periods: Sequence[int], ema: ModelEMA | None = None):
+        """``ema``: averaged weights, whose statistics are treated alike."""
+        super().__init__(periods)
+        self.ema = ema
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Average in place."""
+        for name, module in self.trainer.model.named_modules():
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+                continue
+            for key in ("running_mean", "running_var"):
+                statistics = [getattr(module, key)]
+                if self.ema is not None:
+                    statistics.append(self.ema.weights[f"{name}.{key}"])
+                for tensor in statistics:
+                    tensor.copy_(mean_over_processes(tensor))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfm_d2.engine.checkpoint import TRAINING_ONLY
+
 
 class ModelEMA:
     """The average of a model's weights over the iterations.
@@ -55,8 +57,14 @@ class ModelEMA:
         return {"updates": self.updates, "weights": self.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore; ValueError when the names or shapes are not this model's."""
-        weights = state_dict["weights"]
+        """Restore; ValueError when the names or shapes are not this model's.
+
+        What only training uses and was not trained then begins at the model's present weights.
+        """
+        weights, present = dict(state_dict["weights"]), self.model.state_dict()
+        for name in self.weights:
+            if name.startswith(TRAINING_ONLY):
+                weights.setdefault(name, present[name])
         for name, value in self.weights.items():
             if name not in weights or weights[name].shape != value.shape:
                 raise ValueError(

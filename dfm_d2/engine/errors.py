@@ -25,9 +25,17 @@ class NonFiniteLossError(FloatingPointError):
     """
 
     def __init__(
-        self, values: dict[str, float], iteration: int | None = None, image_ids: Sequence[object] = ()
+        self,
+        values: dict[str, float],
+        iteration: int | None = None,
+        image_ids: Sequence[object] = (),
+        raised_by: object = None,
     ):
-        """``values``: the offending entries by their key, such as ``{"loss_cls/p0": nan}``."""
+        """
+        values: the offending entries by their key, such as ``{"loss_cls/p0": nan}``.
+        raised_by: the group of processes that all raise it, each knowing its own images; None: this alone.
+        """
+        self.raised_by = raised_by
         self.values = dict(values)
         self.iteration = iteration
         self.image_ids = list(image_ids)

@@ -15,7 +15,7 @@ import tqdm
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.framework import HookBase
+from dfm_d2.framework import EvalHook, HookBase
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +31,16 @@ class EMAHook(HookBase):
     def after_step(self) -> None:
         """Update the average."""
         self.ema.update()
+
+
+class FinalEvalHook(EvalHook):
+    """Detectron2's hook, which after the last iteration evaluates even where that iteration failed: there one
+    process would wait for others that are still at work on it."""
+
+    def after_train(self) -> None:
+        """Evaluate, unless training failed."""
+        if not self.trainer.failed:
+            super().after_train()
 
 
 class BestCheckpointHook(HookBase):

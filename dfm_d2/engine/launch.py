@@ -1,7 +1,6 @@
 """Several processes of one run: started here, as Detectron2's `launch` does, or by torchrun; GPUs or CPUs."""
 
 import argparse
-import datetime
 import os
 import socket
 import sys
@@ -12,13 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dfm_d2.core.processes import TIMEOUT
 from dfm_d2.engine.errors import NonFiniteLossError, UserError
 from dfm_d2.engine.setup import uses_gpu
 from dfm_d2.framework import CfgNode, default_argument_parser
-
-# A process that waits this long for the others gives up. Those that wait while the main process computes the
-# AP of a large data set must not; one that died is noticed at once, by its connection.
-_TIMEOUT = datetime.timedelta(minutes=60)
 
 Main = Callable[[argparse.Namespace], object]
 
@@ -106,7 +102,7 @@ def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int,
     if on_gpu:
         torch.cuda.set_device(local_rank)
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, **place)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
     except (RuntimeError, ValueError, dist.DistError) as error:
         place = url or "the address of torchrun"
         return _failed(UserError(f"the processes could not meet at {place}: {error}"))

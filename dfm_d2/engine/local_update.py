@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from dfm_d2.core import at_least_float32
+from dfm_d2.core.processes import mean_over_processes
 from dfm_d2.engine.block_optimizer import BlockOptimizer
 from dfm_d2.engine.blocks import predictor_block
-from dfm_d2.engine.data_parallel import is_true_anywhere, of_all_processes
+from dfm_d2.engine.data_parallel import current_processes, is_true_anywhere, of_all_processes
 from dfm_d2.engine.errors import NonFiniteLossError
 
 BACKBONE_UPDATES = ("accumulate", "frozen", "local")
@@ -89,7 +90,7 @@ def check_finite(losses: dict[str, Tensor]) -> None:
         if value != value or value in (float("inf"), -float("inf"))
     }
     if is_true_anywhere(bool(bad), losses[keys[0]].device):
-        raise NonFiniteLossError(of_all_processes(bad))
+        raise NonFiniteLossError(of_all_processes(bad), raised_by=current_processes())
 
 
 def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,6 +111,11 @@ class Update(ABC):
         Raises NonFiniteLossError before any parameter is changed; where blocks are stepped one by one, before
         the offending block is changed.
         """
+
+    def of_all_processes(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """What ``step`` returned, as numbers: the means over the processes, which all have the same keys."""
+        values = torch.stack([value.detach().double() for value in metrics.values()])
+        return dict(zip(metrics, mean_over_processes(values).tolist()))
 
     def share(self, batch: list[dict]) -> list[dict]:
         """The batch that ``prepare`` is to see, of the one that this process has loaded."""

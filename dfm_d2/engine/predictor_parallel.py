@@ -15,6 +15,7 @@ from torch import Tensor
 from dfm_d2.core.processes import among
 from dfm_d2.engine.block_optimizer import BlockOptimizer
 from dfm_d2.engine.blocks import predictor_block
+from dfm_d2.engine.data_parallel import Gathering
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.local_update import (
     Autocast,
@@ -25,7 +26,6 @@ from dfm_d2.engine.local_update import (
     norms,
 )
 from dfm_d2.engine.process_grid import ProcessGrid
-from dfm_d2.framework import HookBase
 
 
 @runtime_checkable
@@ -90,7 +90,7 @@ class PredictorParallelUpdate(SequentialUpdate):
         del leaves
         backward_shared(features, gradients)
         optimizer.step()
-        return self._of_all(metrics | norms(optimizer))
+        return metrics | norms(optimizer)
 
     def _rows(self) -> list[slice]:
         """The places of each member's images in the batch of the row."""
@@ -138,9 +138,8 @@ class PredictorParallelUpdate(SequentialUpdate):
         to = self.grid.first + self.grid.owner(index)
         return [dist.isend(chain[index].contiguous(), to, group=self.grid.row)]
 
-    @staticmethod
-    def _of_all(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The metrics of all processes: of each name the mean over those that have it."""
+    def of_all_processes(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """What ``step`` returned, as numbers: of each name the mean over the processes that have it."""
         own = {key: float(value) for key, value in metrics.items()}
         gathered: list[dict[str, float]] = [{}] * dist.get_world_size()
         dist.all_gather_object(gathered, own)
@@ -148,30 +147,24 @@ class PredictorParallelUpdate(SequentialUpdate):
         for found in gathered:
             for key, value in found.items():
                 values.setdefault(key, []).append(value)
-        return {key: torch.tensor(sum(found) / len(found)) for key, found in values.items()}
+        return {key: sum(found) / len(found) for key, found in values.items()}
 
 
-class GatherBlocks(HookBase):
+class GatherBlocks(Gathering):
     """Brings the predictors of others up to date before an evaluation or a checkpoint looks at them all."""
 
     def __init__(
         self, grid: ProcessGrid, optimizer: BlockOptimizer, periods: tuple[int, ...], ema: ModelEMA | None
     ):
-        """``periods``: of what needs them, in iterations; 0: never. After the last iteration in any case."""
+        """``periods``: see Gathering."""
+        super().__init__(periods)
         self.grid = grid
         self.optimizer = optimizer
-        self.periods = [period for period in periods if period > 0]
         self.ema = ema
-
-    def after_step(self) -> None:
-        """Gather if it is time to."""
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
-            self.gather()
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Parameters (and averages) go to all of the row, the optimizer's state to its first process."""
+        """Parameters (and averages) go to all of the row, the optimizer's state to the first process."""
         grid, state = self.grid, self.optimizer.state_by_name()
         owned: dict[str, dict] = {}
         for index in range(self.trainer.model.num_predictors):
@@ -185,6 +178,8 @@ class GatherBlocks(HookBase):
                         key: value.cpu() if torch.is_tensor(value) else value
                         for key, value in state[name].items()
                     }
+        if grid.first != 0:  # the first process writes, of the first row
+            return
         received: list[dict] | None = [{}] * grid.members if grid.member == 0 else None
         dist.gather_object(owned, received, grid.first, group=grid.host)
         self.optimizer.elsewhere = {name: entry for part in received or [] for name, entry in part.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from dfm_d2.core.processes import total_processes
+from dfm_d2.core.processes import TIMEOUT, total_processes
 from dfm_d2.engine.blocks import SHARED_BLOCK, predictor_index
 
 
@@ -45,9 +45,9 @@ class ProcessGrid:
         rank = dist.get_rank()
         rows = [list(range(first, first + members)) for first in range(0, world, members)]
         columns = [list(range(member, world, members)) for member in range(members)]
-        row, _ = dist.new_subgroups_by_enumeration(rows)
-        replicas, _ = dist.new_subgroups_by_enumeration(columns)
-        host, _ = dist.new_subgroups_by_enumeration(rows, backend="gloo")
+        row, _ = dist.new_subgroups_by_enumeration(rows, timeout=TIMEOUT)
+        replicas, _ = dist.new_subgroups_by_enumeration(columns, timeout=TIMEOUT)
+        host, _ = dist.new_subgroups_by_enumeration(rows, timeout=TIMEOUT, backend="gloo")
         return cls(members, rank % members, rank - rank % members, row, replicas, host)
 
     def owner(self, index: int) -> int:

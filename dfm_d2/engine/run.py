@@ -11,14 +11,14 @@ from torch import nn
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.block_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.data_parallel import broadcast_model
+from dfm_d2.engine.data_parallel import MeanStatistics, broadcast_model
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.errors import input_errors, output_errors
-from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar
+from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, FinalEvalHook, ProgressBar
 from dfm_d2.engine.local_update import Update, build_update
 from dfm_d2.engine.metrics_file import METRICS_FILE, cut_back, flatten
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
-from dfm_d2.engine.predictor_parallel import GatherBlocks, PredictorParallelUpdate
+from dfm_d2.engine.predictor_parallel import GatherBlocks, PredictorParallelUpdate, Shareable
 from dfm_d2.engine.process_grid import ProcessGrid
 from dfm_d2.engine.progress import evaluation_bar
 from dfm_d2.engine.tasks import task_of
@@ -26,7 +26,6 @@ from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.engine.weights import Preprocessing
 from dfm_d2.framework import (
     CfgNode,
-    EvalHook,
     EventStorage,
     IterationTimer,
     JSONWriter,
@@ -55,8 +54,10 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
     if ema is not None:
         trainer.register_hooks([EMAHook(ema)])
+    periods = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
+    if comm.get_world_size() > 1:
+        trainer.register_hooks([MeanStatistics(periods, ema)])
     if isinstance(trainer.update, PredictorParallelUpdate):
-        periods = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
         trainer.register_hooks([GatherBlocks(trainer.update.grid, trainer.optimizer, periods, ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
     start = _load_start(cfg, checkpointer, trainer, resume)
@@ -85,7 +86,7 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
 
     period, folder = cfg.SOLVER.LOG_PERIOD, cfg.OUTPUT_DIR
     # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
-    trainer.register_hooks([EvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
+    trainer.register_hooks([FinalEvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
     if comm.is_main_process():
         writers = [
             JSONWriter(str(Path(folder) / METRICS_FILE), window_size=period),
@@ -170,7 +171,7 @@ def build_trainer(cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
             model,
             lambda position: task_of(cfg).train_loader(cfg, position),
             build_block_optimizer(cfg, model, scaler, grid),
-            _build_update(cfg, grid, dtype),
+            _build_update(cfg, model, grid, dtype),
             autocast_factory(device, dtype),
             images_per_step=cfg.SOLVER.IMS_PER_BATCH,
             window=cfg.SOLVER.LOG_PERIOD,
@@ -179,7 +180,7 @@ def build_trainer(cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
     return trainer
 
 
-def _build_update(cfg: CfgNode, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
+def _build_update(cfg: CfgNode, model: nn.Module, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
     dfm = cfg.MODEL.DFM
     if grid.members == 1:
         return build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
@@ -187,6 +188,10 @@ def _build_update(cfg: CfgNode, grid: ProcessGrid, dtype: torch.dtype | None) ->
         raise ValueError(
             "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
             "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
+        )
+    if not isinstance(model, Shareable):
+        raise ValueError(
+            f"{type(model).__name__} cannot share out its predictors: set MODEL.DFM.PREDICTOR_RANKS 1."
         )
     return PredictorParallelUpdate(grid, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfm_d2.core.processes import mean_over_processes
 from dfm_d2.engine.block_optimizer import BlockOptimizer
+from dfm_d2.engine.data_parallel import gathered
 from dfm_d2.engine.errors import NonFiniteLossError, UserError, input_errors, output_errors
 from dfm_d2.engine.local_update import Autocast, LocallyTrainable, Update
 from dfm_d2.framework import TrainerBase
@@ -96,11 +96,14 @@ class LocalUpdateTrainer(TrainerBase):
         with input_errors():
             batch = next(self._open_stream())
         data_time = time.perf_counter() - start
-        prepared = self.model.prepare(self.update.share(batch), self.iter)
+        batch = self.update.share(batch)
+        with input_errors():
+            prepared = self.model.prepare(batch, self.iter)
         try:
             metrics = self.update.step(self.model, prepared, self.optimizer, self.autocast)
         except NonFiniteLossError as error:
-            raise error.at(self.iter, [item.get("image_id") for item in batch]) from None
+            ids = gathered([item.get("image_id") for item in batch], error.raised_by)
+            raise error.at(self.iter, ids) from None
         self.data_position += self.images_per_step
         self._write_metrics(metrics, data_time)
         self.failed = False
@@ -118,10 +121,9 @@ class LocalUpdateTrainer(TrainerBase):
         return self._batches
 
     def _write_metrics(self, metrics: dict[str, Tensor], data_time: float) -> None:
-        values = torch.stack([value.detach().double() for value in metrics.values()])
-        values = mean_over_processes(values).tolist()
-        total = sum(value for key, value in zip(metrics, values) if key.startswith("loss"))
-        scalars = {"total_loss": total, **dict(zip(metrics, values))}
+        values = self.update.of_all_processes(metrics)
+        total = sum(value for key, value in values.items() if key.startswith("loss"))
+        scalars = {"total_loss": total, **values}
         self.storage.put_scalars(**scalars)
         self._metric_names.update(scalars)
         self.storage.put_scalar("data_time", data_time)
@@ -141,12 +143,24 @@ class LocalUpdateTrainer(TrainerBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``; train from ``state_dict["iteration"] + 1``."""
-        super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        super().load_state_dict(self._of_these_groups(state_dict))
         self.data_position = state_dict["data_position"]
         self._restored_rng = state_dict["rng"]
         self._restored_history = state_dict["history"]
         self._metric_names = set(self._restored_history)
+
+    def _of_these_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state with the schedule of this run's parameter groups: another update mode has others."""
+        hooks = dict(state_dict.get("hooks", {}))
+        schedule = hooks.get("LRScheduler")
+        if schedule is not None:
+            groups = self.optimizer.param_groups
+            rates = {"base_lrs": [group.get("initial_lr", group["lr"]) for group in groups]}
+            if "_last_lr" in schedule:
+                rates["_last_lr"] = [group["lr"] for group in groups]
+            hooks["LRScheduler"] = {**schedule, **rates}
+        return {**state_dict, "hooks": hooks} if hooks else state_dict
 
     def _history(self) -> dict[str, list[tuple[float, int]]]:
         """The last ``window`` values of the metrics of a step: {name: [(value, iteration), ...]}."""

@@ -35,7 +35,7 @@ from dfm_d2.losses import (
 from dfm_d2.modeling.from_config import detector_arguments, owners_in_bottom_up
 from dfm_d2.modeling.postprocess import detections
 from dfm_d2.modeling.sampler import BoxSampler, Candidates, Flow
-from dfm_d2.modeling.training import Prepared, disagreement, pad_ground_truth
+from dfm_d2.modeling.training import Prepared, disagreement, of_common_size, pad_ground_truth
 from dfm_d2.predictors import PredictorStack, StagePredictor
 
 # Takes the name and the losses of a backbone stage as soon as they are there.
@@ -172,7 +172,7 @@ class FlowDetector(nn.Module):
 
         Noise depends on (seed, iteration, image id), t besides on the predictor, and on nothing else.
         """
-        images = self._images(batched_inputs)
+        images = of_common_size(self._images(batched_inputs))
         image_sizes = self._image_sizes(images)
         ground_truth = pad_ground_truth(batched_inputs, image_sizes, self.space, self.num_classes)
         ids = self.image_ids(batched_inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dfm_d2.core import BoxSpace, PathSample
+from dfm_d2.core.processes import max_over_processes, world_size
 from dfm_d2.framework import ImageList
 from dfm_d2.losses import DynamicK, GroundTruth
 
@@ -51,6 +52,16 @@ class Prepared(NamedTuple):
             None if self.gt_index is None else self.gt_index[images],
             [rows(sample) for sample in self.stage_samples],
         )
+
+
+def of_common_size(images: ImageList) -> ImageList:
+    """The images padded as those of all processes together would be: what is beyond an image shows in it."""
+    height, width = images.tensor.shape[-2:]
+    size = torch.tensor([height, width], device=images.tensor.device)
+    extra = (max_over_processes(size) - size).tolist() if world_size() > 1 else [0, 0]
+    if not any(extra):
+        return images
+    return ImageList(torch.nn.functional.pad(images.tensor, (0, extra[1], 0, extra[0])), images.image_sizes)
 
 
 def pad_ground_truth(

@@ -84,6 +84,18 @@ def test_atomic_writes_replace_in_one_step(tmp_path):
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 
+def test_an_interruption_goes_through_an_atomic_write(tmp_path):
+    def interrupted(file):
+        raise KeyboardInterrupt
+
+    try:
+        raise FileNotFoundError(2, "another error, that is being handled", "elsewhere")
+    except FileNotFoundError:
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(tmp_path / "file", interrupted)
+    assert not os.listdir(tmp_path)
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path):
     checkpointer = SafeCheckpointer(ToyModel(), str(tmp_path))
     checkpointer.save("model")

@@ -123,11 +123,41 @@ def test_an_image_that_is_not_a_number_stops_training_with_its_name(
     assert all(value.isfinite().all() for value in twin.state_dict().values())
 
 
+PREDICTOR_PARALLEL = ("MODEL.DFM.UPDATE=parallel", "MODEL.DFM.PREDICTOR_RANKS=2")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("nan", ()),
+        ("nan", (*PREDICTOR_PARALLEL, "MODEL.DFM.STEP_IN_BACKWARD=True")),
+        ("data", ()),
+        ("data", PREDICTOR_PARALLEL),
+    ],
+)
+def test_an_error_in_the_last_iteration_of_one_process_ends_all(shapes, tmp_path, kind, keys):
+    """Where there is an evaluation still to come, for which the processes would wait for each other."""
+    arguments = command(
+        shapes, tmp_path, "--num-gpus", "2", "SOLVER.MAX_ITER=3", "SOLVER.CHECKPOINT_PERIOD=1", *keys
+    )
+    script = str(Path(__file__).with_name("bad_training.py"))
+    done = run([arguments[0], script, kind, "2", *arguments[2:]], status=1 if kind == "nan" else 2)
+    assert "Traceback" not in done.stderr
+    if kind == "nan":
+        spoilt = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("spoilt"))
+        errors = [line for line in done.stderr.splitlines() if "Not finite at iteration 2" in line]
+        assert errors and all(f"'{spoilt}'" in line for line in errors), done.stderr
+    else:
+        assert "bad.jpg cannot be read" in done.stderr
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 STARTS = {
     "data parallel": (["--num-gpus", "2"], ()),
     "predictor parallel": (
-        ["--num-gpus", "2", "MODEL.DFM.UPDATE=parallel", "MODEL.DFM.PREDICTOR_RANKS=2"],
+        ["--num-gpus", "2", *PREDICTOR_PARALLEL],
         (),
     ),
     "torchrun": ([], TORCHRUN),

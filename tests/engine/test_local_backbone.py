@@ -1,6 +1,7 @@
 """BACKBONE_UPDATE local: every stage of the backbone is a block, and no gradient leaves it."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from tiny_model import tiny_cfg
 from toy_model import toy_config
 
 from dfm_d2.engine.block_optimizer import build_block_optimizer, check_blocks
-from dfm_d2.engine.checkpoint import SafeCheckpointer
+from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
+from dfm_d2.engine.ema import ModelEMA
+from dfm_d2.engine.hooks import EMAHook
 from dfm_d2.engine.local_update import build_update, sum_losses
-from dfm_d2.framework import build_model
+from dfm_d2.engine.trainer import LocalUpdateTrainer
+from dfm_d2.framework import LRScheduler, build_lr_scheduler, build_model
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -96,25 +100,56 @@ def test_inference_does_not_see_the_stages(make_model, make_input):
     torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("first", "second"), [("local", "accumulate"), ("accumulate", "local")])
-def test_a_checkpoint_of_one_mode_continues_in_the_other(make_model, inputs, tmp_path, first, second):
-    model = make_model(BACKBONE_UPDATE=first).train()
-    optimizer = build_block_optimizer(toy_config(), model)
-    build_update("sequential", first, False).step(
-        model, model.prepare(inputs, 0), optimizer, contextlib.nullcontext
+def trainer_of(model, make_input, folder, backbone_update: str, optimizer: str):
+    """The trainer of train_net: with a schedule, averaged weights and a checkpoint after every iteration."""
+
+    def loader(position):
+        while True:
+            yield [make_input(f"i{position + place}") for place in range(2)]
+            position += 2
+
+    cfg = toy_config(OPTIMIZER=optimizer, MOMENTUM=0.9)
+    trainer = LocalUpdateTrainer(
+        model.train(),
+        loader,
+        build_block_optimizer(cfg, model),
+        build_update("sequential", backbone_update, False),
+        contextlib.nullcontext,
+        images_per_step=2,
     )
-    SafeCheckpointer(model, str(tmp_path), optimizer=optimizer).save("model")
-    other = make_model(seed=1, BACKBONE_UPDATE=second).train()
-    continued = build_block_optimizer(toy_config(), other)
-    SafeCheckpointer(other, str(tmp_path), optimizer=continued).resume_or_load("")
+    trainer.scheduler = build_lr_scheduler(cfg, trainer.optimizer)
+    ema = ModelEMA(model, 0.5)
+    checkpointer = SafeCheckpointer(model, str(folder), trainer=trainer, ema=ema)
+    hooks = [LRScheduler(trainer.optimizer, trainer.scheduler), EMAHook(ema)]
+    trainer.register_hooks([*hooks, CheckpointHook(checkpointer, 1, 0)])
+    return trainer, checkpointer, ema
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("first", "second"), itertools.permutations(("accumulate", "frozen", "local"), 2), ids=" ".join
+)
+def test_a_run_of_one_mode_continues_in_another(make_model, make_input, tmp_path, first, second, optimizer):
+    model = make_model(BACKBONE_UPDATE=first)
+    trainer, _, ema = trainer_of(model, make_input, tmp_path, first, optimizer)
+    trainer.train(0, 2)
+    other = make_model(seed=1, BACKBONE_UPDATE=second)
+    continued, checkpointer, other_ema = trainer_of(other, make_input, tmp_path, second, optimizer)
+    checkpointer.resume_or_load("")
     shared = model.state_dict().keys() & other.state_dict().keys()
     assert len(shared) == min(len(model.state_dict()), len(other.state_dict()))
-    assert all(torch.equal(model.state_dict()[name], other.state_dict()[name]) for name in shared)
-    build_update("sequential", second, False).step(
-        other, other.prepare(inputs, 1), continued, contextlib.nullcontext
-    )
-    state = continued.state_dict()["state"]
-    assert state["predictors.0.box_answer.weight"]["step"] == 2
+    for name in shared:
+        assert torch.equal(model.state_dict()[name], other.state_dict()[name])
+        assert torch.equal(ema.weights[name], other_ema.weights[name])
+    for name in other.state_dict().keys() - shared:
+        assert torch.equal(other_ema.weights[name], other.state_dict()[name])
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert {group["lr"] for group in continued.optimizer.param_groups} == rates
+    continued.train(2, 4)
+    key = "step" if optimizer == "adamw" else "momentum_buffer"
+    state = continued.optimizer.state_dict()["state"]["predictors.0.box_answer.weight"][key]
+    assert state == 4 if optimizer == "adamw" else state.any()
+    assert all(value.isfinite().all() for value in other.state_dict().values())
 
 
 def test_a_backbone_without_stages_is_one_sentence():

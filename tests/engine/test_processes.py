@@ -1,5 +1,6 @@
 """Several real processes on the CPU: the same training as one."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -42,6 +43,21 @@ def test_under_torchrun(shapes, alone, tmp_path, update):
         options.append("MODEL.DFM.STEP_IN_BACKWARD=True")
     run(command(shapes, tmp_path, *options, launcher=torchrun))
     assert_same(parameters(tmp_path), alone)
+
+
+@pytest.mark.timeout(240)
+def test_what_two_processes_evaluate_is_what_they_save(shapes, tmp_path):
+    """With batch norms, whose statistics are each process's own while it trains."""
+    options = ("MODEL.RESNETS.NORM=BN", "MODEL.FPN.NORM=BN", "SOLVER.MAX_ITER=2", "SOLVER.EMA_DECAY=0.5")
+    run(command(shapes, tmp_path, "--num-gpus", "2", *options))
+    files = [tmp_path / f"inference{kind}/coco_instances_results.json" for kind in ("", "_ema")]
+    during = [json.loads(file.read_text()) for file in files]
+    run(command(shapes, tmp_path, "--eval-only", f"MODEL.WEIGHTS={tmp_path}/model_final.pth", *options))
+    after = [json.loads(file.read_text()) for file in files]
+    for found, expected in zip(after, during):
+        assert len(found) == len(expected) > 20
+        scores = [[entry["score"] for entry in entries] for entries in (found, expected)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
 @pytest.mark.timeout(120)
