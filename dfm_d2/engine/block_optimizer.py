@@ -198,8 +198,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             groups.append({**(known or _scheduled(group, options)), "params": list(indices)})
             by_index |= {i: dict(state[name]) for i, name in zip(indices, names) if name in state}
             if any("momentum_buffer" in entry for entry in by_index.values()):
-                # The fused SGD wants it of all that have a gradient, or of none; from zero its first step is the
-                # one from none. Those that were there and have none have no gradient.
+                # The fused SGD wants it of all that have a gradient, or of none; from zero its first step is
+                # the one from none. Those that were there and have none have no gradient.
                 for i, name, parameter in zip(indices, names, group["params"]):
                     if name not in options:
                         by_index.setdefault(i, {"momentum_buffer": torch.zeros_like(parameter)})
