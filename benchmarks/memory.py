@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
-from rows import RESULTS, Row, commit, device_name, quantiles, save_rows  # noqa: E402
+from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
 from simulated_memory import MIB, simulate  # noqa: E402
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/memory_<device>.csv and .png"
     )
+    parser.add_argument("--name", default="", help="of these files, in the place of memory_<device>")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     small = args.device == "cpu"
@@ -283,9 +284,10 @@ def report(args: argparse.Namespace) -> None:
         )  # fmt: skip
         print(f"step time {mode}/joint, in turns, D=6: {ratio:.3f}")
     if args.save:
-        path = save_rows(f"memory_{args.device}", rows)
-        draw(path, activations, setting, RESULTS / f"memory_{args.device}.png")
-        print(RESULTS / f"memory_{args.device}.png")
+        path = save_rows(args.name or f"memory_{args.device}", rows)
+        if len(counts) > 1:
+            draw(path, activations, setting, path.with_suffix(".png"))
+            print(path.with_suffix(".png"))
     if {"joint", "sequential"} <= set(args.modes) and len(counts) > 1:
         first, last = counts[0], counts[-1]
         growth = {
