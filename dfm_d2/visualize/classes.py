@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfm_d2.visualize import class_color, plt, save_figure
+from dfm_d2.visualize.pictures import class_color, plt, save_figure
 
 Curve = Sequence[tuple[float, float]]
 

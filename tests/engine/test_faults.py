@@ -130,10 +130,10 @@ PREDICTOR_PARALLEL = ("MODEL.DFM.UPDATE=parallel", "MODEL.DFM.PREDICTOR_RANKS=2"
 @pytest.mark.parametrize(
     ("kind", "keys"),
     [
-        ("nan", ()),
+        pytest.param("nan", (), marks=pytest.mark.slow),
         ("nan", (*PREDICTOR_PARALLEL, "MODEL.DFM.STEP_IN_BACKWARD=True")),
         ("data", ()),
-        ("data", PREDICTOR_PARALLEL),
+        pytest.param("data", PREDICTOR_PARALLEL, marks=pytest.mark.slow),
     ],
 )
 def test_an_error_in_the_last_iteration_of_one_process_ends_all(shapes, tmp_path, kind, keys):
@@ -178,7 +178,10 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    "start",
+    [pytest.param(s, marks=() if s == "predictor parallel" else pytest.mark.slow) for s in STARTS],
+)
 def test_a_process_that_dies_ends_the_run_in_seconds_with_its_name(shapes, tmp_path, start):
     arguments, launcher = STARTS[start]
     arguments = command(shapes, tmp_path, "SOLVER.MAX_ITER=100000", *arguments, launcher=launcher)

@@ -35,7 +35,7 @@ def test_two_processes_train_what_one_trains_and_one_continues(shapes, alone, tm
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("update", ["joint", "sequential"])
+@pytest.mark.parametrize("update", [pytest.param("joint", marks=pytest.mark.slow), "sequential"])
 def test_under_torchrun(shapes, alone, tmp_path, update):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     options = ["SOLVER.MAX_ITER=3", f"MODEL.DFM.UPDATE={update}"]
