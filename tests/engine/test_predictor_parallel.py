@@ -1,7 +1,9 @@
 """Predictors shared out among real processes on the CPU: the same training as in one."""
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,14 @@ GRIDS = [(name, *grid) for name, (_, grids) in SCENARIOS.items() for grid in gri
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory) -> Iterator[Path]:
     """The folder of all checkpoints that grid_training.py writes."""
     folder = tmp_path_factory.mktemp("grids")
     script = [sys.executable, str(Path(__file__).with_name("grid_training.py")), str(folder)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # gigabytes
 
 
 @pytest.mark.timeout(300)
