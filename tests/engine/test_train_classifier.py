@@ -217,6 +217,13 @@ def test_a_checkpoint_needs_the_pretrained_file_no_more(run, tmp_path, capsys):
     assert "timm.pth is missing" in capsys.readouterr().err
 
 
+def test_weights_that_match_nothing_are_refused(run, tmp_path, capsys):
+    """Of another network altogether; the batch norms' counters, which torch does not miss, match nothing."""
+    torch.save({"other.weight": torch.ones(3)}, tmp_path / "other.pth")
+    assert run("MODEL.WEIGHTS", str(tmp_path / "other.pth")) == 2
+    assert "other.pth matches this model" in capsys.readouterr().err
+
+
 def test_what_the_tools_want(run, capsys):
     """--eval-only wants weights, and the detector's tool does not take a method by UPDATE.METHOD."""
     assert run(flags=("--eval-only",)) == 2
