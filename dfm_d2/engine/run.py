@@ -234,7 +234,11 @@ def _load_start(
         return trainer.iter + 1
     with input_errors():
         task_of(cfg).check_start(cfg)
+    model = trainer.model
+    set_by_config = getattr(model, "set_by_config", ())
+    own = {name: value.clone() for name, value in model.named_buffers() if name in set_by_config}
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    model.load_state_dict(own, strict=False)
     if resume:
         _logger.info("%s has no checkpoint yet: training from the start", cfg.OUTPUT_DIR)
     broadcast_model(trainer.model)

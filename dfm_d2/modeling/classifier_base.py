@@ -36,6 +36,8 @@ class Classifier(nn.Module, ABC):
     # Which data, evaluation and pictures go with the model, see dfm_d2.engine.tasks.
     task = "classification"
     is_local = True
+    # Buffers that weights to start a training from do not replace; a resume and an evaluation do.
+    set_by_config = ("temperature", "label_space.weight")
     # There are no predictors besides those of the blocks.
     num_predictors = 0
 
