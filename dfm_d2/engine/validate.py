@@ -73,7 +73,6 @@ LEAST: dict[str, float] = {
     "MODEL.DFM.SAMPLER.NOISE_PASSES": 1,
     "MODEL.DFM.SAMPLER.NUM_PROPOSALS": 0,
     "MODEL.DFM.SAMPLER.STEPS": 0,
-    "SOLVER.BASE_LR": 0.0,
     "SOLVER.BLOCK_CLIP_NORM": 0.0,
     "SOLVER.CHECKPOINTS_TO_KEEP": 0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
@@ -114,6 +113,8 @@ def _problems(cfg: CfgNode) -> Iterator[str]:
         value = get_key(cfg, key)
         if not value >= least:
             yield f"{key} is {value}; it must be at least {least}."
+    if not cfg.SOLVER.BASE_LR > 0:
+        yield f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR}; it must be greater than 0."
     if not cfg.SEED < 2**31:
         yield f"SEED is {cfg.SEED}; it must be less than {2**31} (negative: a random one)."
     if not 0.0 <= cfg.SOLVER.EMA_DECAY < 1.0:
