@@ -110,6 +110,11 @@ def classifier_problems(cfg: CfgNode) -> Iterator[str]:
             "UPDATE.METHOD stochastic_forward_forward needs SOLVER.IMS_PER_BATCH of at least 2: it compares "
             "the images of a batch."
         )
+    if c.SHUFFLE_X0 and cfg.SOLVER.IMS_PER_BATCH < 2:
+        yield (
+            "MODEL.CLASSIFIER.SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2: one image has no other's "
+            "noise, and the control would be what it controls."
+        )
     if 0 < cfg.INPUT.IMAGE_SIZE <= cfg.INPUT.RANDOM_SHIFT:
         yield (
             f"INPUT.RANDOM_SHIFT is {cfg.INPUT.RANDOM_SHIFT}; it must be less than INPUT.IMAGE_SIZE "

@@ -141,6 +141,10 @@ CASES = {
     "shift": (["INPUT.RANDOM_SHIFT", "8"], "INPUT.RANDOM_SHIFT is 8, but digits["),
     "resized shift": (["INPUT.RANDOM_SHIFT", "9", "INPUT.IMAGE_SIZE", "9"], "RANDOM_SHIFT is 9; it must"),
     "learning rate": (["SOLVER.BASE_LR", "0.0"], "BASE_LR is 0.0; it must be greater than 0"),
+    "one image's noise": (
+        ["MODEL.CLASSIFIER.SHUFFLE_X0", "True", "SOLVER.IMS_PER_BATCH", "1"],
+        "SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2",
+    ),
     "pixels": (["MODEL.PIXEL_MEAN", "[1.0, 2.0]"], "it must have 1 or 3 numbers"),
     "class number": (["MODEL.DFM.NUM_CLASSES", "3"], "MODEL.DFM.NUM_CLASSES is 3"),
     "frozen resnet": (
