@@ -20,7 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dfm_d2.framework import build_model
-from dfm_d2.modeling.forward_forward import unit_square
+from dfm_d2.modeling.forward_forward import ForwardForwardClassifier, unit_square
+from dfm_d2.modeling.stochastic_forward_forward import StochasticForwardForwardClassifier
 
 METHODS = ["flow", "backprop", "forward_forward", "stochastic_ff"]
 # Training images that the probe and the neighbours see at most.
@@ -29,7 +30,14 @@ _IMAGES = 5000
 
 @torch.no_grad()
 def features(model, loader: Sequence[list[dict]], limit: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Averaged outputs `(n, C)` of every block, as the model's own blocks see their inputs, and labels."""
+    """Averaged outputs `(n, C)` of every block, and labels.
+
+    Inputs of blocks are normalised where the model's own are: of Forward-Forward those after the first, of
+    the stochastic variant all. Images have no label in them, and inputs no noise.
+    """
+    from_block = {ForwardForwardClassifier: 1, StochasticForwardForwardClassifier: 0}.get(
+        type(model), model.num_blocks
+    )
     found: list[list] = [[] for _ in range(model.num_blocks)]
     labels: list[int] = []
     for batch in loader:
@@ -37,10 +45,8 @@ def features(model, loader: Sequence[list[dict]], limit: int) -> tuple[list[np.n
             break
         x = model.normalised(batch)
         for d in range(model.num_blocks):
-            x = model.backbone.forward_block(d, x)
+            x = model.backbone.forward_block(d, unit_square(x) if d >= from_block else x)
             found[d].append(model.backbone.grid(x).mean((2, 3)).cpu().numpy())
-            if "ForwardForward" in type(model).__name__:
-                x = unit_square(x)
         labels += [item["label"] for item in batch]
     return [np.concatenate(parts) for parts in found], np.array(labels)
 

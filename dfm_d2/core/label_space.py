@@ -17,13 +17,20 @@ class LabelSpace(nn.Module):
         radius: length of every embedding; noise `N(0, I)` has length about `sqrt(E)`.
 
     Raises:
-        ValueError: not a matrix, a zero row, or a radius that is not positive.
+        ValueError: not a matrix, a row that is zero or not finite, or a radius that is not positive.
     """
 
     def __init__(self, embeddings: Tensor, *, learned: bool = False, radius: float = 1.0):
         super().__init__()
-        if embeddings.dim() != 2 or not bool((embeddings.norm(dim=1) > 0).all()):
-            raise ValueError(f"embeddings must be (K, E) without zero rows, got {tuple(embeddings.shape)}")
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must be (K, E), got {tuple(embeddings.shape)}")
+        lengths = embeddings.norm(dim=1)
+        bad = ~(lengths.isfinite() & (lengths > 0))
+        if bool(bad.any()):
+            rows = bad.nonzero().flatten().tolist()
+            raise ValueError(
+                f"embeddings must have a direction, but those of classes {rows} are zero or not finite"
+            )
         if not radius > 0:
             raise ValueError(f"radius must be positive, got {radius}")
         self.radius = radius

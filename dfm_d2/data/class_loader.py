@@ -44,6 +44,11 @@ class ClassStream(SampleStream):
         if inputs.RANDOM_FLIP == "horizontal" and rng.random() < 0.5:
             image = image[:, ::-1]
         if inputs.RANDOM_SHIFT:
+            if inputs.RANDOM_SHIFT >= min(image.shape[:2]):
+                raise ValueError(
+                    f"INPUT.RANDOM_SHIFT is {inputs.RANDOM_SHIFT}, but {entry['file_name']} has "
+                    f"{image.shape[0]} x {image.shape[1]} pixels: set it to less than its sides."
+                )
             image = shifted(image, *rng.integers(-inputs.RANDOM_SHIFT, inputs.RANDOM_SHIFT + 1, size=2))
         return _item(entry, image)
 

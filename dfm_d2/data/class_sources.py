@@ -69,21 +69,31 @@ def _tar_samples(path: Path, split: str) -> list[ClassSample]:
     try:
         # "r:": no compression, in which no member could be found without reading all before it.
         with tarfile.open(path, "r:") as archive:
-            members = [m for m in archive.getmembers() if m.isfile()]
+            found = archive.getmembers()
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
             f"DATASETS.ROOT {path} is not a plain tar ({error}): unpack it, or tar it without compression."
         ) from error
-    samples = []
-    for member in sorted(members, key=lambda m: m.name):
-        *_, found, class_name, name = ("", "", *member.name.split("/"))
-        if found == split and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            full = f"{path}:{member.name}"
+    # Of a name that comes twice, as after "tar -r", the last one is meant.
+    stored = {member.name: member for member in found if member.isfile()}
+    for member in found:
+        if member.islnk() and member.linkname in stored:  # a file of several names is stored once
+            stored[member.name] = stored[member.linkname]
+    samples: dict[str, ClassSample] = {}
+    for full_name, member in sorted(stored.items()):
+        *_, in_split, class_name, name = ("", "", *full_name.split("/"))
+        if in_split == split and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            full, image_id = f"{path}:{full_name}", f"{class_name}/{name}"
+            if image_id in samples:
+                raise ValueError(
+                    f"{full} and {samples[image_id].name} are one image by their names: tar one folder of "
+                    "<split>/<class>/<image> only."
+                )
             read = partial(_read_member, path, member.offset_data, member.size, full)
-            samples.append(ClassSample(full, f"{class_name}/{name}", class_name, read))
+            samples[image_id] = ClassSample(full, image_id, class_name, read)
     if not samples:
         raise ValueError(f"{path} has no image {split}/<class>/<image>: check DATASETS.ROOT and the split.")
-    return samples
+    return list(samples.values())
 
 
 def _read_member(path: Path, offset: int, size: int, name: str) -> np.ndarray:

@@ -69,6 +69,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in a few words; Pillow repeats the path, which the caller names already."""
+    """The error in a few words; Pillow repeats the path or open file, which the caller names already."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.split(" '")[0] or type(error).__name__
+    return text.split(" '")[0].split(" <")[0] or type(error).__name__

@@ -156,7 +156,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             _check_shapes(self.model.state_dict(), checkpoint["model"], self._path)
         incompatible = super()._load_model(checkpoint)
         missing = set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}
-        if set(self.model.state_dict()) <= missing:
+        # torch takes counters of batch norms as there where a file is of before they were.
+        if {name for name in self.model.state_dict() if not name.endswith(".num_batches_tracked")} <= missing:
             raise CheckpointError(
                 f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and MODEL.RESNETS.DEPTH."
             )

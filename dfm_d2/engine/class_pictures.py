@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dfm_d2.data.class_loader import class_item
+from dfm_d2.data.images import ImageError
 from dfm_d2.engine.hooks import loss_by_block
 from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import load_for_inference
@@ -25,7 +26,7 @@ _STEPS = 8
 def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]:
     """Write what `OUTPUT_DIR` has of a training as pictures; of a FlowClassifier also its flow.
 
-    The flow is that of `model_final.pth`, for the first test images that can be read. Returns the paths.
+    The flow is that of `model_final.pth`, for test images that can be read. Returns the paths.
     """
     folder = Path(cfg.OUTPUT_DIR)
     written = [draw_curves(folder / "curves.png", *_curves(cfg, read_metrics(folder / METRICS_FILE)))]
@@ -34,7 +35,7 @@ def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]
         trained.defrost()
         trained.MODEL.WEIGHTS = str(folder / "model_final.pth")
         model = load_for_inference(trained, list(class_names))
-        written.append(_write_flow(cfg, model, class_names, folder / "flow.png"))
+        written += _write_flow(cfg, model, class_names, folder / "flow.png")
     return written
 
 
@@ -44,7 +45,8 @@ def _curves(cfg: CfgNode, lines: list[dict]) -> tuple[dict, dict]:
     losses: dict[str, list] = {}
     accuracies: dict[str, list] = {}
     for line in lines:
-        epoch = (line["iteration"] + 1) * cfg.SOLVER.IMS_PER_BATCH / images
+        # The line of the last evaluation has the iteration that would come next.
+        epoch = min(line["iteration"] + 1, cfg.SOLVER.MAX_ITER) * cfg.SOLVER.IMS_PER_BATCH / images
         for block, value in loss_by_block(line).items():
             losses.setdefault(block, []).append((epoch, value))
         for key, value in line.items():
@@ -55,12 +57,25 @@ def _curves(cfg: CfgNode, lines: list[dict]) -> tuple[dict, dict]:
     return losses, accuracies
 
 
+def _readable(entries: Sequence[dict], cfg: CfgNode) -> list[dict]:
+    """The model's inputs of those that can be decoded; the evaluation has named the others."""
+    items = []
+    for entry in entries:
+        try:
+            items.append(class_item(entry, cfg))
+        except ImageError:
+            continue
+    return items
+
+
 @torch.no_grad()
-def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str], path: Path) -> Path:
+def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str], path: Path) -> list[Path]:
     entries = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     # Spread over the set, which may be sorted by class.
-    chosen = [entries[i] for i in np.linspace(0, len(entries) - 1, min(_SAMPLES, len(entries))).astype(int)]
-    items = [class_item(entry, cfg) for entry in chosen]
+    chosen = np.linspace(0, len(entries) - 1, min(_SAMPLES, len(entries))).astype(int)
+    items = _readable([entries[i] for i in chosen], cfg)
+    if not items:
+        return []
     images, ids = model.normalised(items), [item["image_id"] for item in items]
     # The way is what is to be seen: in several steps, of one sample, whatever inference does.
     way = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1, aggregation="velocity")
@@ -69,4 +84,4 @@ def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str],
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()
     embeddings = model.label_space.embeddings.detach().cpu().numpy()
     labels = [item["label"] for item in items]
-    return draw_class_flow(path, states, trajectory.times, labels, embeddings, class_names)
+    return [draw_class_flow(path, states, trajectory.times, labels, embeddings, class_names)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.block_optimizer import build_block_optimizer
-from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
+from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.data_parallel import MeanStatistics, broadcast_model
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.errors import input_errors, output_errors
@@ -47,8 +47,9 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     resume: continue from the last checkpoint of ``OUTPUT_DIR`` if there is one. A run that is at its end
     already is only evaluated. Raises UserError for weights that are missing or do not fit.
     """
+    has_checkpoint = resume and (Path(cfg.OUTPUT_DIR) / LAST).exists()
     with input_errors():
-        model = build_model(cfg)
+        model = build_model(without_pretrained(cfg) if has_checkpoint else cfg)
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     trainer = build_trainer(cfg, model)
     trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
@@ -122,7 +123,7 @@ def _load_trained(
 ) -> tuple[nn.Module, ModelEMA | None, int]:
     """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
     with input_errors():
-        model = build_model(cfg)
+        model = build_model(without_pretrained(cfg))
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     checkpointer = build_checkpointer(cfg, model, class_names, ema)
     path = (
@@ -135,6 +136,14 @@ def _load_trained(
         if ema is not None and ema.updates == 0:
             raise ValueError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
     return model, ema, extra.get("iteration", -1) + 1
+
+
+def without_pretrained(cfg: CfgNode) -> CfgNode:
+    """The config for a model whose weights a whole checkpoint replaces: timm's need not be there any more."""
+    changed = cfg.clone()
+    changed.defrost()
+    changed.MODEL.CLASSIFIER.TIMM.WEIGHTS = ""
+    return changed
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:

@@ -91,10 +91,29 @@ def classifier_problems(cfg: CfgNode) -> Iterator[str]:
             "MODEL.CLASSIFIER.EMBEDDING learned needs LOSS.READOUT_WEIGHT above 0: nothing else keeps the "
             "embeddings of classes apart."
         )
-    if not c.CNN.CHANNELS or len(c.CNN.CHANNELS) != len(c.CNN.STRIDES) or min(*c.CNN.CHANNELS, 1) < 1:
+    if not c.CNN.CHANNELS or len(c.CNN.CHANNELS) != len(c.CNN.STRIDES):
         yield (
             f"MODEL.CLASSIFIER.CNN.CHANNELS is {list(c.CNN.CHANNELS)}, STRIDES {list(c.CNN.STRIDES)}; give "
             "both for each stage."
+        )
+    for key in ("CHANNELS", "STRIDES"):
+        if not all(isinstance(value, int) and value >= 1 for value in c.CNN[key]):
+            yield f"MODEL.CLASSIFIER.CNN.{key} is {list(c.CNN[key])}; give whole numbers of at least 1."
+    named = list(c.SAMPLER.BLOCKS)
+    if not all(isinstance(index, int) and index >= 0 for index in named) or len(set(named)) < len(named):
+        yield (
+            f"MODEL.CLASSIFIER.SAMPLER.BLOCKS is {named}; name each block once, by its index from 0 (empty: "
+            "all)."
+        )
+    if cfg.UPDATE.METHOD == "stochastic_forward_forward" and cfg.SOLVER.IMS_PER_BATCH < 2:
+        yield (
+            "UPDATE.METHOD stochastic_forward_forward needs SOLVER.IMS_PER_BATCH of at least 2: it compares "
+            "the images of a batch."
+        )
+    if 0 < cfg.INPUT.IMAGE_SIZE <= cfg.INPUT.RANDOM_SHIFT:
+        yield (
+            f"INPUT.RANDOM_SHIFT is {cfg.INPUT.RANDOM_SHIFT}; it must be less than INPUT.IMAGE_SIZE "
+            f"{cfg.INPUT.IMAGE_SIZE}."
         )
     if cfg.INPUT.RANDOM_FLIP not in ("none", "horizontal"):
         yield f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}; choose one of none, horizontal."

@@ -137,7 +137,7 @@ class Classifier(nn.Module, ABC):
         return PreparedImages(self.normalised(batched_inputs), labels, keys)
 
     def normalised(self, batched_inputs: Sequence[dict]) -> Tensor:
-        """Normalised `(B, C, H, W)`; ValueError where sizes differ."""
+        """Normalised `(B, C, H, W)`; ValueError where sizes differ, or are not what the backbone takes."""
         images = [item["image"] for item in batched_inputs]
         for item in batched_inputs:
             if item["image"].shape != images[0].shape:
@@ -150,6 +150,7 @@ class Classifier(nn.Module, ABC):
             raise ValueError(
                 f"images have {stacked.shape[1]} channels, MODEL.PIXEL_MEAN {self.pixel_mean.shape[0]}"
             )
+        self.backbone.check_images(stacked)
         return (stacked.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
 
     def block_losses(self, index: int, features: Sequence[Tensor], prepared: PreparedImages) -> dict:
@@ -178,8 +179,8 @@ def classifier_arguments(cfg, backbone: SplitBackbone) -> dict:
     """
     if cfg.MODEL.DFM.NUM_CLASSES < 2:
         raise ValueError(
-            f"MODEL.DFM.NUM_CLASSES must be at least 2, got {cfg.MODEL.DFM.NUM_CLASSES} "
-            "(0 is filled in from the data set by tools/train_classifier.py)"
+            f"MODEL.DFM.NUM_CLASSES must be at least 2 for a classifier, got {cfg.MODEL.DFM.NUM_CLASSES} "
+            "(0 is filled in by tools/train_classifier.py): check the classes of the training set."
         )
     return {
         "backbone": backbone,

@@ -5,14 +5,15 @@ Shapes: B images, C channels, H x W pixels of a map, N tokens, P cells a side of
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
 from dfm_d2.framework import build_backbone
+from dfm_d2.modeling.timm_files import check_timm_weights, read_timm_weights, timm_options
 
 BACKBONES = ("cnn", "resnet", "timm")
 _GROUP_CHANNELS = 8  # of a group norm
@@ -45,6 +46,9 @@ class SplitBackbone(nn.Module, ABC):
     @abstractmethod
     def block_of(self, name: str) -> int:
         """The block that the parameter of this name belongs to."""
+
+    def check_images(self, images: Tensor) -> None:
+        """ValueError for images `(B, C, H, W)` of a size that the backbone does not take."""
 
     def pooled(self, x: Tensor) -> Tensor:
         """A block's output averaged to P x P cells: `(B, C P^2)`."""
@@ -86,6 +90,15 @@ class ViTBackbone(SplitBackbone):
         self.model = model
         self.groups = [list(group) for group in groups]
         self.channels = [model.embed_dim * pool**2] * len(groups)
+
+    def check_images(self, images: Tensor) -> None:
+        size, wanted = tuple(images.shape[-2:]), tuple(self.model.patch_embed.img_size)
+        if size != wanted:
+            raise ValueError(
+                f"images are {size[0]} x {size[1]} pixels, but the vision transformer wants {wanted[0]} x "
+                f"{wanted[1]}: set INPUT.IMAGE_SIZE {wanted[0]}, or img_size={size[0]} in "
+                "MODEL.CLASSIFIER.TIMM.OPTIONS."
+            )
 
     def forward_block(self, index: int, x: Tensor) -> Tensor:
         model = self.model
@@ -196,14 +209,17 @@ def _resnet(cfg) -> tuple[list[list[nn.Module]], list[int]]:
 
 def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
     import timm
+    from timm.layers import Format
     from timm.models import FeatureListNet, VisionTransformer
 
     name, weights = classifier.TIMM.NAME, classifier.TIMM.WEIGHTS
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        close = get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm; such are {close}.")
-    options = _options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
+    options = timm_options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
+    given = {}
     if weights and weights != "hub":
+        given = read_timm_weights(weights)
         options["pretrained_cfg_overlay"] = {"file": weights}
     is_vit = timm.models.is_model_in_modules(name, ["vision_transformer"])
     try:
@@ -215,12 +231,14 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
             f"timm cannot build {name} with MODEL.CLASSIFIER.TIMM.OPTIONS {list(classifier.TIMM.OPTIONS)} "
             f"and WEIGHTS {weights!r}: {error}"
         ) from error
+    check_timm_weights(model, given, weights)
     if isinstance(model, VisionTransformer):
         return ViTBackbone(model, _groups(len(model.blocks), classifier.BLOCKS), classifier.POOL)
-    if not isinstance(model, FeatureListNet):
+    # Of others than CNNs, such as Swin, maps come with their channels last.
+    if not isinstance(model, FeatureListNet) or model.output_fmt != Format.NCHW:
         raise ValueError(
-            f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages: "
-            "take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
+            f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages with "
+            "maps (C, H, W): take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
         )
     stages, waiting = [], []
     for child, module in model.items():
@@ -229,17 +247,6 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
             stages.append(waiting)
             waiting = []
     return _staged(stages, model.feature_info.channels(), classifier)
-
-
-def _options(texts: Sequence[str]) -> dict:
-    """{"img_size": 32} of ["img_size=32"]. Raises ValueError for another form."""
-    options = {}
-    for text in texts:
-        key, sign, value = str(text).partition("=")
-        if not sign or not key:
-            raise ValueError(f"MODEL.CLASSIFIER.TIMM.OPTIONS has {text!r}: write name=value.")
-        options[key] = yaml.safe_load(value)
-    return options
 
 
 @torch.no_grad()

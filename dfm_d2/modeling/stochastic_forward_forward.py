@@ -93,8 +93,13 @@ class StochasticForwardForwardClassifier(Classifier):
 
 
 def effective_dimension(x: Tensor) -> Tensor:
-    """`tr(S)^2 / tr(S^2)` of the covariance S of points `(..., n, C)`: from 1 to min(n - 1, C)."""
+    """`tr(S)^2 / tr(S^2)` of the covariance S of points `(..., n, C)`: from 1 to min(n - 1, C).
+
+    Of any scale; points that are all one, which have no direction, count as 1 and give no gradient.
+    """
     centred = x - x.mean(-2, keepdim=True)
     gram = centred @ centred.transpose(-1, -2)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return trace.square() / gram.square().sum((-1, -2)).clamp(min=1e-12)
+    spread = trace > torch.finfo(x.dtype).tiny
+    share = gram / torch.where(spread, trace, 1.0)[..., None, None]
+    return torch.where(spread, 1 / torch.where(spread, share.square().sum((-1, -2)), 1.0), 1.0)

@@ -130,8 +130,13 @@ def test_label_space_reads_out_what_it_encodes():
     assert torch.equal(LabelSpace.orthonormal(10, 16, seed=3).embeddings * 4, space.embeddings)
     with pytest.raises(ValueError, match="at least as many dimensions"):
         LabelSpace.orthonormal(17, 16)
-    with pytest.raises(ValueError, match="without zero rows"):
+    with pytest.raises(ValueError, match="classes \\[.*\\] are zero or not finite"):
         LabelSpace(torch.zeros(2, 3))
+    for value in (float("nan"), float("inf")):
+        weights = torch.eye(3)
+        weights[1, 0] = value
+        with pytest.raises(ValueError, match=r"those of classes \[1\] are zero or not finite"):
+            LabelSpace(weights)
     learned = LabelSpace(torch.randn(4, 8), learned=True)
     assert learned.weight.requires_grad
     torch.testing.assert_close(learned.embeddings.norm(dim=1), torch.ones(4))

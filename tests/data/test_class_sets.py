@@ -63,6 +63,25 @@ def test_a_folder_and_a_tar_of_it_are_the_same(folder, archive):
     assert np.array_equal(one[1].read(), pixels(11))
 
 
+def test_a_tar_s_links_and_later_members_are_read_and_two_roots_refused(folder, archive):
+    """Hard links are stored once; `tar -r` adds a newer member of the same name."""
+    link = tarfile.TarInfo("set/train/class9/link.png")
+    link.type, link.linkname = tarfile.LNKTYPE, "set/train/class9/1.png"
+    with tarfile.open(archive, "a") as tar:
+        tar.addfile(link)
+        tar.add(folder / "train/class9/3.png", "set/train/class9/0.png")
+    found = {sample.image_id: sample for sample in read_root(archive, "train")[0]}
+    assert len(found) == 9
+    assert np.array_equal(found["class9/link.png"].read(), pixels(1))
+    assert np.array_equal(found["class9/0.png"].read(), pixels(3))
+    with tarfile.open(archive, "a") as tar:
+        tar.add(folder / "train/class9/0.png", "other/train/class9/0.png")
+    with pytest.raises(
+        ValueError, match="set.tar:set/train/class9/0.png and .*set.tar:other/.* are one image"
+    ):
+        read_root(archive, "train")
+
+
 def test_classes_are_in_natural_order_and_named(folder):
     cfg = data_cfg(folder)
     register_class_sets(cfg)

@@ -130,6 +130,16 @@ CASES = {
         "READOUT_TEMPERATURE is 0.0; it must",
     ),
     "strides": (["MODEL.CLASSIFIER.CNN.STRIDES", "(1,)"], "give both for each stage"),
+    "stride": (["MODEL.CLASSIFIER.CNN.STRIDES", "(1, 0)"], "whole numbers of at least 1"),
+    "channels": (["MODEL.CLASSIFIER.CNN.CHANNELS", "(8, 'b')"], "whole numbers of at least 1"),
+    "sampler's blocks": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[0, 0]"], "name each block once"),
+    "sampler's block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-1]"], "name each block once, by its index"),
+    "one image": (
+        ["UPDATE.METHOD", "stochastic_forward_forward", "SOLVER.IMS_PER_BATCH", "1"],
+        "needs SOLVER.IMS_PER_BATCH of at least 2",
+    ),
+    "shift": (["INPUT.RANDOM_SHIFT", "8"], "INPUT.RANDOM_SHIFT is 8, but digits["),
+    "resized shift": (["INPUT.RANDOM_SHIFT", "9", "INPUT.IMAGE_SIZE", "9"], "RANDOM_SHIFT is 9; it must"),
     "pixels": (["MODEL.PIXEL_MEAN", "[1.0, 2.0]"], "it must have 1 or 3 numbers"),
     "class number": (["MODEL.DFM.NUM_CLASSES", "3"], "MODEL.DFM.NUM_CLASSES is 3"),
     "frozen resnet": (
@@ -169,6 +179,49 @@ def test_a_folder_with_a_broken_image(run, tmp_path, capsys):
     capsys.readouterr()
     assert run(*options, "DATASETS.ON_ERROR", "fatal") == 2
     assert str(broken) in capsys.readouterr().err
+
+
+def test_a_test_image_that_breaks_late_ends_no_training(run, tmp_path):
+    """Unverified, it is left out of the evaluation and of flow.png."""
+    rng = np.random.default_rng(0)
+    for split, label, index in np.ndindex(2, 2, 3):
+        folder = tmp_path / "data" / ("train", "test")[split] / ("cat", "dog")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "data/test/cat/0.png").write_bytes(b"no image")
+    options = ["DATASETS.ROOT", str(tmp_path / "data"), "DATASETS.TRAIN", "('root_train',)"]
+    options += ["DATASETS.TEST", "('root_test',)", "DATASETS.VERIFY_IMAGES", "never", "SOLVER.MAX_ITER", "1"]
+    assert run(*options) == 0
+    assert (tmp_path / "out/flow.png").exists() and len(
+        (tmp_path / "out/inference/predictions.json").read_text().splitlines()
+    ) == 5
+
+
+def test_a_checkpoint_needs_the_pretrained_file_no_more(run, tmp_path, capsys):
+    import timm
+
+    weights = tmp_path / "timm.pth"
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    torch.save(
+        timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **shape).state_dict(), weights
+    )
+    options = ["MODEL.CLASSIFIER.BACKBONE", "timm", "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(weights)]
+    options += ["MODEL.CLASSIFIER.TIMM.OPTIONS", json.dumps([f"{key}={n}" for key, n in shape.items()])]
+    assert run(*options, "SOLVER.MAX_ITER", "1") == 0
+    weights.unlink()
+    final = ["MODEL.WEIGHTS", str(tmp_path / "out/model_final.pth")]
+    assert run(*options, *final, flags=("--eval-only",)) == 0
+    assert run(*options, "SOLVER.MAX_ITER", "2", flags=("--resume",)) == 0
+    assert str(weights) in (tmp_path / "out/config.yaml").read_text()
+    assert run(*options, "SOLVER.MAX_ITER", "2") == 2
+    assert "timm.pth is missing" in capsys.readouterr().err
+
+
+def test_weights_that_match_nothing_are_refused(run, tmp_path, capsys):
+    """Of another network altogether; the batch norms' counters, which torch does not miss, match nothing."""
+    torch.save({"other.weight": torch.ones(3)}, tmp_path / "other.pth")
+    assert run("MODEL.WEIGHTS", str(tmp_path / "other.pth")) == 2
+    assert "other.pth matches this model" in capsys.readouterr().err
 
 
 def test_what_the_tools_want(run, capsys):

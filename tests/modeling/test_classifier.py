@@ -193,7 +193,12 @@ WRONG = {
     "option form": ([*VIT[:-1], '["depth"]'], "OPTIONS has 'depth': write name=value"),
     "option": ([*VIT[:-1], '["depht=2"]'], "timm cannot build vit_tiny_patch16_224"),
     "no stages": ([*TIMM_CNN[:3], "test_efficientnet"], "has no row of stages"),
-    "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth"),
+    "channels last": (
+        [*TIMM_CNN[:3], "swin_tiny_patch4_window7_224"],
+        "has no row of stages with maps",
+    ),
+    "option's value": ([*VIT[:-1], '["img_size=["]'], "has 'img_size=\\['"),
+    "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
     "fpn": (
         [*RESNET, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", *FPN],
         "build_resnet_backbone, not",
@@ -224,6 +229,32 @@ def test_inputs_that_do_not_fit_are_named():
         model.eval()(class_inputs(1, channels=3))
     with pytest.raises(IndexError, match="no predictor 0"):
         model.block_losses(0, [], None)
+
+
+@pytest.mark.parametrize("what", ["another model", "fewer layers", "empty", "damaged"])
+def test_weights_of_timm_that_would_leave_layers_random_are_refused(tmp_path, what):
+    import timm
+
+    path = tmp_path / "weights.pth"
+    if what == "another model":
+        torch.save(timm.create_model("test_convnext2", num_classes=3).state_dict(), path)
+    elif what == "fewer layers":
+        shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape).state_dict(), path)
+    else:
+        path.write_bytes(b"" if what == "empty" else b"junk" * 100)
+    found = {
+        "another model": "weights.pth has no cls_token, and",
+        "fewer layers": "weights.pth has no blocks.2.norm1.weight",
+    }
+    with pytest.raises(ValueError, match=found.get(what, "weights.pth is no state dict of timm")):
+        make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(path))
+
+
+def test_images_that_a_vit_does_not_take_are_a_sentence():
+    model = make_classifier(*VIT)
+    with pytest.raises(ValueError, match="wants 8 x 8: set INPUT.IMAGE_SIZE 8, or img_size=16"):
+        model.prepare(class_inputs(2, 16), 0)
 
 
 def test_pretrained_weights_of_timm_are_loaded_from_a_file(tmp_path):

@@ -70,6 +70,25 @@ def test_the_effective_dimension_counts_directions():
     torch.testing.assert_close(effective_dimension(x), values.sum() ** 2 / values.square().sum())
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
+def test_the_effective_dimension_is_of_any_scale(scale):
+    """Small answers, of a pooled map for example, must not count as fewer directions than they have."""
+    axes = torch.cat([torch.eye(4), -torch.eye(4)])
+    assert float(effective_dimension(scale * axes)) == pytest.approx(4)
+
+
+def test_answers_without_a_direction_leave_the_loss_finite():
+    """Dead units answer all copies of an image with zeros."""
+    x = torch.zeros(2, 4, 5)
+    x[1] = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    found = effective_dimension(x)
+    found.log().sum().backward()
+    assert found[0].item() == 1 and found[1].item() > 1
+    assert x.grad.isfinite().all() and x.grad[0].eq(0).all() and x.grad[1].ne(0).any()
+    assert float(effective_dimension(x.detach()[:1, :1])) == 1  # one point
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_two_is_two_batches_of_one(method):
     model, inputs = make_classifier(method=method).double().eval(), class_inputs(2)
