@@ -5,8 +5,8 @@ python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --tune
 python benchmarks/classification.py --config configs/cifar10_flow_vit.yaml --seeds 1 --variants flow backprop
 
 --tune: every method first gets the same budget, three learning rates (0.3, 1 and 3 times the config's) on one
-seed and a third of the iterations, compared on a fifth of the training images that is set aside; what won trains
-all variants of the method.
+seed and a third of the iterations, compared on a fifth of the training images that is set aside; what won
+trains all variants of the method.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from class_figures import draw_panels, line_of
 from class_runs import (
     VARIANTS,
     accuracy,
@@ -28,9 +29,10 @@ from class_runs import (
     trained,
     tuned_as,
 )
-from rows import Row, quantiles, save_rows
+from rows import RESULTS, Row, load_rows, quantiles, save_rows
 
 from dfm_d2.data.class_registration import HELD_OUT
+from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics
 from dfm_d2.engine.setup import load_classifier_config
 from dfm_d2.evaluation.classification import classification_metrics
 
@@ -129,12 +131,38 @@ def rows_of(args: argparse.Namespace, variant: str, outs: list[Path]) -> list[Ro
                     said,
                 )
             )
+    rows += curve_rows(args, variant, outs, (*tail, note))
     for metric, unit, key in (("time", "s", "seconds"), ("peak memory", "MiB", "peak_mib")):
         values = [result[key] for result in results]
         rows.append(
             Row(op_of(args), variant, "train", metric, unit, "seeds", "all", *quantiles(values), *tail, note)
         )
     return rows
+
+
+def curve_rows(args: argparse.Namespace, variant: str, outs: list[Path], tail: tuple) -> list[Row]:
+    """Accuracy on the test images whenever a training evaluated itself."""
+    points: dict[int, list[float]] = {}
+    for out in outs:
+        last = result_of(out)["iterations"]
+        # The line of the last evaluation has the iteration that would come next.
+        seen_at = {min(line["iteration"] + 1, last): line for line in read_metrics(out / METRICS_FILE)
+                   if "accuracy" in line}  # fmt: skip
+        for iteration, line in seen_at.items():
+            points.setdefault(iteration, []).append(line["accuracy"])
+    return [
+        Row(op_of(args), variant, "curve", "accuracy", "%", "iteration", str(at), *quantiles(values), *tail)
+        for at, values in sorted(points.items())
+    ]
+
+
+def draw(name: str) -> Path:
+    """The curves of all variants that the file of results has."""
+    rows = [row for row in load_rows(name) if row.metric == "accuracy"]
+    curves = {variant: line_of([row for row in rows if row.provider == variant and row.mode == "curve"])
+              for variant in dict.fromkeys(row.provider for row in rows if row.mode == "curve")}  # fmt: skip
+    title = f"{name.removeprefix('classification_')}: accuracy on the test images, {rows[0].device}"
+    return draw_panels(RESULTS / f"{name}.png", title, {"training": ("iteration", curves)})
 
 
 def main() -> None:
@@ -148,7 +176,9 @@ def main() -> None:
         more = ["SOLVER.BASE_LR", rates[variant]]
         outs = [trained(args, variant, seed, more=more) for seed in range(args.seeds)]
         rows += rows_of(args, variant, outs)
-    print(save_rows(f"classification_{op_of(args)}", rows))
+    name = f"classification_{op_of(args)}"
+    print(save_rows(name, rows))
+    print(draw(name))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import io
 import cv2
 import numpy as np
 import torch
+from class_figures import draw_panels
 from class_runs import (
     accuracy,
     accuracy_of,
@@ -25,7 +26,7 @@ from class_runs import (
     trained,
 )
 from PIL import Image
-from rows import Row, quantiles, save_rows
+from rows import RESULTS, Row, quantiles, save_rows
 
 from dfm_d2.core import stream_key
 
@@ -81,6 +82,22 @@ def accuracies(model, loader: list[list[dict]]) -> dict[str, float]:
     }
 
 
+def panels_of(rows: list[Row]) -> dict:
+    """One panel a corruption, from clean images to the greatest severity."""
+    named = {(row.provider, row.mode, row.x_name, row.x_value): row for row in rows}
+    models = dict.fromkeys((row.provider, row.mode) for row in rows)
+    panels = {}
+    for kind, severities in SEVERITIES.items():
+        lines = {}
+        for provider, mode in models:
+            steps = [("clean", "0"), *((kind, f"{severity:g}") for severity in severities)]
+            points = [(level, named[(provider, mode) + step]) for level, step in enumerate(steps)]
+            name = provider if mode == "eval" else f"{provider}, {mode}"
+            lines[name] = [(level, row.p20, row.p50, row.p80) for level, row in points]
+        panels[f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"] = ("severity", lines)
+    return panels
+
+
 def main() -> None:
     args = parser(__doc__).parse_args()
     found: dict[tuple, list[float]] = {}
@@ -102,6 +119,8 @@ def main() -> None:
                 f"seeds 0-{args.seeds - 1}")
         )  # fmt: skip
     print(save_rows(f"robustness_{op_of(args)}", rows))
+    title = f"{op_of(args)}: corrupted test images, {rows[0].note}"
+    print(draw_panels(RESULTS / f"robustness_{op_of(args)}.png", title, panels_of(rows)))
 
 
 if __name__ == "__main__":
