@@ -4,6 +4,7 @@ Resumable: a training that is done is not run again, one that was interrupted co
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +25,8 @@ from dfm_d2.data.class_loader import build_class_test_loader  # noqa: E402
 from dfm_d2.engine.run import load_for_inference  # noqa: E402
 from dfm_d2.engine.setup import load_classifier_config, resolve_classes  # noqa: E402
 from dfm_d2.engine.tasks import CLASSIFICATION  # noqa: E402
+from dfm_d2.modeling.class_sampler import ClassSampler  # noqa: E402
+from dfm_d2.modeling.split_backbone import block_outputs  # noqa: E402
 
 _NO_READOUT = ["MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", "0.0"]
 
@@ -30,17 +34,29 @@ _NO_READOUT = ["MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", "0.0"]
 VARIANTS: dict[str, list[str]] = {
     "flow": [],
     "backprop": ["UPDATE.METHOD", "backprop"],
+    # The coarser grid favours the linear head on some backbones.
+    "backprop_pool_2": ["UPDATE.METHOD", "backprop", "MODEL.CLASSIFIER.POOL", "2"],
     "forward_forward": ["UPDATE.METHOD", "forward_forward"],
     "stochastic_ff": ["UPDATE.METHOD", "stochastic_forward_forward"],
     "no_readout": _NO_READOUT,
     # The control of transport: the velocity's noise is another image's.
     "x_0_shuffled": [*_NO_READOUT, "MODEL.CLASSIFIER.SHUFFLE_X0", "True"],
     "joint": ["MODEL.DFM.UPDATE", "joint"],
+    "uniform_time": ["MODEL.CLASSIFIER.TIME_POWER", "1.0"],
+    "coarse_pool": ["MODEL.CLASSIFIER.POOL", "2"],
     "velocity_weight": ["MODEL.CLASSIFIER.LOSS.WEIGHTING", "velocity"],
     "one_point": ["MODEL.CLASSIFIER.NOISE_SAMPLES", "1"],
     "learned": ["MODEL.CLASSIFIER.EMBEDDING", "learned"],
 }
-FLOWS = [name for name, options in VARIANTS.items() if "UPDATE.METHOD" not in options]
+
+
+def tuned_as(variant: str) -> str:
+    """The variant whose learning rate was tuned for this one: the first of its method."""
+
+    def method(name: str) -> str:
+        return dict(zip(VARIANTS[name][::2], VARIANTS[name][1::2])).get("UPDATE.METHOD", "flow")
+
+    return next(name for name in VARIANTS if method(name) == method(variant))
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -123,7 +139,43 @@ def probabilities(model, loader: Iterable[list[dict]]) -> tuple[torch.Tensor, to
     return torch.stack(probs), torch.tensor(labels)
 
 
+class Seen(NamedTuple):
+    """One pass of a flow's backbone over a set, for many samplers: of each batch the pooled outputs of the
+    blocks and the image ids; all labels `(n,)`."""
+
+    batches: list[tuple[list[torch.Tensor], list]]
+    labels: torch.Tensor
+
+
+@torch.no_grad()
+def seen(model, loader: Iterable[list[dict]]) -> Seen:
+    """The pass itself."""
+    found, labels = [], []
+    for batch in loader:
+        pooled = block_outputs(model.backbone, model.normalised(batch))
+        found.append((pooled, [item["image_id"] for item in batch]))
+        labels += [item["label"] for item in batch]
+    return Seen(found, torch.tensor(labels))
+
+
+@torch.no_grad()
+def sampled(model, images: Seen, **changes) -> torch.Tensor:
+    """Class probabilities `(n, K)` by a sampler with these settings changed."""
+    usual = model.sampler
+    settings = dataclasses.replace(usual.settings, **changes)
+    model.sampler = ClassSampler(settings, model.criterion.temperature)
+    try:
+        logits = [model.flow_logits(pooled, ids) for pooled, ids in images.batches]
+    finally:
+        model.sampler = usual
+    return model.probabilities(torch.cat(logits)).cpu()
+
+
+def accuracy_of(probs: torch.Tensor, labels: torch.Tensor) -> float:
+    """Percent."""
+    return 100 * float((probs.argmax(1) == labels).float().mean())
+
+
 def accuracy(model, loader: Iterable[list[dict]]) -> float:
     """Percent."""
-    probs, labels = probabilities(model, loader)
-    return 100 * float((probs.argmax(1) == labels).float().mean())
+    return accuracy_of(*probabilities(model, loader))

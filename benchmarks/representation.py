@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from class_figures import draw_panels, line_of
 from class_runs import batches, load, op_of, parser, result_of, trained
-from rows import Row, quantiles, save_rows
+from rows import RESULTS, Row, quantiles, save_rows
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -85,6 +86,13 @@ def main() -> None:
         for (name, probe, d), values in found.items()
     ]  # fmt: skip
     print(save_rows(f"representation_{op_of(args)}", rows))
+    panels = {
+        probe: ("block", {name: line_of([r for r in rows if (r.provider, r.mode) == (name, probe)])
+                          for name in dict.fromkeys(row.provider for row in rows)})
+        for probe in dict.fromkeys(row.mode for row in rows)
+    }  # fmt: skip
+    title = f"{op_of(args)}: frozen features of each block, {rows[0].note}"
+    print(draw_panels(RESULTS / f"representation_{op_of(args)}.png", title, panels))
 
 
 if __name__ == "__main__":

@@ -7,18 +7,28 @@ Of flow with K = 1, 4, 16 steps and M = 1, 8 noise samples, and of backprop: the
 benchmarks/classification.py, made here where they are not there. Corruptions are seeded by image.
 """
 
-import dataclasses
 import io
 
 import cv2
 import numpy as np
 import torch
-from class_runs import accuracy, batches, load, op_of, parser, result_of, trained
+from class_figures import draw_panels
+from class_runs import (
+    accuracy,
+    accuracy_of,
+    batches,
+    load,
+    op_of,
+    parser,
+    result_of,
+    sampled,
+    seen,
+    trained,
+)
 from PIL import Image
-from rows import Row, quantiles, save_rows
+from rows import RESULTS, Row, quantiles, save_rows
 
 from dfm_d2.core import stream_key
-from dfm_d2.modeling.class_sampler import ClassSampler
 
 # Severities of each: standard deviation (of 255), that of the blur in shares of the side, side of the
 # occluding square in shares of the image's, JPEG quality.
@@ -61,6 +71,33 @@ def corrupted_batches(loader: list[list[dict]], kind: str, severity: float) -> l
     return changed
 
 
+def accuracies(model, loader: list[list[dict]]) -> dict[str, float]:
+    """{sampler: percent}; a model without a flow has one answer, "eval"."""
+    if not hasattr(model, "sampler"):
+        return {"eval": accuracy(model, loader)}
+    images = seen(model, loader)
+    return {
+        name: accuracy_of(sampled(model, images, **changes), images.labels)
+        for name, changes in SAMPLERS.items()
+    }
+
+
+def panels_of(rows: list[Row]) -> dict:
+    """One panel a corruption, from clean images to the greatest severity."""
+    named = {(row.provider, row.mode, row.x_name, row.x_value): row for row in rows}
+    models = dict.fromkeys((row.provider, row.mode) for row in rows)
+    panels = {}
+    for kind, severities in SEVERITIES.items():
+        lines = {}
+        for provider, mode in models:
+            steps = [("clean", "0"), *((kind, f"{severity:g}") for severity in severities)]
+            points = [(level, named[(provider, mode) + step]) for level, step in enumerate(steps)]
+            name = provider if mode == "eval" else f"{provider}, {mode}"
+            lines[name] = [(level, row.p20, row.p50, row.p80) for level, row in points]
+        panels[f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"] = ("severity", lines)
+    return panels
+
+
 def main() -> None:
     args = parser(__doc__).parse_args()
     found: dict[tuple, list[float]] = {}
@@ -70,25 +107,20 @@ def main() -> None:
             out = trained(args, variant, seed)
             cfg, model = load(out)
             clean = batches(cfg, cfg.DATASETS.TEST[0])
-            samplers = {"": {}}
-            if hasattr(model, "sampler"):
-                settings, samplers = model.sampler.settings, SAMPLERS
             for kind, severity in cases:
                 test = clean if kind == "clean" else corrupted_batches(clean, kind, severity)
-                for name, changes in samplers.items():
-                    if changes:
-                        changed = dataclasses.replace(settings, **changes)
-                        model.sampler = ClassSampler(changed, model.criterion.temperature)
-                    key = (variant, name, kind, severity)
-                    found.setdefault(key, []).append(accuracy(model, test))
+                for name, value in accuracies(model, test).items():
+                    found.setdefault((variant, name, kind, severity), []).append(value)
     rows, first = [], result_of(out)
     for (variant, name, kind, severity), values in found.items():
         rows.append(
-            Row(op_of(args), variant, name or "eval", "accuracy", "%", kind, f"{severity:g}",
+            Row(op_of(args), variant, name, "accuracy", "%", kind, f"{severity:g}",
                 *quantiles(values), first["device"], torch.__version__, first["commit"],
                 f"seeds 0-{args.seeds - 1}")
         )  # fmt: skip
     print(save_rows(f"robustness_{op_of(args)}", rows))
+    title = f"{op_of(args)}: corrupted test images, {rows[0].note}"
+    print(draw_panels(RESULTS / f"robustness_{op_of(args)}.png", title, panels_of(rows)))
 
 
 if __name__ == "__main__":

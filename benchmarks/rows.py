@@ -69,6 +69,15 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def load_rows(name: str) -> list[Row]:
+    """The rows of benchmarks/results/<name>.csv."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return [
+            Row(**row | {key: float(row[key]) for key in ("p20", "p50", "p80")})
+            for row in csv.DictReader(file)
+        ]
+
+
 def save_rows(name: str, rows: Iterable[Row]) -> Path:
     """Write benchmarks/results/<name>.csv; print each row's gist. Returns the path.
 

@@ -208,6 +208,9 @@ def _add_classifier_keys(cfg: CN) -> None:
     c.HIDDEN_DIM = 128  # of a block's predictor
     # Points (x_0, t) of the path on which each image trains each block in a step.
     c.NOISE_SAMPLES = 4
+    # p of t = u^p, u uniform. Near t = 1 the point gives the class away and features learn nothing; above 1
+    # more points lie near the noise. The best velocity at a t does not depend on it.
+    c.TIME_POWER = 3.0
     # A control: the velocity target is x_1 - x_0' x_0' the noise of another image: no transport.
     c.SHUFFLE_X0 = False
 
@@ -226,7 +229,7 @@ def _add_classifier_keys(cfg: CN) -> None:
     c.SAMPLER.STEPS = 1
     c.SAMPLER.SAMPLES = 4  # M, the number of noise samples of an image
     c.SAMPLER.NOISE = 1.0  # standard deviation of the noise; 0 is a control
-    c.SAMPLER.BLOCKS = []  # indices of the blocks that answer; empty: all
+    c.SAMPLER.BLOCKS = []  # indices of the blocks that answer, negative from the last; empty: all
     # "velocity": blocks move one state by the mean of their velocities; "probability": each moves its own,
     # and the class probabilities are averaged.
     c.SAMPLER.AGGREGATION = "velocity"  # "velocity" | "probability"

@@ -15,6 +15,7 @@ from dfm_d2.engine.run import load_for_inference
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.modeling.class_sampler import ClassSampler
 from dfm_d2.modeling.classifier import FlowClassifier
+from dfm_d2.modeling.split_backbone import block_outputs
 from dfm_d2.visualize.classes import draw_class_flow, draw_curves
 
 # Test images whose flow is drawn.
@@ -79,7 +80,7 @@ def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str],
     # The way is what is to be seen: in several steps, of one sample, whatever inference does.
     way = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1, aggregation="velocity")
     model.sampler = ClassSampler(way, model.criterion.temperature)
-    trajectory = model.trajectories(images, ids, keep=True)[0]
+    trajectory = model.trajectories(block_outputs(model.backbone, images), ids, keep=True)[0]
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()
     embeddings = model.label_space.embeddings.detach().cpu().numpy()
     labels = [item["label"] for item in items]

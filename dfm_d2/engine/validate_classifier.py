@@ -78,7 +78,7 @@ def classifier_problems(cfg: CfgNode) -> Iterator[str]:
         yield f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}; a classifier has no predictors to share."
     if not 0 <= cfg.DATASETS.HOLD_OUT < 1:
         yield f"DATASETS.HOLD_OUT is {cfg.DATASETS.HOLD_OUT}; it is a share, from 0 to less than 1."
-    for key in ("LOSS.READOUT_TEMPERATURE", "RADIUS", "FF.THRESHOLD", "FF.SHARPNESS"):
+    for key in ("LOSS.READOUT_TEMPERATURE", "RADIUS", "TIME_POWER", "FF.THRESHOLD", "FF.SHARPNESS"):
         node = c
         for part in key.split("."):
             node = node[part]

@@ -78,9 +78,10 @@ class ClassSampler:
         Raises:
             ValueError: a block that is not there.
         """
-        blocks = list(self.settings.blocks) or list(range(num_blocks))
-        if not all(0 <= block < num_blocks for block in blocks):
-            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {blocks}, there are {num_blocks} blocks")
+        named = list(self.settings.blocks) or list(range(num_blocks))
+        if not all(-num_blocks <= block < num_blocks for block in named):
+            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {named}, there are {num_blocks} blocks")
+        blocks = [block % num_blocks for block in named]
         groups = [blocks] if self.settings.aggregation == "velocity" else [[block] for block in blocks]
         solver = ODESolver(self.settings.method)
 

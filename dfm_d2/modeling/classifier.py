@@ -43,7 +43,7 @@ class FlowClassifier(Classifier):
         label_space: the class embeddings. hidden_dim: of the predictors.
         criterion: the loss of a block. sampler: inference.
         prediction: "endpoint" or "velocity", what a predictor's answer is.
-        noise_samples: S. shuffle_x_0: see MODEL.CLASSIFIER.SHUFFLE_X0.
+        noise_samples: S. time_power: p of `t = u^p`, u uniform. shuffle_x_0: see MODEL.CLASSIFIER.SHUFFLE_X0.
     """
 
     @configurable
@@ -56,6 +56,7 @@ class FlowClassifier(Classifier):
         sampler: ClassSampler,
         prediction: str = "endpoint",
         noise_samples: int = 1,
+        time_power: float = 1.0,
         shuffle_x_0: bool = False,
         **common,
     ):
@@ -67,6 +68,7 @@ class FlowClassifier(Classifier):
         self.sampler = sampler
         self.prediction = prediction
         self.noise_samples = noise_samples
+        self.time_power = time_power
         self.shuffle_x_0 = shuffle_x_0
         self.path = CondOTPath()
         embed_dim = label_space.weight.shape[1]
@@ -91,6 +93,7 @@ class FlowClassifier(Classifier):
             "sampler": ClassSampler(sampler_settings(c.SAMPLER), c.LOSS.READOUT_TEMPERATURE),
             "prediction": cfg.MODEL.DFM.PREDICTION,
             "noise_samples": c.NOISE_SAMPLES,
+            "time_power": c.TIME_POWER,
             "shuffle_x_0": c.SHUFFLE_X0,
         }
 
@@ -114,7 +117,8 @@ class FlowClassifier(Classifier):
         x_1 = self.label_space.encode(labels)
         shape = self.num_blocks, self.noise_samples
         x_0 = normals(keys, (*shape, x_1.shape[1]), x_1)
-        t = keyed_uniform(keys, shape[0] * shape[1], STREAM_STAGE_TIME, self.device).view(-1, *shape)
+        u = keyed_uniform(keys, shape[0] * shape[1], STREAM_STAGE_TIME, self.device).view(-1, *shape)
+        t = u**self.time_power
         x_1 = x_1[:, None].expand_as(x_0[:, 0]).flatten(0, 1)
         samples = [
             self.path.sample(x_0[:, d].flatten(0, 1), x_1, t[:, d].flatten()) for d in range(self.num_blocks)
@@ -159,15 +163,18 @@ class FlowClassifier(Classifier):
 
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
         """Logits `(B, M, K)`, with aggregation "probability" `(B, M D, K)`."""
-        ends = [trajectory.x for trajectory in self.trajectories(images, image_ids)]
+        return self.flow_logits(block_outputs(self.backbone, images), image_ids)
+
+    def flow_logits(self, pooled: Sequence[Tensor], image_ids: Sequence[int | str]) -> Tensor:
+        """Those of the pooled outputs `(B, C_d)` of every block, which serve many samplers."""
+        ends = [trajectory.x for trajectory in self.trajectories(pooled, image_ids)]
         return self.label_space.logits(torch.cat(ends, 1))
 
     @torch.no_grad()
     def trajectories(
-        self, images: Tensor, image_ids: Sequence[int | str], keep: bool = False
+        self, pooled: Sequence[Tensor], image_ids: Sequence[int | str], keep: bool = False
     ) -> list[Trajectory]:
-        """The flows of normalised images, see ClassSampler.sample."""
-        pooled = block_outputs(self.backbone, images)
+        """The flows of images by their blocks' pooled outputs, see block_outputs and ClassSampler.sample."""
 
         def endpoint(index: int, x_t: Tensor, t: Tensor) -> Tensor:
             return self._endpoint(index, pooled[index], x_t, t)

@@ -72,6 +72,27 @@ def test_noise_depends_on_seed_iteration_image_and_block_only():
     assert not torch.equal(whole.samples[0].x_0, model.prepare(inputs, 8).samples[0].x_0)
 
 
+def test_a_time_power_draws_the_same_numbers_nearer_to_the_noise():
+    inputs = class_inputs(64)
+    usual = make_classifier("MODEL.CLASSIFIER.TIME_POWER", "1.0").prepare(inputs, 7)
+    early = make_classifier("MODEL.CLASSIFIER.TIME_POWER", "3.0").prepare(inputs, 7)
+    for a, b in zip(usual.samples, early.samples):
+        assert torch.equal(a.x_0, b.x_0)
+        torch.testing.assert_close(b.t, a.t**3)
+        assert float(b.t.mean()) == pytest.approx(0.25, abs=0.06)  # the mean of u^3
+        torch.testing.assert_close(b.x_t, (1 - b.t)[:, None] * b.x_0 + b.t[:, None] * b.x_1)
+
+
+def test_blocks_that_answer_count_from_the_last_too():
+    def probs(blocks):
+        model = make_classifier("MODEL.CLASSIFIER.SAMPLER.BLOCKS", blocks).eval()
+        return model(class_inputs(1))[0]["probs"]
+
+    assert torch.equal(probs("[-1]"), probs("[2]"))
+    assert torch.equal(probs("[-3,-1]"), probs("[0,2]"))
+    assert not torch.equal(probs("[-1]"), probs("[0]"))
+
+
 @pytest.mark.parametrize("aggregation", ["velocity", "probability"])
 def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(aggregation):
     opts = ["MODEL.CLASSIFIER.SAMPLER.SAMPLES", "3", "MODEL.CLASSIFIER.SAMPLER.AGGREGATION", aggregation]
@@ -184,6 +205,7 @@ WRONG = {
     ),
     "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "3 orthonormal classes need"),
     "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
+    "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),
 }
 
 
