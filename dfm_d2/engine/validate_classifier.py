@@ -100,10 +100,9 @@ def classifier_problems(cfg: CfgNode) -> Iterator[str]:
         if not all(isinstance(value, int) and value >= 1 for value in c.CNN[key]):
             yield f"MODEL.CLASSIFIER.CNN.{key} is {list(c.CNN[key])}; give whole numbers of at least 1."
     named = list(c.SAMPLER.BLOCKS)
-    if not all(isinstance(index, int) and index >= 0 for index in named) or len(set(named)) < len(named):
+    if not all(isinstance(index, int) for index in named) or len(set(named)) < len(named):
         yield (
-            f"MODEL.CLASSIFIER.SAMPLER.BLOCKS is {named}; name each block once, by its index from 0 (empty: "
-            "all)."
+            f"MODEL.CLASSIFIER.SAMPLER.BLOCKS is {named}; name each block once, by its index (empty: all)."
         )
     if cfg.UPDATE.METHOD == "stochastic_forward_forward" and cfg.SOLVER.IMS_PER_BATCH < 2:
         yield (

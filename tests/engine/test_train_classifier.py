@@ -72,6 +72,7 @@ def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
     assert run(*options, *weights, flags=("--eval-only",)) == 0
     assert lines(out)[-1]["accuracy"] == last["accuracy"]
+    assert run(*options, *weights, "MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-1]", flags=("--eval-only",)) == 0
     if method == "flow":
         capsys.readouterr()
         assert run(*options[2:], "UPDATE.METHOD", "backprop", *weights, flags=("--eval-only",)) == 2
@@ -133,7 +134,7 @@ CASES = {
     "stride": (["MODEL.CLASSIFIER.CNN.STRIDES", "(1, 0)"], "whole numbers of at least 1"),
     "channels": (["MODEL.CLASSIFIER.CNN.CHANNELS", "(8, 'b')"], "whole numbers of at least 1"),
     "sampler's blocks": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[0, 0]"], "name each block once"),
-    "sampler's block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-1]"], "name each block once, by its index"),
+    "sampler's block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "['b']"], "name each block once, by its index"),
     "one image": (
         ["UPDATE.METHOD", "stochastic_forward_forward", "SOLVER.IMS_PER_BATCH", "1"],
         "needs SOLVER.IMS_PER_BATCH of at least 2",
