@@ -84,11 +84,13 @@ def trained(args: argparse.Namespace, variant: str, seed: int, folder: str = "",
     """
     out = ROOT / "output" / "classification" / op_of(args) / (folder or variant) / f"seed{seed}"
     result = out / "result.json"
-    if result.exists():
-        return out
     opts = [*args.opts, *VARIANTS[variant], *map(str, more), "SEED", str(seed), "MODEL.DFM.SEED", str(seed)]
     if args.device:
         opts += ["MODEL.DEVICE", args.device]
+    if result.exists():
+        if not same_training(args.config, opts, out):
+            raise SystemExit(f"{out} was trained with other values: give --name, or delete it")
+        return out
     command = [
         sys.executable,
         str(ROOT / "tools/train_classifier.py"),
@@ -109,6 +111,21 @@ def trained(args: argparse.Namespace, variant: str, seed: int, folder: str = "",
              "device": device_name(args.device or "cpu"), "iterations": iterations}  # fmt: skip
     result.write_text(json.dumps(found))
     return out
+
+
+def same_training(config: str, opts: list[str], out: Path) -> bool:
+    """Whether the config of the training in `out` is what `config` with `opts` gives.
+
+    How it evaluates, where its files lie, and the classes that it found, may differ.
+    """
+    wanted = load_classifier_config(config, opts)
+    had = load_classifier_config(str(out / "config.yaml"), [])
+    for cfg in (wanted, had):
+        cfg.defrost()
+        cfg.OUTPUT_DIR = cfg.VERSION = ""
+        cfg.MODEL.DFM.NUM_CLASSES = 0
+        cfg.TEST = cfg.MODEL.CLASSIFIER.SAMPLER = None
+    return wanted.dump() == had.dump()
 
 
 def result_of(out: Path) -> dict:

@@ -40,7 +40,6 @@ RATES = (0.3, 1.0, 3.0)
 # Samplers: fields of ClassSamplerSettings. The default, one step of 4 samples, spends on
 # fresh noise what "steps_4" spends on steps.
 SAMPLERS: dict[str, dict] = {
-    "all_blocks": {"blocks": ()},
     "steps_1": {"steps": 1, "samples": 1},
     "steps_4": {"steps": 4, "samples": 1},
     "steps_16": {"steps": 16, "samples": 1},
@@ -91,6 +90,8 @@ def evaluations(out: Path) -> dict[str, dict[str, float]]:
     if hasattr(model, "sampler"):
         images = seen(model, test)
         blocks = {f"block_{d}": {"blocks": (d,)} for d in range(model.num_blocks)}
+        if model.num_blocks > 1:
+            blocks["last_two"] = {"blocks": (-2, -1)}
         for name, changes in (SAMPLERS | blocks).items():
             found[name] = metrics_of(sampled(model, images, **changes), labels)
     return found

@@ -67,6 +67,20 @@ class ClassSampler:
         shape = self.settings.samples, space.weight.shape[1]
         return self.settings.noise * normals(keys, shape, space.weight)
 
+    def blocks_of(self, num_blocks: int) -> list[int]:
+        """The indices of the blocks that answer, from 0.
+
+        Raises:
+            ValueError: a block that is not there, or that is named twice.
+        """
+        named = list(self.settings.blocks) or list(range(num_blocks))
+        if not all(-num_blocks <= block < num_blocks for block in named):
+            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {named}, there are {num_blocks} blocks.")
+        blocks = [block % num_blocks for block in named]
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS {named} names a block of {num_blocks} twice.")
+        return blocks
+
     def sample(
         self, endpoint: Endpoint, num_blocks: int, x_0: Tensor, space: LabelSpace, keep: bool = False
     ) -> list[Trajectory]:
@@ -76,12 +90,9 @@ class ClassSampler:
             keep: their states and steps, too.
 
         Raises:
-            ValueError: a block that is not there.
+            ValueError: see blocks_of.
         """
-        named = list(self.settings.blocks) or list(range(num_blocks))
-        if not all(-num_blocks <= block < num_blocks for block in named):
-            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {named}, there are {num_blocks} blocks")
-        blocks = [block % num_blocks for block in named]
+        blocks = self.blocks_of(num_blocks)
         groups = [blocks] if self.settings.aggregation == "velocity" else [[block] for block in blocks]
         solver = ODESolver(self.settings.method)
 

@@ -63,6 +63,7 @@ class FlowClassifier(Classifier):
         super().__init__(temperature=criterion.temperature, **common)
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {PREDICTIONS}, got {prediction!r}")
+        sampler.blocks_of(self.num_blocks)  # before training, not after it
         self.label_space = label_space
         self.criterion = criterion
         self.sampler = sampler
@@ -205,6 +206,11 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
     """
     dim = classifier.EMBED_DIM or max(num_classes, 16)
     if classifier.EMBEDDING == "orthonormal":
+        if dim < num_classes:
+            raise ValueError(
+                f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
+                "dimensions or more: set it to 0, or EMBEDDING to learned."
+            )
         return LabelSpace.orthonormal(num_classes, dim, radius=classifier.RADIUS)
     if classifier.EMBEDDING == "learned":
         generator = torch.Generator().manual_seed(0)
@@ -217,7 +223,9 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
     path = Path(classifier.EMBEDDING_FILE)
     try:
         matrix = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
-    except (OSError, ValueError) as error:
+        if matrix.dtype.kind not in "fiu":
+            raise ValueError(f"its entries are of the type {matrix.dtype}")
+    except (OSError, EOFError, ValueError) as error:
         raise ValueError(
             f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} is no matrix of numbers: {error}"
         ) from error
@@ -226,4 +234,11 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
             f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has the shape {matrix.shape}: give one row for each of "
             f"the {num_classes} classes, in their order."
         )
-    return LabelSpace(torch.as_tensor(matrix, dtype=torch.float32), radius=classifier.RADIUS)
+    if len(np.unique(matrix, axis=0)) < num_classes:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has equal rows: their classes cannot be told apart."
+        )
+    try:
+        return LabelSpace(torch.as_tensor(matrix, dtype=torch.float32), radius=classifier.RADIUS)
+    except ValueError as error:
+        raise ValueError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path}: {error}") from error

@@ -177,6 +177,27 @@ def test_given_embeddings_come_from_a_file(tmp_path):
         make_classifier(*opts[:3], str(tmp_path / "a.npy"))
 
 
+BAD_EMBEDDINGS = {
+    "text": (np.array([["a", "b"]] * 3), "is no matrix of numbers"),
+    "complex": (np.eye(3) * 1j, "is no matrix of numbers: its entries are of the type complex128"),
+    "equal rows": (np.ones((3, 4)), "has equal rows"),
+    "zero row": (np.eye(4)[:3] - np.eye(4)[0] * np.eye(3, 4), "a.npy: embeddings must have a direction"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EMBEDDINGS)
+def test_given_embeddings_that_cannot_be_used_are_named(name, tmp_path):
+    matrix, said = BAD_EMBEDDINGS[name]
+    file = tmp_path / "a.npy"
+    np.save(file, matrix)
+    opts = ["MODEL.CLASSIFIER.EMBEDDING", "given", "MODEL.CLASSIFIER.EMBEDDING_FILE", str(file)]
+    with pytest.raises(ValueError, match=said):
+        make_classifier(*opts)
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match="a.npy is no matrix of numbers"):
+        make_classifier(*opts)
+
+
 def test_the_temperature_is_that_of_greatest_likelihood():
     model = make_classifier()
     generator = torch.Generator().manual_seed(0)
@@ -203,9 +224,10 @@ WRONG = {
         [*RESNET, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", *FPN],
         "build_resnet_backbone, not",
     ),
-    "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "3 orthonormal classes need"),
+    "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "EMBED_DIM is 2, but 3 orthonormal classes need"),
     "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
     "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),
+    "sampler block twice": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[0,-3]"], "names a block of 3 twice"),
 }
 
 
