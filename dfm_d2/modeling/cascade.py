@@ -14,8 +14,9 @@ from torch import Tensor
 from dfm_d2.core import keyed_uniform, time_like
 from dfm_d2.core.noise import STREAM_FROM_NOISE
 from dfm_d2.framework import META_ARCH_REGISTRY
-from dfm_d2.modeling.detector import FlowDetector, Prepared
+from dfm_d2.modeling.detector import FlowDetector
 from dfm_d2.modeling.sampler import Flow
+from dfm_d2.modeling.training import Prepared
 from dfm_d2.predictors import HeadAnswer
 
 
