@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from rows import RESULTS, Row, commit, device_name, quantiles, save_rows  # noqa: E402
 
-from dfm_d2.engine.block_optimizer import build_block_optimizer  # noqa: E402
+from dfm_d2.engine.build_optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.local_update import build_update  # noqa: E402
 from dfm_d2.engine.saved_activations import SavedActivations  # noqa: E402
 from dfm_d2.engine.setup import load_classifier_config  # noqa: E402

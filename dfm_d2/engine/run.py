@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
-from dfm_d2.engine.block_optimizer import build_block_optimizer
+from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.data_parallel import MeanStatistics, broadcast_model
 from dfm_d2.engine.ema import ModelEMA

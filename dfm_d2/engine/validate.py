@@ -7,7 +7,7 @@ from dfm_kernels.dispatch import BACKENDS
 
 import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.core import AGGREGATIONS, PREDICTIONS, ODESolver
-from dfm_d2.engine.block_optimizer import OPTIMIZERS
+from dfm_d2.engine.build_optimizer import OPTIMIZERS
 from dfm_d2.engine.local_update import BACKBONE_UPDATES, UPDATES, build_update
 from dfm_d2.engine.precision import AMP_DTYPES
 from dfm_d2.engine.validate_classifier import CLASSIFIER_CHOICES, CLASSIFIER_LEAST, classifier_problems

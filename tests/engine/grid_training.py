@@ -16,7 +16,7 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from tiny_model import tiny_cfg  # noqa: E402
 
-from dfm_d2.engine.block_optimizer import build_block_optimizer  # noqa: E402
+from dfm_d2.engine.build_optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.ema import ModelEMA  # noqa: E402
 from dfm_d2.engine.hooks import EMAHook  # noqa: E402
 from dfm_d2.engine.local_update import build_update  # noqa: E402

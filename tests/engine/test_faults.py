@@ -15,7 +15,7 @@ from tiny_training import ONE_THREAD, command, run
 from toy_model import toy_config
 
 from dfm_d2.data.shapes import write_shapes
-from dfm_d2.engine.block_optimizer import build_block_optimizer
+from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.errors import NonFiniteLossError
 from dfm_d2.engine.local_update import build_update

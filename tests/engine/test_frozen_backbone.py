@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_model import toy_config
 
-from dfm_d2.engine.block_optimizer import build_block_optimizer
+from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.local_update import build_update
 
 

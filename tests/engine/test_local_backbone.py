@@ -8,7 +8,8 @@ import torch
 from tiny_model import tiny_cfg
 from toy_model import toy_config
 
-from dfm_d2.engine.block_optimizer import build_block_optimizer, check_blocks
+from dfm_d2.engine.block_optimizer import check_blocks
+from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.hooks import EMAHook

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy_model import ToyModel, toy_config, toy_item
 
-from dfm_d2.engine.block_optimizer import build_block_optimizer
+from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.errors import NonFiniteLossError
 from dfm_d2.engine.local_update import LocallyTrainable, build_update, sum_losses
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy_model import ToyModel, toy_config, toy_loader
 
-from dfm_d2.engine.block_optimizer import build_block_optimizer
+from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.errors import NonFiniteLossError

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_model import ToyModel, toy_config, toy_loader  # noqa: E402
 
-from dfm_d2.engine.block_optimizer import build_block_optimizer  # noqa: E402
+from dfm_d2.engine.build_optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer  # noqa: E402
 from dfm_d2.engine.ema import ModelEMA  # noqa: E402
 from dfm_d2.engine.hooks import EMAHook  # noqa: E402
