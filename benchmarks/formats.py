@@ -33,7 +33,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default=str(ROOT / "configs" / "shapes_flow_r18.yaml"))
-    parser.add_argument("--formats", nargs="+", default=["torchscript", "onnx", "pt2"])
+    parser.add_argument("--formats", nargs="+", default=["torchscript", "onnx", "pt2", "aoti"])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--images", nargs="+", default=[])
     parser.add_argument("--repeats", type=int, default=7)

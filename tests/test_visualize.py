@@ -3,12 +3,15 @@
 import re
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dfm_d2.visualize import draw_curves, draw_flow, draw_predictions, record_flow, write_gif, write_page
+from dfm_d2.visualize.labels import place_labels
+from dfm_d2.visualize.pictures import draw_box
 from dfm_d2.visualize.record import _field
 
 CLASSES = ["circle", "square", "star"]
@@ -35,6 +38,24 @@ def test_both_pictures(tmp_path, make_model, make_input, score_thresh, color_by)
         assert min(_pixels(path).shape[:2]) > 200
     assert (_pixels(predictions).std(axis=2) > 10).any(), "no coloured box was drawn"
     assert (_pixels(flow) < 200).sum() > 1000
+
+
+def test_labels_can_be_read():
+    """Boxes on top of each other, at the upper and at the right edge: no label is cut or covered."""
+    figure, (panel, _) = plt.subplots(1, 2, figsize=(5, 2.5), layout="constrained")
+    panel.imshow(IMAGE)
+    for box in [(5, 1, 40, 50), (5, 1, 40, 50), (7, 3, 40, 50), (120, 40, 127, 60), (118, 41, 127, 60)]:
+        draw_box(panel, box, "red", "triangle 0.55")
+    place_labels(figure)
+    figure.canvas.draw()
+    picture = panel.get_window_extent()
+    labels = [text.get_bbox_patch().get_window_extent() for text in panel.texts]
+    for i, label in enumerate(labels):
+        assert label.x1 <= picture.x1 + 1 and picture.y0 - 1 <= label.y0 and label.y1 <= picture.y1 + 1
+        for other in labels[:i]:
+            overlap = min(label.x1, other.x1) - max(label.x0, other.x0)
+            assert overlap < 1 or min(label.y1, other.y1) - max(label.y0, other.y0) < 1
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])

@@ -79,7 +79,14 @@ def test_slider_toggles_and_tooltips(page, tmp_path):
     page.click("#show-paths")
     assert page.run("document.querySelectorAll('polyline.path').length") > 0
     page.click("#show-detections")
-    assert page.run("document.querySelectorAll('svg text').length") > 0
+    labels = json.loads(
+        page.run(
+            "JSON.stringify([...document.querySelectorAll('rect.label')].map(e => "
+            "['x', 'y', 'width', 'height'].map(name => +e.getAttribute(name))))"
+        )
+    )
+    assert len(labels) == page.run("document.querySelectorAll('svg text').length") > 0
+    assert all(x >= 0 and x + width <= 128 and y >= 0 and y + height <= 96 for x, y, width, height in labels)
 
     spot = json.loads(
         page.run(

@@ -37,8 +37,12 @@ def tiny_cfg(**dfm):
 
 
 def spread(model):
-    """Untrained class logits are all alike; spread them, so that detections differ. Returns the model."""
+    """Untrained class logits are all alike; spread them, so that detections differ. Returns the model.
+
+    By as much at any width: far larger logits have the score 1.0 alike, and their order is anyone's.
+    """
     for head in model.predictors:
-        torch.nn.init.normal_(head.class_logits.weight, std=1.0)
-        torch.nn.init.normal_(head.box_answer.weight, std=0.2)
+        spread_of_one = 4 / head.class_logits.in_features**0.5
+        torch.nn.init.normal_(head.class_logits.weight, std=spread_of_one)
+        torch.nn.init.normal_(head.box_answer.weight, std=0.2 * spread_of_one)
     return model

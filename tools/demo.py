@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The main job end to end: generate a data set, train with sequential local updates, evaluate, draw.
 
-python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_r18.yaml
+python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_r18.yaml, OUTPUT_DIR among them
 """
 
 import sys
@@ -15,6 +15,9 @@ import make_shapes  # noqa: E402
 import train_net  # noqa: E402
 import visualize_flow  # noqa: E402
 
+from dfm_d2.engine.errors import UserError  # noqa: E402
+from dfm_d2.engine.setup import load_config  # noqa: E402
+
 CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
 SHAPES = ROOT / "data" / "shapes"
 OUTPUT = ROOT / "output" / "demo"
@@ -24,10 +27,16 @@ NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 2000, 300, 128
 def main(overrides: list[str]) -> int:
     """Exit status of the first part that failed, else 0."""
     started = time.perf_counter()
-    shapes = ["--out", str(SHAPES), "--train", str(NUM_TRAIN), "--val", str(NUM_VAL)]
-    shapes += ["--size", str(IMAGE_SIZE)]
     opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *overrides]
-    weights = str(OUTPUT / "model_final.pth")
+    try:
+        cfg = load_config(CONFIG, opts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    output = Path(cfg.OUTPUT_DIR)
+    shapes = ["--out", cfg.DATASETS.VOC_ROOT, "--train", str(NUM_TRAIN), "--val", str(NUM_VAL)]
+    shapes += ["--size", str(IMAGE_SIZE)]
+    weights = str(output / "model_final.pth")
     status = (
         make_shapes.main(shapes)
         or train_net.run_command(["--config-file", CONFIG, *opts])
@@ -37,8 +46,8 @@ def main(overrides: list[str]) -> int:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")
         names = ["model_final.pth", "metrics.json", "*.png", "*.gif", "*.html", "events.out.tfevents.*"]
         for name in names:
-            for path in sorted(OUTPUT.glob(name)):
-                print(f"  {path.relative_to(ROOT)}")
+            for path in sorted(output.glob(name)):
+                print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return status
 
 

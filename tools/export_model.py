@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-r"""Write a trained detector as one file: TorchScript, ONNX or torch.export's pt2.
+r"""Write a trained detector as one file: TorchScript, ONNX, torch.export's pt2, or that compiled (aoti).
 
 python tools/export_model.py --config-file output/demo/config.yaml --format onnx --output exported \
     MODEL.WEIGHTS output/demo/model_final.pth
 python tools/export_model.py ... --steps 1 --noise constant       fewer steps, noise inside of the file
+python tools/export_model.py ... --format aoti                    pt2 compiled; needs a C++ compiler
 python tools/export_model.py ... --run-eval                       AP of the file beside that of the model
 """
 

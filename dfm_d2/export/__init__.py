@@ -1,4 +1,4 @@
-"""A trained detector as one file: TorchScript, ONNX or torch.export's pt2, and the means to run it."""
+"""A trained detector as one file: TorchScript, ONNX, pt2 or pt2 compiled, and the means to run it."""
 
 from dfm_d2.export.artefact import ExportedDetector, load_artefact
 from dfm_d2.export.formats import FORMATS, ExportSettings, export_model

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfm_d2.export.aoti import DEVICE_KEY, load_package
 from dfm_d2.export.formats import ABOUT
 from dfm_d2.framework import Boxes, Instances, detector_postprocess
 from dfm_d2.modeling.detector import FlowDetector
@@ -22,19 +23,21 @@ Run = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]
 
 
 def load_artefact(path: str | Path) -> "ExportedDetector":
-    """The detector of a file that export_model wrote, on the CPU.
+    """The detector of a file that export_model wrote, on the CPU; an AOTInductor package on its device.
 
     Raises:
         ValueError: the file's name ends in none of the formats' ways, or it is damaged or of another origin.
         ImportError: an ONNX file where onnxruntime is not installed.
     """
     path = Path(path)
-    loaders = {".ts": _load_torchscript, ".onnx": _load_onnx, ".pt2": _load_pt2}
-    if path.suffix not in loaders:
+    # The longest ending first.
+    loaders = {".aoti.pt2": _load_aoti, ".pt2": _load_pt2, ".onnx": _load_onnx, ".ts": _load_torchscript}
+    load = next((loader for ending, loader in loaders.items() if path.name.endswith(ending)), None)
+    if load is None:
         raise ValueError(f"{path} ends in none of {', '.join(loaders)}: give a file of tools/export_model.py")
     if not path.is_file():
         raise ValueError(f"{path} does not exist: check the path.")
-    run, about = loaders[path.suffix](path)
+    run, about = load(path)
     if not about:
         raise ValueError(f"{path} has no {ABOUT}: it was not written by tools/export_model.py")
     return ExportedDetector(run, json.loads(about))
@@ -134,6 +137,18 @@ def _load_pt2(path: Path) -> tuple[Run, str]:
             return module(images=images, image_sizes=sizes, **({} if x_0 is None else {"x_0": x_0}))
 
     return run, _text(extra[ABOUT])
+
+
+def _load_aoti(path: Path) -> tuple[Run, str]:
+    package, metadata = load_package(path)
+    device = metadata[DEVICE_KEY]
+
+    def run(images: Tensor, sizes: Tensor, x_0: Tensor | None) -> Sequence[Tensor]:
+        inputs = {"images": images, "image_sizes": sizes} | ({} if x_0 is None else {"x_0": x_0})
+        found = package(**{name: value.to(device) for name, value in inputs.items()})
+        return [value.to(images.device) for value in found]
+
+    return run, metadata.get(ABOUT, "")
 
 
 def _load_onnx(path: Path) -> tuple[Run, str]:

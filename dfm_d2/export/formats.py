@@ -1,4 +1,4 @@
-"""Writing a detector as TorchScript, ONNX or pt2.
+"""Writing a detector as TorchScript, ONNX, pt2 or an AOTInductor package.
 
 Shapes: B images, N noise boxes of all passes.
 """
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dfm_d2.data.files import write_atomically
+from dfm_d2.export.aoti import require_compiler, write_package
 from dfm_d2.export.decompositions import onnx_decompositions
 from dfm_d2.export.tensor_detector import TensorDetector, with_backend
 from dfm_d2.framework import TracingAdapter
 from dfm_d2.modeling.detector import FlowDetector
 
 # Format: the file's name.
-FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "pt2": "model.pt2"}
+FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.aoti.pt2"}
 # Under this name a file carries what its user must know: ExportSettings and Preparation, as JSON.
 ABOUT = "dfm_d2.json"
 OPSET = 20
@@ -128,13 +129,16 @@ def export_model(
         sample: an image `(3, H, W)`, pixels 0 to 255, of which a trace is made; other sizes work after it.
 
     Raises:
-        ValueError: an unknown format, ONNX without its packages, or see prepared_model.
+        ValueError: an unknown format, ONNX without its packages, AOTInductor without a compiler, or see
+            prepared_model.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}: set it to one of {', '.join(FORMATS)}")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if format == "onnx" and missing:
         raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install 'dfm_d2[export]'")
+    if format == "aoti":
+        require_compiler()
     model = prepared_model(model, settings)
     path = Path(folder) / FORMATS[format]
     about = json.dumps(asdict(preparation) | _contract(model, settings, format))
@@ -143,7 +147,7 @@ def export_model(
             _save_torchscript(model, settings, sample.to(model.device), path, about)
         else:
             program = exported_program(model, settings)
-            save = _save_pt2 if format == "pt2" else _save_onnx
+            save = {"pt2": _save_pt2, "onnx": _save_onnx, "aoti": _save_aoti}[format]
             save(program, path, about)
     _logger.info("Wrote %s (%.1f MiB)", path, path.stat().st_size / 2**20)
     return path
@@ -200,7 +204,7 @@ def _save_torchscript(
     write_atomically(path, lambda file: torch.jit.save(traced, file, _extra_files={ABOUT: about}))
 
 
-# ----------------------------------------------------------------- pt2 and ONNX
+# ------------------------------------------------- pt2, AOTInductor's and ONNX
 
 
 def exported_program(model: FlowDetector, settings: ExportSettings) -> ExportedProgram:
@@ -226,6 +230,10 @@ def exported_program(model: FlowDetector, settings: ExportSettings) -> ExportedP
 
 def _save_pt2(program: ExportedProgram, path: Path, about: str) -> None:
     write_atomically(path, lambda file: torch.export.save(program, file, extra_files={ABOUT: about}))
+
+
+def _save_aoti(program: ExportedProgram, path: Path, about: str) -> None:
+    write_atomically(path, lambda file: write_package(program, file, {ABOUT: about}))
 
 
 def _save_onnx(program: ExportedProgram, path: Path, about: str) -> None:

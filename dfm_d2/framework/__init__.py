@@ -67,6 +67,7 @@ seed_all_rng = _provider.seed_all_rng
 
 # ours, the same on both providers; below the names because it uses PathManager
 from dfm_d2.framework._config_files import merge_config_file, merge_config_opts  # noqa: E402
+from dfm_d2.framework._scripts import run_detectron2_script  # noqa: E402
 
 __all__ = [
     "Backbone",
@@ -105,5 +106,6 @@ __all__ = [
     "inference_on_dataset",
     "merge_config_file",
     "merge_config_opts",
+    "run_detectron2_script",
     "seed_all_rng",
 ]

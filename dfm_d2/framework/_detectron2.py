@@ -1,5 +1,9 @@
 """The names of dfm_d2.framework as the real Detectron2 has them. The only file that imports detectron2."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import detectron2.config
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -68,3 +72,19 @@ __all__ = [
     "inference_on_dataset",
     "seed_all_rng",
 ]
+
+
+@contextmanager
+def completed_configs(add_keys: Callable[[CfgNode], None]) -> Iterator[None]:
+    """Within it, the ``get_cfg`` of detectron2.config answers configs that `add_keys` completed."""
+
+    def completed() -> CfgNode:
+        cfg = get_cfg()
+        add_keys(cfg)
+        return cfg
+
+    detectron2.config.get_cfg = completed
+    try:
+        yield
+    finally:
+        detectron2.config.get_cfg = get_cfg

@@ -50,9 +50,11 @@ def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
         if names == scores:
-            panel.set_ylim(0, None)
+            panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
         if names and names != ["lr"]:
-            panel.legend(fontsize=7, frameon=False)
+            # Losses fall and scores rise: there is room in the other corner.
+            corner = "lower right" if names == scores else "upper right"
+            panel.legend(fontsize=7, frameon=False, loc=corner)
         if not names:
             panel.text(0.5, 0.5, "no evaluation yet", ha="center", transform=panel.transAxes, fontsize=8)
     return save_figure(figure, path)

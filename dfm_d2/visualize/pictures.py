@@ -17,6 +17,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 from dfm_d2.framework import Instances  # noqa: E402
+from dfm_d2.visualize.labels import place_labels  # noqa: E402
 from dfm_d2.visualize.record import FlowRecord  # noqa: E402
 
 _PALETTE = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors
@@ -98,6 +99,7 @@ def draw_predictions(
             text = f"{class_names[int(label)]} {float(score):.2f}"
             draw_box(axes[1, column], box, class_color(int(label)), text)
     figure.suptitle(f"ground truth, and detections with a score of at least {score_thresh}", fontsize=9)
+    place_labels(figure)
     return save_figure(figure, path)
 
 
@@ -155,6 +157,7 @@ def draw_flow(
     _show(last, image, _count(len(sure)))
     for box, score, label in zip(sure.pred_boxes.tensor, sure.scores, sure.pred_classes):
         draw_box(last, box, class_color(int(label)), f"{class_names[int(label)]} {float(score):.2f}")
+    place_labels(figure)
     return save_figure(figure, path)
 
 

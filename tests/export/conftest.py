@@ -9,7 +9,7 @@ from tiny_model import spread, tiny_cfg
 from dfm_d2.data.images import read_image
 from dfm_d2.data.loader import resized_item
 from dfm_d2.engine.run import build_checkpointer
-from dfm_d2.export import FORMATS, ExportSettings, export_model, load_artefact
+from dfm_d2.export import ExportSettings, export_model, load_artefact
 from dfm_d2.export.formats import Preparation
 from dfm_d2.framework import build_model
 
@@ -44,20 +44,30 @@ def preparation(detector):
     return Preparation.from_config(export_cfg(), detector, CLASSES)
 
 
+class _Made(dict):
+    """{format: what `make` answers for it}, made when it is first asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, format):
+        self[format] = self._make(format)
+        return self[format]
+
+
 @pytest.fixture(scope="session")
 def files(detector, preparation, tmp_path_factory):
     """{format: path}, the noise an input."""
     folder = tmp_path_factory.mktemp("exported")
     sample = torch.zeros(3, 96, 128)
-    return {
-        name: export_model(detector, name, folder, preparation, ExportSettings(), sample) for name in FORMATS
-    }
+    return _Made(lambda name: export_model(detector, name, folder, preparation, ExportSettings(), sample))
 
 
 @pytest.fixture(scope="session")
 def runs(files):
     """{format: the detector of its file}"""
-    return {name: load_artefact(path) for name, path in files.items()}
+    return _Made(lambda name: load_artefact(files[name]))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,13 @@
-"""When two detections are the same."""
+"""When two detections are the same, and the formats that answer the same."""
 
+import pytest
 import torch
+
+from dfm_d2.export import FORMATS
+
+# AOTInductor's compilation takes minutes.
+EVERY_FORMAT = [pytest.param(name, marks=[pytest.mark.slow] * (name == "aoti")) for name in FORMATS]
+BATCHED = [param for param in EVERY_FORMAT if param.values[0] != "torchscript"]
 
 
 def assert_equal_detections(found, expected):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from detections import assert_equal_detections
+from detections import BATCHED, EVERY_FORMAT, assert_equal_detections
 from tiny_model import spread
 
 from dfm_d2.engine.setup import load_config
-from dfm_d2.export import FORMATS, ExportSettings, export_model, load_artefact
+from dfm_d2.export import ExportSettings, export_model, load_artefact
 from dfm_d2.export.formats import Preparation, prepared_model
 from dfm_d2.export.tensor_detector import TensorDetector
 from dfm_d2.framework import build_model
@@ -16,7 +16,7 @@ from dfm_d2.framework import build_model
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_three_sizes(detector, runs, photographs, format):
     run = runs[format]
     assert len({item["image"].shape for item in photographs}) == 3
@@ -27,7 +27,7 @@ def test_three_sizes(detector, runs, photographs, format):
         assert_equal_detections(found, expected)
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", BATCHED)
 def test_a_batch_of_different_sizes(detector, runs, photographs, format):
     expected = detector(photographs)
     found = runs[format](photographs)
@@ -35,7 +35,7 @@ def test_a_batch_of_different_sizes(detector, runs, photographs, format):
         assert_equal_detections(mine["instances"], theirs["instances"])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_noise_is_an_input(detector, runs, photographs, format):
     item, run = photographs[0], runs[format]
     x_0 = torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(3))
@@ -45,7 +45,7 @@ def test_noise_is_an_input(detector, runs, photographs, format):
     assert len(other) != len(expected) or not torch.equal(other.scores, expected.scores)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_a_photograph_without_detections(detector, runs, photographs, format):
     """Padding alone comes out where no score passes."""
     item = photographs[0]
@@ -94,7 +94,7 @@ def test_padded_tensors_hold_the_instances(make_model, make_input, architecture,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_a_resnet50_config(photographs, tmp_path, format):
     """configs/voc_flow_r50.yaml at full width, with random weights."""
     words = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.DFM.NUM_CLASSES", "20"]

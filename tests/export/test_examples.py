@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detections import EVERY_FORMAT
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -26,7 +27,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2", "torchscript"])
+@pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_an_example_answers_what_the_detector_does(format, files, photographs, detector, preparation):
     item = photographs[0]
     script, image = str(EXAMPLES / f"run_{format}.py"), item["file_name"]

@@ -1,12 +1,15 @@
 """What is in the files, and what is refused."""
 
+import io
 import json
 
 import onnx
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from dfm_d2.export import ExportSettings, export_model, load_artefact
+from dfm_d2.export.aoti import write_package
 from dfm_d2.export.formats import ABOUT, exported_program, prepared_model
 from dfm_d2.export.tensor_detector import ConstantNoise
 
@@ -95,12 +98,53 @@ def test_bad_words_are_named(detector, preparation, tmp_path):
 def test_files_that_are_none_of_ours(files, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_artefact(tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match=r"ends in none of \.ts"):
+    with pytest.raises(ValueError, match=r"ends in none of \.aoti\.pt2, \.pt2"):
         load_artefact(tmp_path / "model.bin")
-    for path in files.values():
+    for path in (files[name] for name in ("torchscript", "onnx", "pt2")):
         (tmp_path / path.name).write_bytes(path.read_bytes()[:5000])
         with pytest.raises(ValueError, match="export it again"):
             load_artefact(tmp_path / path.name)
+    for ending, other in ((".aoti.pt2", "pt2"), (".pt2", "onnx")):
+        path = tmp_path / f"other{ending}"
+        path.write_bytes(files[other].read_bytes())
+        with pytest.raises(ValueError, match="export it again"):
+            load_artefact(path)
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "other.ts")
     with pytest.raises(ValueError, match="not written by tools/export_model.py"):
         load_artefact(tmp_path / "other.ts")
+
+
+def test_aoti_without_a_compiler_is_one_sentence(detector, preparation, tmp_path):
+    without = inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(ValueError, match=r"needs a C\+\+ compiler and found none: install g\+\+"):
+        export_model(detector, "aoti", tmp_path, preparation, ExportSettings(), torch.zeros(3, 96, 96))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_aoti_with_a_compiler_that_fails_is_one_sentence(tmp_path):
+    compiler = tmp_path / "fails"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho error: no room >&2; exit 1\n'
+    )
+    compiler.chmod(0o755)
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    failing = inductor_config.patch({"cpp.cxx": (str(compiler),)})
+    with (
+        failing,
+        pytest.raises(ValueError, match=r"fails does not compile AOTInductor's code \(error: no room\)"),
+    ):
+        write_package(program, io.BytesIO(), {})
+
+
+@pytest.mark.slow
+def test_the_package_says_what_the_other_files_say(files, runs, tmp_path):
+    about = dict(runs["aoti"].about)
+    assert about.pop("file_format") == "aoti"
+    assert about == {key: value for key, value in runs["pt2"].about.items() if key != "file_format"}
+    (tmp_path / "model.aoti.pt2").write_bytes(files["aoti"].read_bytes()[:5000])
+    with pytest.raises(ValueError, match="export it again"):
+        load_artefact(tmp_path / "model.aoti.pt2")
+    (tmp_path / "model.pt2").write_bytes(files["aoti"].read_bytes())
+    with pytest.raises(ValueError, match="export it again"):
+        load_artefact(tmp_path / "model.pt2")

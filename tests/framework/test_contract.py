@@ -8,7 +8,7 @@ from require_detectron2 import detectron2_provider
 import dfm_d2.framework
 from dfm_d2.framework import _builtin
 
-OURS = {"PROVIDER", "merge_config_file", "merge_config_opts"}
+OURS = {"PROVIDER", "merge_config_file", "merge_config_opts", "run_detectron2_script"}
 ALL = {**observations.BY_NAME, **observations.BACKBONES, **observations.LIVE_ONLY}
 
 

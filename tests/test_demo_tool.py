@@ -1,0 +1,44 @@
+"""tools/demo.py: all of it in one folder, the one that is asked for."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "demo.py"
+SMALL = (
+    "SOLVER.MAX_ITER 2 SOLVER.WARMUP_ITERS 1 SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu "
+    "MODEL.FPN.OUT_CHANNELS 16 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 10 "
+    "MODEL.DFM.HEAD.HIDDEN_DIM 16 MODEL.DFM.HEAD.NUM_HEADS 2 "
+    "MODEL.DFM.HEAD.FEEDFORWARD_DIM 16 MODEL.DFM.SAMPLER.STEPS 2"
+).split()
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """tools/demo.py as a module, with a few images."""
+    spec = importlib.util.spec_from_file_location("demo", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in {"NUM_TRAIN": 4, "NUM_VAL": 2, "IMAGE_SIZE": 96}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_it_trains_and_draws_in_the_folder_that_is_asked_for(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "default")
+    out, shapes = tmp_path / "x", tmp_path / "shapes"
+    words = ["OUTPUT_DIR", str(out), "DATASETS.VOC_ROOT", str(shapes)]
+    assert demo.main([*SMALL, *words]) == 0
+    assert not (tmp_path / "default").exists() and (shapes / "JPEGImages").is_dir()
+    pictures = {"predictions.png", "flow.png", "flow.gif", "curves.png"}
+    assert pictures | {"model_final.pth", "config.yaml"} <= {path.name for path in out.iterdir()}
+    written = capsys.readouterr().out.split("written:")[1]
+    assert f"  {out / 'model_final.pth'}\n" in written and f"  {out / 'curves.png'}\n" in written
+
+
+def test_a_key_that_is_not_there_is_one_sentence(demo, tmp_path, capsys):
+    assert demo.main(["OUTPUT_DIR", str(tmp_path / "x"), "SOLVER.NOTHING", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "SOLVER.NOTHING" in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
