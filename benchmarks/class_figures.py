@@ -20,7 +20,7 @@ def draw_panels(path: Path, title: str, panels: Mapping[str, tuple[str, Mapping[
     Args:
         panels: {title of the panel: (label of its x axis, {method: line})}; a method has one colour in all.
     """
-    from dfm_d2.visualize import plt, save_figure
+    from dfm_d2.visualize.pictures import plt, save_figure
 
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)}

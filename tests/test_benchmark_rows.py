@@ -1,0 +1,67 @@
+"""What the benchmarks share: rows of results, and when a training may be taken for another."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import class_memory  # noqa: E402
+import class_runs  # noqa: E402
+import rows  # noqa: E402
+from class_figures import draw_panels, line_of  # noqa: E402
+from rows import Row, load_rows, quantiles, save_rows  # noqa: E402
+
+CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "digits_flow_cnn.yaml")
+
+
+def row(provider: str, value: float, x: str = "0", op: str = "a") -> Row:
+    numbers = (value - 1, value, value + 1)
+    return Row(op, provider, "eval", "accuracy", "%", "block", x, *numbers, "cpu", "2.8", "abc", "a, note")
+
+
+def test_rows_come_back_and_only_what_was_measured_again_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    save_rows("x", [row("flow", 1.5), row("flow", 2.5, "1"), row("backprop", 3.0), row("flow", 9.0, op="b")])
+    save_rows("x", [row("flow", 4.0)])
+    found = {(r.op, r.provider, r.x_value): r.p50 for r in load_rows("x")}
+    assert found == {("a", "flow", "0"): 4.0, ("a", "backprop", "0"): 3.0, ("b", "flow", "0"): 9.0}
+    assert load_rows("x")[-1] == row("flow", 4.0)
+
+
+def test_quantiles_of_one_value_are_that_value():
+    assert quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert quantiles([0.0, 10.0]) == pytest.approx((2.0, 5.0, 8.0))
+
+
+def test_lines_are_in_the_order_of_x_and_a_picture_is_written(tmp_path):
+    line = line_of([row("flow", 2.0, "10"), row("flow", 1.0, "9")])
+    assert line == [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)]
+    path = draw_panels(tmp_path / "a.png", "title", {"one": ("block", {"flow": line}), "two": ("block", {})})
+    class_memory.draw({"flow": {4: 1.0, 8: 1.5}}, "title", tmp_path / "b.png")
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (path, tmp_path / "b.png"))
+
+
+def test_variants_take_the_learning_rate_of_their_method():
+    assert class_runs.tuned_as("no_readout") == class_runs.tuned_as("uniform_time") == "flow"
+    assert class_runs.tuned_as("backprop_pool_2") == "backprop"
+    assert class_runs.tuned_as("stochastic_ff") == "stochastic_ff"
+
+
+@pytest.mark.parametrize(
+    "changes, same",
+    [
+        ([], True),
+        (["MODEL.CLASSIFIER.SAMPLER.STEPS", "4", "TEST.EVAL_PERIOD", "7"], True),
+        (["SOLVER.BASE_LR", "0.5"], False),
+        (["SOLVER.MAX_ITER", "5"], False),
+        (["UPDATE.METHOD", "backprop"], False),
+    ],
+)
+def test_a_training_of_other_values_is_not_taken(tmp_path, changes, same):
+    cfg = class_runs.load_classifier_config(
+        CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10"]
+    )
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert class_runs.same_training(CONFIG, changes, tmp_path) is same
