@@ -77,10 +77,18 @@ def op_of(args: argparse.Namespace) -> str:
     return args.name or Path(args.config).stem
 
 
-def trained(args: argparse.Namespace, variant: str, seed: int, folder: str = "", more: Iterable = ()) -> Path:
+def trained(
+    args: argparse.Namespace,
+    variant: str,
+    seed: int,
+    folder: str = "",
+    more: Iterable = (),
+    any_rate: bool = False,
+) -> Path:
     """The folder of a training, which is run if it is not done; result.json has its time and memory.
 
     folder: a name of its own for a training with the overrides `more`.
+    any_rate: one that is there is taken whatever its learning rate, which may have been tuned.
     """
     out = ROOT / "output" / "classification" / op_of(args) / (folder or variant) / f"seed{seed}"
     result = out / "result.json"
@@ -88,7 +96,7 @@ def trained(args: argparse.Namespace, variant: str, seed: int, folder: str = "",
     if args.device:
         opts += ["MODEL.DEVICE", args.device]
     if result.exists():
-        if not same_training(args.config, opts, out):
+        if not same_training(args.config, opts, out, any_rate):
             raise SystemExit(f"{out} was trained with other values: give --name, or delete it")
         return out
     command = [
@@ -113,7 +121,7 @@ def trained(args: argparse.Namespace, variant: str, seed: int, folder: str = "",
     return out
 
 
-def same_training(config: str, opts: list[str], out: Path) -> bool:
+def same_training(config: str, opts: list[str], out: Path, any_rate: bool = False) -> bool:
     """Whether the config of the training in `out` is what `config` with `opts` gives.
 
     How it evaluates, where its files lie, and the classes that it found, may differ.
@@ -124,6 +132,8 @@ def same_training(config: str, opts: list[str], out: Path) -> bool:
         cfg.defrost()
         cfg.OUTPUT_DIR = cfg.VERSION = ""
         cfg.MODEL.DFM.NUM_CLASSES = 0
+        if any_rate:
+            cfg.SOLVER.BASE_LR = 0.0
         cfg.TEST = cfg.MODEL.CLASSIFIER.SAMPLER = None
     return wanted.dump() == had.dump()
 

@@ -70,7 +70,7 @@ def main() -> None:
     found: dict[tuple, list[float]] = {}
     for seed in range(args.seeds):
         for variant in args.variants or METHODS:
-            out = trained(args, variant, seed)
+            out = trained(args, variant, seed, any_rate=True)
             cfg, model = load(out)
             models = {variant: model}
             if variant == "backprop":

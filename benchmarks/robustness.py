@@ -104,7 +104,7 @@ def main() -> None:
     cases = [("clean", 0.0)] + [(kind, s) for kind, severities in SEVERITIES.items() for s in severities]
     for variant in args.variants or ["flow", "backprop"]:
         for seed in range(args.seeds):
-            out = trained(args, variant, seed)
+            out = trained(args, variant, seed, any_rate=True)
             cfg, model = load(out)
             clean = batches(cfg, cfg.DATASETS.TEST[0])
             for kind, severity in cases:

@@ -65,3 +65,5 @@ def test_a_training_of_other_values_is_not_taken(tmp_path, changes, same):
     )
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert class_runs.same_training(CONFIG, changes, tmp_path) is same
+    any_rate = class_runs.same_training(CONFIG, changes, tmp_path, any_rate=True)
+    assert any_rate is (same or changes[0] == "SOLVER.BASE_LR")
