@@ -172,7 +172,8 @@ def main() -> None:
     args = arguments.parse_args()
     variants = args.variants or list(VARIANTS)
     rates, tuning = tuned_rates(args, variants)
-    rows = list(tuning)
+    # Saving a variant's rows replaces its older ones: those of a tuning are saved with what it was for.
+    rows = [row for row in tuning if row.provider in variants]
     for variant in variants:
         more = ["SOLVER.BASE_LR", rates[variant]]
         outs = [trained(args, variant, seed, more=more) for seed in range(args.seeds)]

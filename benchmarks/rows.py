@@ -55,18 +55,20 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """The short commit, with "+" if the tree has changes; "unknown" outside a git checkout."""
+    """The short commit, with "+" if tracked files differ from it; "unknown" outside a git checkout.
+
+    Results do not count: every benchmark changes them.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
 
 
 def load_rows(name: str) -> list[Row]:

@@ -1,5 +1,6 @@
 """What the benchmarks share: rows of results, and when a training may be taken for another."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,24 @@ def test_rows_come_back_and_only_what_was_measured_again_is_replaced(tmp_path, m
     found = {(r.op, r.provider, r.x_value): r.p50 for r in load_rows("x")}
     assert found == {("a", "flow", "0"): 4.0, ("a", "backprop", "0"): 3.0, ("b", "flow", "0"): 9.0}
     assert load_rows("x")[-1] == row("flow", 4.0)
+
+
+def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    assert rows.commit() == "unknown"
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("benchmarks/results/a.csv", "code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "one"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    clean = rows.commit()
+    assert len(clean) >= 7 and "+" not in clean
+    (tmp_path / "benchmarks/results/a.csv").write_text("2")
+    (tmp_path / "new.txt").write_text("2")
+    assert rows.commit() == clean
+    (tmp_path / "code.py").write_text("2")
+    assert rows.commit() == clean + "+"
 
 
 def test_quantiles_of_one_value_are_that_value():
