@@ -118,6 +118,13 @@ def test_files_that_are_none_of_ours(files, tmp_path):
         load_artefact(tmp_path / "other.ts")
 
 
+@pytest.mark.parametrize("name", ["a.ts", "a.pt2", "a.onnx"])
+def test_an_empty_file_is_one_sentence(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is no .* file.*: export it again"):
+        load_artefact(tmp_path / name)
+
+
 def test_aoti_without_a_compiler_is_one_sentence(detector, preparation, tmp_path):
     without = inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
     with without, pytest.raises(ValueError, match=r"needs a C\+\+ compiler and found none: install g\+\+"):
