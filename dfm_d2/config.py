@@ -1,6 +1,10 @@
 """Every config key that dfm_d2 adds to Detectron2's, documented where it is added."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from dfm_d2.framework import CfgNode as CN
+from dfm_d2.framework import get_cfg
 
 
 def add_dfm_config(cfg: CN) -> None:
@@ -12,6 +16,18 @@ def add_dfm_config(cfg: CN) -> None:
     _add_solver_keys(cfg)
     _add_model_keys(cfg)
     _add_classifier_keys(cfg)
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line before the first word that is a config key, and from there on: KEY VALUE KEY VALUE ...
+
+    An option that takes several words would take the overrides after it, too. A file that is there is no key.
+    """
+    cfg = get_cfg()
+    add_dfm_config(cfg)
+    keys = (i for i, word in enumerate(words) if word.split(".")[0] in cfg and not Path(word).exists())
+    place = next(keys, len(words))
+    return list(words[:place]), list(words[place:])
 
 
 def _add_data_keys(cfg: CN) -> None:

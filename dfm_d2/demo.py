@@ -25,6 +25,13 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
+class VideoError(ValueError):
+    """A video that cannot be read; the message names it."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 some inputs could not be read, 2 something that the user can put right."""
     parser = argparse.ArgumentParser(
@@ -43,10 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with input_errors():
             images, videos = find_inputs(args.input)
+            folder = Path(args.output)
+            answers = list(zip(videos, answer_files(videos, folder, ".mp4")))
+            pictures = answer_files(images, folder, ".png")
             predictor = FlowPredictor.from_files(args.config_file, args.weights, args.opts, args.batch_size)
-            failures = _images(predictor, images, Path(args.output), args.confidence_threshold)
-            for video in videos:
-                _video(predictor, video, Path(args.output), args.confidence_threshold)
+            failures = _images(predictor, images, pictures, args.confidence_threshold)
+            for video, answer in answers:
+                try:
+                    _video(predictor, video, answer, args.confidence_threshold)
+                except VideoError as error:
+                    failures.append(str(error))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,14 +87,35 @@ def find_inputs(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
     return images, videos
 
 
-def _images(predictor: FlowPredictor, files: Sequence[Path], folder: Path, threshold: float) -> list[str]:
-    """Write NAME.png of each file and detections.json of all; returns what could not be read."""
+def answer_files(files: Sequence[Path], folder: Path, ending: str) -> list[Path]:
+    """Where the answer of each file is written: its name in `folder`, with a number where that is taken.
+
+    Raises ValueError where that would overwrite one of the files.
+    """
+    found: list[Path] = []
+    for file in files:
+        number, path = 1, folder / f"{file.stem}{ending}"
+        while path in found:
+            number += 1
+            path = folder / f"{file.stem}_{number}{ending}"
+        found.append(path)
+    inputs = {file.resolve() for file in files}
+    for path in found:
+        if path.resolve() in inputs:
+            raise ValueError(f"--output {folder} would overwrite the input {path}: choose another folder.")
+    return found
+
+
+def _images(
+    predictor: FlowPredictor, files: Sequence[Path], pictures: Sequence[Path], threshold: float
+) -> list[str]:
+    """Write the picture of each file and detections.json of all; returns what could not be read."""
     failures: list[str] = []
-    waiting: list[Path] = []
+    waiting: list[tuple[Path, Path]] = []
 
     def names() -> Iterator[Path]:
-        for file in files:
-            waiting.append(file)
+        for file, picture in zip(files, pictures):
+            waiting.append((file, picture))
             yield file
 
     def fail(error: ImageError) -> None:
@@ -92,14 +126,16 @@ def _images(predictor: FlowPredictor, files: Sequence[Path], folder: Path, thres
     found: dict[str, dict] = {}
     with tqdm.tqdm(total=len(files), desc="images", unit="image", disable=not files) as bar:
         for instances in predictor.stream(names(), on_error=fail):
-            file = waiting.pop(0)
-            name = _unused(file.stem, found)
+            file, picture = waiting.pop(0)
             painted = paint_detections(read_image(file), instances, predictor.class_names, threshold)
-            _write_png(folder / f"{name}.png", painted)
-            found[name] = {"file": str(file), "detections": as_dicts(instances, predictor.class_names)}
+            _write_png(picture, painted)
+            found[picture.stem] = {
+                "file": str(file),
+                "detections": as_dicts(instances, predictor.class_names),
+            }
             bar.update()
     if files:
-        write_text_atomically(folder / "detections.json", json.dumps(found, indent=1) + "\n")
+        write_text_atomically(pictures[0].with_name("detections.json"), json.dumps(found, indent=1) + "\n")
     return failures
 
 
@@ -111,15 +147,17 @@ def as_dicts(instances: Instances, class_names: Sequence[str]) -> list[dict]:
     return [{"box_xyxy": box, "score": score, "class": class_names[label]} for box, score, label in rows]
 
 
-def _video(predictor: FlowPredictor, file: Path, folder: Path, threshold: float) -> None:
-    """Write NAME.mp4 with what was found in each frame. Raises ValueError where OpenCV cannot."""
+def _video(predictor: FlowPredictor, file: Path, path: Path, threshold: float) -> None:
+    """Write the video `path` with what was found in each frame of `file`.
+
+    Raises VideoError where OpenCV reads no frame, ValueError where it cannot write.
+    """
     source = cv2.VideoCapture(str(file))
     size = tuple(int(source.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
     if not source.isOpened() or min(size) < 1:
-        raise ValueError(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
+        raise VideoError(file)
     rate = source.get(cv2.CAP_PROP_FPS) or 25.0
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file.stem}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
     target = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
     if not target.isOpened():
         raise ValueError(f"{path} cannot be written: OpenCV has no mp4 encoder here.")
@@ -135,24 +173,20 @@ def _video(predictor: FlowPredictor, file: Path, folder: Path, threshold: float)
             yield waiting[-1] if swap else frame
 
     total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
+    written = 0
     try:
         for instances in tqdm.tqdm(
             predictor.stream(frames()), desc=file.name, unit="frame", total=total if total > 0 else None
         ):
             painted = paint_detections(waiting.pop(0), instances, predictor.class_names, threshold)
             target.write(painted[:, :, ::-1])
+            written += 1
     finally:
         source.release()
         target.release()
-
-
-def _unused(stem: str, taken: dict) -> str:
-    """`stem`, or with a number where another image has that name."""
-    number, name = 1, stem
-    while name in taken:
-        number += 1
-        name = f"{stem}_{number}"
-    return name
+    if not written:
+        path.unlink(missing_ok=True)
+        raise VideoError(file)
 
 
 def _write_png(path: Path, image: np.ndarray) -> None:

@@ -71,9 +71,9 @@ class FlowPredictor:
 
         Raises:
             ImageError: a file that cannot be read.
-            ValueError: an array that is no image.
+            ValueError: an array that is no image, or what is neither a file nor an array.
         """
-        if isinstance(images, (str, Path, np.ndarray)):
+        if isinstance(images, (str, Path, np.ndarray)) or not isinstance(images, Iterable):
             return next(self.stream([images], return_trajectory))
         return list(self.stream(images, return_trajectory))
 
@@ -111,6 +111,11 @@ class FlowPredictor:
                     f"got {image.dtype} {image.shape}"
                 )
             return resized_item({"file_name": "", "image_id": number}, image, self.cfg)
+        if not isinstance(image, (str, Path)):
+            raise ValueError(
+                "an image must be a path or a uint8 array (H, W, 3) in the order "
+                f"{self.cfg.INPUT.FORMAT}, got {type(image).__name__}"
+            )
         pixels = read_image(image, self.cfg.INPUT.FORMAT)
         # Noise by the name of the file, as tools/visualize_flow.py has it: the same answer in any order.
         return resized_item({"file_name": str(image), "image_id": Path(image).stem}, pixels, self.cfg)

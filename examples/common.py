@@ -12,7 +12,10 @@ def read(path, about):
 
     about: what the file says of itself, the JSON under the name dfm_d2.json.
     """
-    photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    photo = ImageOps.exif_transpose(Image.open(path))
+    if photo.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips: white for the most part
+        photo = Image.fromarray((np.asarray(photo).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    photo = photo.convert("RGB")
     width, height = photo.size
     if about["min_size"]:
         scale = about["min_size"] / min(photo.size)

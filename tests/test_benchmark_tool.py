@@ -65,6 +65,12 @@ def test_what_is_wrong_with_a_benchmark_is_one_sentence(run, capsys):
             tool.run_command([*words, *more])
 
 
+def test_an_evaluation_without_a_data_set_is_one_sentence(run, capsys):
+    words = ["--task", "eval", "--config-file", str(run / "config.yaml"), "DATASETS.TEST", "()"]
+    assert load_tool("benchmark").run_command(words) == 2
+    assert "error: DATASETS.TEST is empty" in capsys.readouterr().err
+
+
 def test_run_detectron2_names_what_is_missing(run, capsys):
     tool = load_tool("run_detectron2")
     assert tool.main(["analyze_model.py", "--tasks", "flop"]) == 2

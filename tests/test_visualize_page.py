@@ -2,9 +2,11 @@
 
 import json
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from browser import open_browser
 from PIL import Image
 
@@ -13,18 +15,31 @@ from dfm_d2.visualize import record_flow, write_page
 BOXES = "document.querySelectorAll('svg rect.box').length"
 
 
+CLASSES = ("circle", "square", "star")
+
+
 @pytest.fixture
-def page(tmp_path, make_model, make_input):
-    """A page of three steps by three predictors, open."""
-    record = record_flow(make_model().eval(), make_input())
+def record(make_model, make_input):
+    """Three steps by three predictors."""
+    return record_flow(make_model().eval(), make_input())
+
+
+@contextmanager
+def opened(folder, record, class_names=CLASSES, title="cells.jpg"):
     image = np.full((96, 128, 3), 240, dtype=np.uint8)
-    path = write_page(tmp_path / "flow.html", record, image, ["circle", "square", "star"], "cells.jpg")
-    with open_browser(tmp_path) as page:
+    path = write_page(folder / "flow.html", record, image, class_names, title)
+    with open_browser(folder) as page:
         page.open(path)
         yield page
         assert not page.errors
         fetched = [url for url in page.requests if not url.startswith(("file:", "data:"))]
         assert not fetched, "the page must not use the network"
+
+
+@pytest.fixture
+def page(tmp_path, record):
+    with opened(tmp_path, record) as page:
+        yield page
 
 
 def set_value(page, name, value):
@@ -98,6 +113,46 @@ def test_slider_toggles_and_tooltips(page, tmp_path):
     page.mouse("mouseMoved", *spot)
     assert page.run("document.getElementById('tip').style.display") == "block"
     assert page.run("document.getElementById('tip').textContent").split("\n")[0]
+
+
+def test_boxes_stay_in_the_frame_of_the_image(tmp_path, record):
+    record.states[0][:] = torch.tensor([-500.0, -500.0, 700.0, 700.0])
+    with opened(tmp_path, record) as page:
+        names = json.loads(
+            page.run(
+                "(() => { const at = document.getElementById('view').getBoundingClientRect();"
+                "const image = document.querySelector('svg image').getBoundingClientRect();"
+                "const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || 'box';"
+                "return JSON.stringify([image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),"
+                "name((image.right + at.right) / 2), name(image.x + 5)]); })()"
+            )
+        )
+    left, right, *found = names
+    assert left > 10 and right > 10, "no margin beside the image: this shows nothing"
+    assert found == ["view", "view", "box"]
+
+
+def test_names_are_text_whatever_they_hold(tmp_path, record):
+    names = ("<!--<script>", "</script><script>throw 1</script>", '<b>"red cell"</b> & \u2028 \u00e9')
+    title = "<img src=x onerror='throw 2'>.jpg"
+    with opened(tmp_path, record, names, title) as page:
+        assert page.run("document.title") == title
+        assert page.run("document.getElementById('title').textContent") == title
+        page.click("#show-detections")
+        set_value(page, "score", 0)
+        shown = [
+            page.run(f"document.getElementById('class-{k}').parentElement.textContent") for k in range(3)
+        ]
+        assert all(text.startswith(name) for text, name in zip(shown, names))
+        assert page.run(BOXES) > 0
+
+
+def test_a_page_without_detections(tmp_path, record):
+    record.detections = record.detections[:0]
+    with opened(tmp_path, record) as page:
+        page.click("#show-detections")
+        assert page.run("document.getElementById('show-detections-count').textContent") == "0"
+        assert page.run(BOXES) == 12
 
 
 def test_it_plays_to_the_end(page, tmp_path):

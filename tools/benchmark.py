@@ -113,6 +113,8 @@ def time_data(cfg: CfgNode, classes: list[str], iterations: int) -> tuple[list[f
 @torch.no_grad()
 def time_evaluation(cfg: CfgNode, classes: list[str], iterations: int) -> tuple[list[float], int]:
     """Of the model alone, on batches that are in memory."""
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name a data set, such as voc_root_val.")
     if cfg.MODEL.WEIGHTS:
         model = load_for_inference(cfg, classes)
     else:

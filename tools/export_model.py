@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+from dfm_d2.config import split_overrides  # noqa: E402
 from dfm_d2.data.images import read_image  # noqa: E402
 from dfm_d2.data.loader import resized_item  # noqa: E402
 from dfm_d2.data.registration import register_datasets  # noqa: E402
@@ -47,8 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--predictors", type=int, nargs="+", default=[], help="those that answer (TIME shared)"
     )
     parser.add_argument("--noise", choices=["input", "constant"], default="input")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
-    args = parser.parse_args(arguments)
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
+    words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(words)
+    args.opts += opts
     try:
         run(args)
     except UserError as error:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
-from dfm_d2.config import add_dfm_config  # noqa: E402
+from dfm_d2.config import add_dfm_config, split_overrides  # noqa: E402
 from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.engine.setup import load_config, resolve_classes, resolve_device  # noqa: E402
 from dfm_d2.engine.tasks import task_of  # noqa: E402
@@ -51,10 +51,7 @@ def completed_words(words: list[str]) -> list[str]:
         raise UserError("--config-file is missing among the arguments of the script.")
     place = words.index("--config-file")
     file, others = words[place + 1], words[:place] + words[place + 2 :]
-    # The overrides are at the end, from the first word that names a section of the config.
-    sections = set(load_config(file, []))
-    keys = [i for i, word in enumerate(others) if "." in word and word.split(".")[0] in sections]
-    others, opts = (others[: keys[0]], others[keys[0] :]) if keys else (others, [])
+    others, opts = split_overrides(others)
     cfg = load_config(file, opts)
     with input_errors():
         resolve_device(cfg, explicit="MODEL.DEVICE" in opts[0::2])

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+from dfm_d2.config import split_overrides  # noqa: E402
 from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
+from dfm_d2.engine.inference import load_detector  # noqa: E402
 from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics  # noqa: E402
 from dfm_d2.engine.pictures import KINDS, write_pictures  # noqa: E402
 from dfm_d2.engine.run import load_for_inference  # noqa: E402
@@ -37,20 +39,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what to write")
     parser.add_argument("--color", choices=("class", "predictor"), default="class", help="of flow.png")
     parser.add_argument("--metrics", help="metrics.json to draw as curves.png; else that of OUTPUT_DIR")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
-    args = parser.parse_args(arguments)
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
+    words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(words)
+    args.opts += opts
     args.eval_only = True
     if args.number < 1:
         parser.error(f"--number is {args.number}; it must be at least 1")
     try:
-        # "--image a.jpg MODEL.WEIGHTS w.pth": the overrides begin at the first word that names a section.
-        sections = set(load_config(args.config_file, []))
-        keys = [i for i, word in enumerate(args.image) if word.split(".")[0] in sections]
-        if keys:
-            args.image, args.opts = args.image[: keys[0]], args.image[keys[0] :] + args.opts
+        if args.metrics and not Path(args.metrics).is_file():
+            raise UserError(f"--metrics {args.metrics} does not exist: check the path.")
         cfg = load_config(args.config_file, args.opts)
-        classes = setup_run(cfg, args)
-        model = load_for_inference(cfg, classes)
+        if args.image:  # no data set is needed
+            model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
+        elif not cfg.DATASETS.TEST:
+            raise UserError("DATASETS.TEST is empty: name a data set, or give files with --image.")
+        else:
+            classes = setup_run(cfg, args)
+            model = load_for_inference(cfg, classes)
         folder = args.out or cfg.OUTPUT_DIR
         with input_errors():
             paths = write_pictures(

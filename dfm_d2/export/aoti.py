@@ -3,6 +3,7 @@
 The code is for the device of the model and the instruction set of this processor.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -46,10 +47,15 @@ def write_package(program: ExportedProgram, file: BinaryIO, metadata: Mapping[st
     from torch._inductor.utils import fresh_inductor_cache
 
     compiler = require_compiler()
-    # Headers that are compiled beforehand serve one compilation here and would stay on the disk.
-    configs = {"aot_inductor.metadata": dict(metadata), "cpp_cache_precompile_headers": False}
+    # Headers that are compiled beforehand serve one compilation here and would stay in the user's cache.
+    configs = {
+        "aot_inductor.metadata": dict(metadata),
+        "aot_inductor.precompile_headers": False,
+        "cpp_cache_precompile_headers": False,
+    }
     failure = None
-    with fresh_inductor_cache():
+    # A folder of our own, as torch's is kept where the compilation breaks off; nothing else is removed.
+    with tempfile.TemporaryDirectory(prefix="dfm_d2_aoti_") as folder, fresh_inductor_cache(dir=folder):
         try:
             aoti_compile_and_package(program, package_path=file, inductor_configs=configs)
         except RuntimeError as error:

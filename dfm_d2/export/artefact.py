@@ -154,13 +154,18 @@ def _load_aoti(path: Path) -> tuple[Run, str]:
 def _load_onnx(path: Path) -> tuple[Run, str]:
     # An optional extra; its errors have no base class of their own.
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
+    from onnxruntime.capi.onnxruntime_pybind11_state import (
+        Fail,
+        InvalidArgument,
+        InvalidGraph,
+        InvalidProtobuf,
+    )
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (Fail, InvalidGraph, InvalidProtobuf) as error:
+    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
         raise ValueError(f"{path} is no ONNX file that onnxruntime can read: export it again") from error
 
     def run(images: Tensor, sizes: Tensor, x_0: Tensor | None) -> Sequence[Tensor]:

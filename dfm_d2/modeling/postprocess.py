@@ -126,6 +126,11 @@ def _kept_by_nms(
     image = torch.arange(num_images, device=scores.device)[:, None]
     place = torch.stack([classes % columns, image * rows + classes // columns], dim=-1)
     moved = boxes_xyxy + (place.to(boxes_xyxy.dtype) * (boxes_xyxy.max() + 1)).repeat(1, 1, 2)
-    keep = nms(moved.float().reshape(-1, 4), scores.float().reshape(-1), threshold)
-    kept = torch.zeros(num_images * count, dtype=torch.int64, device=scores.device)
-    return kept.scatter(0, keep, 1).view(num_images, count) > 0
+    # torchvision tells torch.export that NMS keeps at least two boxes, and a graph stops where it kept one:
+    # two more, apart from all others, make it true.
+    apart = moved.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]]).float()
+    all_boxes = torch.cat([moved.float().reshape(-1, 4), apart])
+    all_scores = torch.cat([scores.float().reshape(-1), apart.new_zeros(2)])
+    keep = nms(all_boxes, all_scores, threshold)
+    kept = torch.zeros(num_images * count + 2, dtype=torch.int64, device=scores.device)
+    return kept.scatter(0, keep, 1)[:-2].view(num_images, count) > 0

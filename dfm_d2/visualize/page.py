@@ -37,8 +37,8 @@ def write_page(
     """
     path = Path(path)
     template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # "</" would end the script element that the data stands in.
-    data = json.dumps(_page_data(record, image, class_names, title)).replace("</", "<\\/")
+    # In the script element that the data stands in, "</script" and "<!--" mean something.
+    data = json.dumps(_page_data(record, image, class_names, title)).replace("<", "\\u003c")
     write_text_atomically(path, template.replace(_DATA, data))
     return path
 

@@ -12,6 +12,7 @@ from dfm_d2.export import ExportSettings, export_model, load_artefact
 from dfm_d2.export.formats import Preparation, prepared_model
 from dfm_d2.export.tensor_detector import TensorDetector
 from dfm_d2.framework import build_model
+from dfm_d2.modeling.postprocess import _kept_by_nms
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -108,3 +109,18 @@ def test_a_resnet50_config(photographs, tmp_path, format):
     eager = prepared_model(model, settings)
     for item in photographs:
         assert_equal_detections(run([item])[0]["instances"], eager([item])[0]["instances"])
+
+
+def test_the_graph_of_nms_may_keep_one_box():
+    """Of a detector of one class where all boxes lie on one object."""
+
+    class Kept(torch.nn.Module):
+        def forward(self, boxes_xyxy, scores):
+            return _kept_by_nms(boxes_xyxy, scores, torch.zeros_like(scores, dtype=torch.int64), 1, 0.5)
+
+    apart = torch.tensor([[0.0, 0.0, 8.0, 8.0], [10.0, 0.0, 18.0, 8.0], [0.0, 10.0, 8.0, 18.0]])[None]
+    scores = torch.tensor([[0.9, 0.8, 0.7]])
+    graph = torch.export.export(Kept(), (apart, scores)).module()
+    for boxes, wanted in ((apart, [True] * 3), (apart[:, :1].expand(-1, 3, -1), [True, False, False])):
+        assert graph(boxes.contiguous(), scores).tolist() == [wanted]
+        assert Kept()(boxes, scores).tolist() == [wanted]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detections import EVERY_FORMAT
+from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -45,3 +47,13 @@ def test_an_example_answers_what_the_detector_does(format, files, photographs, d
     torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-4)
     names = [preparation.class_names[label] for label in expected.pred_classes.tolist()]
     assert [row["class"] for row in found] == names
+
+
+def test_an_image_of_16_bits_is_scaled(tmp_path):
+    common = runpy.run_path(str(EXAMPLES / "common.py"))
+    about = {"format": "RGB", "min_size": 0, "max_size": 0}
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(gray).save(tmp_path / "8.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    eight, sixteen = (common["read"](tmp_path / name, about)[0] for name in ("8.png", "16.png"))
+    np.testing.assert_array_equal(sixteen, eight)

@@ -85,3 +85,9 @@ def test_an_unreadable_sample_and_zero_steps(tool, run, tmp_path, capsys):
     assert tool.main([*words, "--steps", "0", *weights]) == 2
     said = capsys.readouterr().err
     assert "missing.jpg cannot be decoded" in said and "steps must be at least 1" in said
+
+
+def test_overrides_may_follow_the_predictors(tool, run, tmp_path, capsys):
+    words = ["--config-file", str(run / "config.yaml"), "--output", str(tmp_path), "--predictors", "0", "1"]
+    assert tool.main([*words, "MODEL.WEIGHTS", str(run / "model_final.pth")]) == 2
+    assert "PREDICTORS must be empty with TIME 'partitioned'" in capsys.readouterr().err

@@ -2,13 +2,17 @@
 
 import io
 import json
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from torch._inductor import config as inductor_config
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from dfm_d2.export import ExportSettings, export_model, load_artefact
+from dfm_d2.export import ExportSettings, aoti, export_model, load_artefact
 from dfm_d2.export.aoti import write_package
 from dfm_d2.export.formats import ABOUT, exported_program, prepared_model
 from dfm_d2.export.tensor_detector import ConstantNoise
@@ -114,11 +118,46 @@ def test_files_that_are_none_of_ours(files, tmp_path):
         load_artefact(tmp_path / "other.ts")
 
 
+@pytest.mark.parametrize("name", ["a.ts", "a.pt2", "a.onnx"])
+def test_an_empty_file_is_one_sentence(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is no .* file.*: export it again"):
+        load_artefact(tmp_path / name)
+
+
 def test_aoti_without_a_compiler_is_one_sentence(detector, preparation, tmp_path):
     without = inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
     with without, pytest.raises(ValueError, match=r"needs a C\+\+ compiler and found none: install g\+\+"):
         export_model(detector, "aoti", tmp_path, preparation, ExportSettings(), torch.zeros(3, 96, 96))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_aoti_leaves_the_users_cache_alone_and_nothing_behind(tmp_path, monkeypatch, error):
+    cache, temporary = tmp_path / "cache", tmp_path / "tmp"
+    cache.mkdir()
+    temporary.mkdir()
+    (cache / "kernel.so").write_text("the user's")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    # No second search, which would run the compiler.
+    monkeypatch.setattr(aoti, "require_compiler", lambda: "g++")
+
+    def compilation(program, package_path, inductor_configs):
+        ours = Path(cache_dir())
+        assert ours.is_relative_to(temporary)
+        (ours / "half.cpp").write_text("int")
+        with inductor_config.patch(inductor_configs):
+            assert not inductor_config.aot_inductor.precompile_headers
+            assert not inductor_config.cpp_cache_precompile_headers
+        if error:
+            raise error
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compilation)
+    with pytest.raises(error) if error else nullcontext():
+        write_package(None, io.BytesIO(), {})
+    assert [path.name for path in cache.iterdir()] == ["kernel.so"]
+    assert not list(temporary.iterdir())
 
 
 @pytest.mark.slow

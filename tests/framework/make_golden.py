@@ -1,6 +1,7 @@
 """Write the golden values from the real Detectron2: `python tests/framework/make_golden.py`.
 
-Numbers only: what Detectron2 answers to the observations of this folder.
+Numbers only: what Detectron2 answers to the observations of this folder; and the names and defaults of its
+config keys that the builtin subset does not honour, which that subset itself reads.
 """
 
 import json
@@ -15,7 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels"
 import observations  # noqa: E402
 from pooler_cases import detectron2_pooler_values  # noqa: E402
 
-from dfm_d2.framework import _detectron2  # noqa: E402
+from dfm_d2.framework import _builtin, _detectron2  # noqa: E402
 
 
 def _rounded(value):
@@ -27,20 +28,22 @@ def _rounded(value):
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _write(name: str, values: dict) -> None:
-    path = HERE / "golden" / f"{name}.json"
+def _write(path: Path, values: dict) -> None:
     path.parent.mkdir(exist_ok=True)
-    lines = [f"{json.dumps(key)}: {json.dumps(_rounded(value))}" for key, value in values.items()]
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"{path.relative_to(HERE)}: {path.stat().st_size} bytes")
+    print(f"{path.name}: {path.stat().st_size} bytes")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     for name, table in (("names", observations.BY_NAME), ("backbones", observations.BACKBONES)):
         values = {key: observations.as_json(observe(_detectron2)) for key, observe in table.items()}
-        _write(name, values)
-    _write("pooler", observations.as_json(detectron2_pooler_values()))
+        _write(HERE / "golden" / f"{name}.json", _rounded(values))
+    _write(HERE / "golden" / "pooler.json", _rounded(observations.as_json(detectron2_pooler_values())))
+    _write(
+        Path(_builtin.__file__).with_name("unused_keys.json"), observations.unused_config_keys(_detectron2)
+    )
 
 
 if __name__ == "__main__":

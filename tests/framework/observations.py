@@ -8,6 +8,8 @@ import observe_modeling as modeling
 import observe_structures as structures
 import observe_training as training
 
+from dfm_d2.framework import _builtin
+
 # One observation for each name of dfm_d2.framework that a provider supplies.
 BY_NAME = {
     "Backbone": modeling.observe_backbone,
@@ -75,6 +77,20 @@ LIVE_ONLY = {
     "parameters R101": partial(modeling.observe_parameters, depth=101),
     "seeded initialisation": modeling.observe_seeded_initialisation,
 }
+
+
+def unused_config_keys(detectron2) -> dict:
+    """Full name and default of each key of Detectron2's config that the builtin subset does not honour."""
+    honoured = dict(_leaves(_builtin.get_cfg()))
+    return {name: value for name, value in _leaves(detectron2.get_cfg()) if name not in honoured}
+
+
+def _leaves(cfg, prefix=""):
+    for key, value in sorted(cfg.items()):
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def as_json(value):

@@ -1,9 +1,11 @@
 """Config files and overrides: safe on both providers, and wrong ones end in one clear sentence."""
 
 import pytest
+import yaml
 from require_detectron2 import detectron2_provider
 
 from dfm_d2.framework import _builtin, merge_config_file, merge_config_opts
+from dfm_d2.framework._builtin.config import unused_keys
 
 
 @pytest.fixture(params=["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])
@@ -34,6 +36,48 @@ def test_a_good_file_and_its_bases(cfg, write):
     write("SOLVER: {MOMENTUM: 0.5}\n", "other.yaml")
     merge_config_file(cfg, write("_BASE_: [base.yaml, other.yaml]\nSOLVER: {BASE_LR: 0.25}\n"))
     assert (cfg.SEED, cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM, cfg.SOLVER.STEPS) == (3, 0.25, 0.5, (1, 2))
+
+
+def _whole_config(changes: dict) -> str:
+    """What cfg.dump() writes under Detectron2: every key that it has, as YAML."""
+    content = yaml.safe_load(_builtin.get_cfg().dump())
+    for name, value in (unused_keys() | changes).items():
+        *sections, key = name.split(".")
+        node = content
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return yaml.safe_dump(content)
+
+
+def test_a_whole_config_of_detectron2(cfg, write, caplog):
+    merge_config_file(cfg, write(_whole_config({"SOLVER.BASE_LR": 0.5})))
+    assert cfg.SOLVER.BASE_LR == 0.5
+    assert not caplog.records
+
+
+def test_the_builtin_names_what_it_ignores(write, caplog):
+    cfg, wanted = _builtin.get_cfg(), _builtin.get_cfg()
+    write(_whole_config({"MODEL.MASK_ON": True}), "base.yaml")
+    path = write(
+        "_BASE_: base.yaml\nDATALOADER: {ASPECT_RATIO_GROUPING: false}\nINPUT: {CROP: {SIZE: [1, 1]}}\n"
+    )
+    for _ in range(2):  # as a command that reads its config twice
+        merge_config_file(cfg, path)
+    assert cfg == wanted
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "\n" not in record.message
+    assert record.message == (
+        f"'{path}': the builtin framework ignores DATALOADER.ASPECT_RATIO_GROUPING False, "
+        "INPUT.CROP.SIZE [1, 1], MODEL.MASK_ON True"
+    )
+
+
+def test_a_key_is_never_ignored_where_the_config_has_it(write):
+    cfg = _builtin.get_cfg()
+    cfg.MODEL.MASK_ON = False
+    merge_config_file(cfg, write("MODEL: {MASK_ON: true}\n"))
+    assert cfg.MODEL.MASK_ON is True
 
 
 PAYLOADS = {
@@ -99,6 +143,9 @@ def test_overrides_run_no_code(cfg, tmp_path):
             "config.yaml' sets the unknown key SOLVER.BASE_LRR: did you mean SOLVER.BASE_LR?",
         ),
         ("NOTHING: 1\n", "unknown key NOTHING"),
+        ("NOTHING: {}\n", "unknown key NOTHING"),
+        ("DATALOADER: {ASPECT_RATIO: 1}\n", "unknown key DATALOADER.ASPECT_RATIO"),
+        ("MODEL: {RPN: {NOTHING: 1}}\n", "unknown key MODEL.RPN"),
         ("SOLVER: {BASE_LR: fast}\n", "config.yaml': .*SOLVER.BASE_LR"),
         ("SOLVER: 3\n", "config.yaml' sets the section SOLVER to 3"),
         ("SOLVER:\n", "config.yaml' sets the section SOLVER to None"),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -56,18 +57,66 @@ def test_what_is_not_there(trained, tmp_path, capsys):
     assert run(trained, tmp_path, tmp_path / "missing") == 2
     (tmp_path / "empty").mkdir()
     assert run(trained, tmp_path, tmp_path / "empty") == 2
-    (tmp_path / "film.mp4").write_bytes(b"no film")
-    assert run(trained, tmp_path, tmp_path / "film.mp4") == 2
     said = capsys.readouterr().err
-    assert "missing does not exist" in said and "holds no image" in said and "is no video" in said
+    assert "missing does not exist" in said and "holds no image" in said
+
+
+def write_film(path, values=(0, 100, 200)):
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (80, 64))
+    for value in values:
+        film.write(np.full((64, 80, 3), value, np.uint8))
+    film.release()
+    return path
+
+
+def test_bad_videos_stop_neither_the_others_nor_what_is_said_of_images(trained, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_text("words")
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    write_film(tmp_path / "empty.avi", ())
+    film = write_film(tmp_path / "film.avi", (0,))
+    bad = [tmp_path / name for name in ("bad.jpg", "bad.mp4", "empty.avi")]
+    assert run(trained, tmp_path, *bad, film) == 1
+    said = capsys.readouterr().err
+    assert "bad.jpg cannot be decoded" in said
+    assert "bad.mp4 is no video" in said and "empty.avi is no video" in said
+    assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["film.mp4"]
+
+
+def test_a_video_that_opens_and_holds_no_frame(trained, tmp_path, capsys, monkeypatch):
+    film = write_film(tmp_path / "film.avi")
+    opened = cv2.VideoCapture(str(film))
+    no_frames = SimpleNamespace(
+        isOpened=opened.isOpened, get=opened.get, release=opened.release, read=lambda: (False, None)
+    )
+    monkeypatch.setattr(cv2, "VideoCapture", lambda path: no_frames)
+    assert run(trained, tmp_path, film) == 1
+    assert "film.avi is no video" in capsys.readouterr().err
+    assert not (tmp_path / "out/film.mp4").exists()
+
+
+def test_two_videos_of_one_name(trained, tmp_path):
+    (tmp_path / "other").mkdir()
+    films = write_film(tmp_path / "film.avi", (0, 0)), write_film(tmp_path / "other/film.avi", (0,))
+    assert run(trained, tmp_path, *films) == 0
+    counts = [
+        cv2.VideoCapture(str(tmp_path / "out" / name)).get(cv2.CAP_PROP_FRAME_COUNT)
+        for name in ("film.mp4", "film_2.mp4")
+    ]
+    assert counts == [2, 1]
+
+
+def test_inputs_are_not_overwritten(trained, tmp_path, capsys):
+    image, film = write(tmp_path / "out/a.png"), tmp_path / "out/film.mp4"
+    write_film(tmp_path / "film.avi").rename(film)
+    before = image.read_bytes(), film.read_bytes()
+    for path in (image, film):
+        assert run(trained, tmp_path, path) == 2
+        assert f"would overwrite the input {path}" in capsys.readouterr().err
+    assert (image.read_bytes(), film.read_bytes()) == before
 
 
 def test_a_video(trained, tmp_path):
-    path = str(tmp_path / "film.avi")
-    film = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (80, 64))
-    for value in (0, 100, 200):
-        film.write(np.full((64, 80, 3), value, np.uint8))
-    film.release()
+    path = write_film(tmp_path / "film.avi")
     assert run(trained, tmp_path, path) == 0
     result = cv2.VideoCapture(str(tmp_path / "out/film.mp4"))
     frames = []

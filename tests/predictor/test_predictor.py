@@ -148,3 +148,12 @@ def test_weights_of_another_model(trained, tmp_path):
         FlowPredictor.from_files(config, str(tmp_path / "words.pth"), classes)
     with pytest.raises(UserError, match="There is no weight file"):
         FlowPredictor.from_files(config, str(tmp_path / "missing.pth"), classes)
+
+
+@pytest.mark.parametrize(
+    "image", [None, 3, torch.zeros(4, 4, 3), b"a.jpg", Image.new("RGB", (4, 4))], ids=type
+)
+def test_what_is_neither_file_nor_array(predictor, image):
+    for images in (image, [image]):
+        with pytest.raises(ValueError, match=r"must be a path or a uint8 array \(H, W, 3\).*, got "):
+            predictor(images)

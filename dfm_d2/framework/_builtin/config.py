@@ -2,10 +2,16 @@
 
 import functools
 import inspect
+import json
+import logging
+from importlib import resources
+from typing import Any
 
 from fvcore.common.config import CfgNode as _CfgNode
 
 from dfm_d2.framework._builtin.file_io import PathManager
+
+_logger = logging.getLogger(__name__)
 
 
 class CfgNode(_CfgNode):
@@ -18,6 +24,9 @@ class CfgNode(_CfgNode):
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
         """Merge a YAML file (and the files of its `_BASE_`) into this node.
 
+        Keys of Detectron2 that dfm_d2 does not honour are left out, so that what a run under Detectron2
+        dumped can be read; one warning names those whose value is not Detectron2's default.
+
         `allow_unsafe` exists for Detectron2's signature; True raises ValueError, because YAML tags that make
         Python objects can run code. A file of another config VERSION raises ValueError too.
         """
@@ -25,11 +34,47 @@ class CfgNode(_CfgNode):
             raise ValueError(
                 "allow_unsafe=True would let a config file run code: the builtin framework refuses."
             )
-        loaded = type(self)(self.load_yaml_with_base(cfg_filename, allow_unsafe=False))
+        content = self.load_yaml_with_base(cfg_filename, allow_unsafe=False)
+        ignored = _take_unused(content, self)
+        loaded = type(self)(content)
         version = loaded.get("VERSION", self.VERSION)
         if version != self.VERSION:
             raise ValueError(f"'{cfg_filename}' has VERSION {version}: only {self.VERSION} can be read.")
         self.merge_from_other_cfg(loaded)
+        if ignored:
+            _warn_once(f"'{cfg_filename}': the builtin framework ignores {', '.join(ignored)}")
+
+
+@functools.cache
+def unused_keys() -> dict[str, Any]:
+    """Full name and default of each key of Detectron2 that default_config() has not, frozen as data."""
+    return json.loads(resources.files(__package__).joinpath("unused_keys.json").read_text(encoding="utf-8"))
+
+
+def _take_unused(content: dict, known: dict, prefix: str = "") -> list[str]:
+    """Remove from `content`, in place, the unused keys that `known` has not either.
+
+    Returns "KEY VALUE" of each that was set to something else than Detectron2's default.
+    """
+    differing = []
+    for key, value in list(content.items()):
+        name = f"{prefix}{key}"
+        own = known.get(key)
+        if isinstance(value, dict) and value:
+            differing += _take_unused(value, own if isinstance(own, dict) else {}, f"{name}.")
+            if not value:  # nothing was in it but what is unused
+                del content[key]
+        elif key not in known and name in unused_keys():
+            if value != unused_keys()[name]:  # YAML and JSON have no tuples
+                differing.append(f"{name} {value!r}")
+            del content[key]
+    return differing
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A command may read its config more than once."""
+    _logger.warning(text)
 
 
 def get_cfg() -> CfgNode:
