@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import tqdm
 
-from dfm_d2.data.files import write_atomically, write_text_atomically
+from dfm_d2.data.files import paths_by_stem, write_atomically, write_text_atomically
 from dfm_d2.data.images import ImageError, read_image
 from dfm_d2.engine.errors import UserError, input_errors
 from dfm_d2.framework import Instances
@@ -92,13 +92,7 @@ def answer_files(files: Sequence[Path], folder: Path, ending: str) -> list[Path]
 
     Raises ValueError where that would overwrite one of the files.
     """
-    found: list[Path] = []
-    for file in files:
-        number, path = 1, folder / f"{file.stem}{ending}"
-        while path in found:
-            number += 1
-            path = folder / f"{file.stem}_{number}{ending}"
-        found.append(path)
+    found = paths_by_stem(files, folder, ending)
     inputs = {file.resolve() for file in files}
     for path in found:
         if path.resolve() in inputs:

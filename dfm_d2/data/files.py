@@ -1,7 +1,7 @@
 """Writing files so that a crash at any moment leaves the old file or the new one, never half of one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,3 +56,15 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def paths_by_stem(files: Sequence[str | os.PathLike], folder: Path, ending: str) -> list[Path]:
+    """A path in `folder` of the stem of each file, with a number where an earlier file has that stem."""
+    found: list[Path] = []
+    for file in files:
+        number, path = 1, folder / f"{Path(file).stem}{ending}"
+        while path in found:
+            number += 1
+            path = folder / f"{Path(file).stem}_{number}{ending}"
+        found.append(path)
+    return found

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import read_image
 from dfm_d2.data.loader import read_test_item
 from dfm_d2.engine.precision import inference_autocast
@@ -60,6 +61,7 @@ def write_pictures(
         paths.append(draw_predictions(path, images, truths, found, class_names, score_thresh))
     busiest = max(range(len(entries)), key=lambda i: (len(truths[i]), len(found[i])))
     pages = (range(len(entries)) if image_files else [busiest]) if "html" in kinds else []
+    page_files = paths_by_stem([entry["file_name"] for entry in entries], folder, ".html")
     of_flow = {"strip", "gif"} & set(kinds)
     for index in sorted({*pages, *([busiest] if of_flow else [])}):
         with inference_autocast(cfg):
@@ -71,6 +73,5 @@ def write_pictures(
             paths.append(write_gif(folder / "flow.gif", record, images[index], score_thresh))
         if index in pages:
             name = Path(entries[index]["file_name"]).name
-            path = folder / f"{Path(name).stem}.html"
-            paths.append(write_page(path, record, images[index], class_names, name))
+            paths.append(write_page(page_files[index], record, images[index], class_names, name))
     return paths

@@ -61,14 +61,19 @@ class ExportedDetector(nn.Module):
         """Detections in original image coordinates. x_0: `(B, N, 4)`; None: of the images' ids.
 
         Raises:
-            ValueError: noise for a file that has its own.
+            ValueError: noise for a file that has its own, or of another shape.
         """
+        if not batched_inputs:
+            return []
+        shape = len(batched_inputs), self.about["num_noise_boxes"], 4
         one_by_one = self.about["file_format"] == "torchscript"
         if self.about["noise"] == "constant":
             if x_0 is not None:
                 raise ValueError("this file has constant noise and takes none")
         elif x_0 is None:
             x_0 = self._noise(batched_inputs)
+        elif tuple(x_0.shape) != shape:
+            raise ValueError(f"x_0 has the shape {tuple(x_0.shape)}, this file takes {shape}")
         if not one_by_one:
             return self._batch(batched_inputs, x_0)
         rows = [None] * len(batched_inputs) if x_0 is None else x_0[:, None]

@@ -42,6 +42,9 @@ def test_noise_is_an_input(detector, runs, photographs, format):
     x_0 = torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(3))
     expected = detector.inference([item], x_0)[0]["instances"]
     assert_equal_detections(run([item], x_0)[0]["instances"], expected)
+    with pytest.raises(ValueError, match=r"shape \(1, 23, 4\), this file takes \(1, 24, 4\)"):
+        run([item], x_0[:, 1:])
+    assert run([]) == []
     other = run([item])[0]["instances"]
     assert len(other) != len(expected) or not torch.equal(other.scores, expected.scores)
 
