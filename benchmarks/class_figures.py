@@ -20,6 +20,8 @@ def draw_panels(path: Path, title: str, panels: Mapping[str, tuple[str, Mapping[
     Args:
         panels: {title of the panel: (label of its x axis, {method: line})}; a method has one colour in all.
     """
+    from matplotlib.ticker import MaxNLocator
+
     from dfm_d2.visualize.pictures import plt, save_figure
 
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
@@ -40,6 +42,7 @@ def draw_panels(path: Path, title: str, panels: Mapping[str, tuple[str, Mapping[
         axis.set_xlabel(x_label)
         axis.set_title(question, fontsize=9)
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel("accuracy (%)")
     handles = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(names), 6), fontsize=8)

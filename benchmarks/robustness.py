@@ -94,7 +94,10 @@ def panels_of(rows: list[Row]) -> dict:
             points = [(level, named[(provider, mode) + step]) for level, step in enumerate(steps)]
             name = provider if mode == "eval" else f"{provider}, {mode}"
             lines[name] = [(level, row.p20, row.p50, row.p80) for level, row in points]
-        panels[f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"] = ("severity", lines)
+        panels[f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"] = (
+            "severity (0: clean)",
+            lines,
+        )
     return panels
 
 
