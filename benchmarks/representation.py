@@ -30,7 +30,7 @@ _IMAGES = 5000
 
 
 @torch.no_grad()
-def features(model, loader: Sequence[list[dict]], limit: int) -> tuple[list[np.ndarray], np.ndarray]:
+def features(model, loader: Sequence[list[dict]]) -> tuple[list[np.ndarray], np.ndarray]:
     """Averaged outputs `(n, C)` of every block, and labels.
 
     Inputs of blocks are normalised where the model's own are: of Forward-Forward those after the first, of
@@ -42,8 +42,6 @@ def features(model, loader: Sequence[list[dict]], limit: int) -> tuple[list[np.n
     found: list[list] = [[] for _ in range(model.num_blocks)]
     labels: list[int] = []
     for batch in loader:
-        if len(labels) >= limit:
-            break
         x = model.normalised(batch)
         for d in range(model.num_blocks):
             x = model.backbone.forward_block(d, unit_square(x) if d >= from_block else x)
@@ -52,13 +50,24 @@ def features(model, loader: Sequence[list[dict]], limit: int) -> tuple[list[np.n
     return [np.concatenate(parts) for parts in found], np.array(labels)
 
 
+def spread(loader: Sequence[list[dict]], limit: int) -> list[list[dict]]:
+    """At most `limit` of the images, evenly from the whole set, which may be sorted by class."""
+    number = sum(len(batch) for batch in loader)
+    chosen = set(np.linspace(0, number - 1, min(limit, number)).round().astype(int).tolist())
+    kept, index = [], 0
+    for batch in loader:
+        kept.append([item for place, item in enumerate(batch, index) if place in chosen])
+        index += len(batch)
+    return [batch for batch in kept if batch]
+
+
 def scores(model, cfg) -> dict[tuple[str, int], float]:
     """{(probe, block): accuracy in percent}."""
-    train, train_labels = features(model, batches(cfg, cfg.DATASETS.TRAIN[0]), _IMAGES)
-    test, test_labels = features(model, batches(cfg, cfg.DATASETS.TEST[0]), 10**9)
+    train, train_labels = features(model, spread(batches(cfg, cfg.DATASETS.TRAIN[0]), _IMAGES))
+    test, test_labels = features(model, batches(cfg, cfg.DATASETS.TEST[0]))
     found = {}
     for d, (seen, unseen) in enumerate(zip(train, test)):
-        probes = {"linear probe": LogisticRegression(max_iter=500), "5 neighbours": KNeighborsClassifier(5)}
+        probes = {"linear probe": LogisticRegression(max_iter=2000), "5 neighbours": KNeighborsClassifier(5)}
         for name, probe in probes.items():
             fitted = make_pipeline(StandardScaler(), probe).fit(seen, train_labels)
             found[name, d] = 100 * float(fitted.score(unseen, test_labels))

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import class_memory  # noqa: E402
 import class_runs  # noqa: E402
+import representation  # noqa: E402
 import rows  # noqa: E402
 from class_figures import draw_panels, line_of  # noqa: E402
 from rows import Row, load_rows, quantiles, save_rows  # noqa: E402
@@ -60,6 +61,13 @@ def test_lines_are_in_the_order_of_x_and_a_picture_is_written(tmp_path):
     path = draw_panels(tmp_path / "a.png", "title", {"one": ("block", {"flow": line}), "two": ("block", {})})
     class_memory.draw({"flow": {4: 1.0, 8: 1.5}}, "title", tmp_path / "b.png")
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (path, tmp_path / "b.png"))
+
+
+def test_images_of_a_sorted_set_are_taken_from_all_of_it():
+    loader = [[{"label": label}] * 10 for label in range(7)]
+    kept = representation.spread(loader, 14)
+    assert [item["label"] for batch in kept for item in batch] == [c for c in range(7) for _ in range(2)]
+    assert representation.spread(loader, 100) == loader
 
 
 def test_variants_take_the_learning_rate_of_their_method():
