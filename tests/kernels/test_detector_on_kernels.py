@@ -1,6 +1,7 @@
 """A detector with MODEL.DFM.KERNELS 'triton' against the same with 'torch'; the sampler as a graph."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -163,3 +164,26 @@ def test_a_captured_detector_finds_what_the_eager_one_finds(make_model, make_inp
     model.sampler.graphs.size = 0
     model.sampler.graphs._graphs.clear()
     torch.testing.assert_close(changed.scores, model(inputs[0])[0]["instances"].scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [0, 8], ids=["eager", "captured"])
+@torch.no_grad()
+def test_the_sampler_never_waits_for_the_device(make_model, make_input, graphs):
+    """K steps of D predictors, to the candidates before NMS, without one synchronisation with the host."""
+    model = make_model(KERNELS="triton", HEAD__INTERACTION="grid_linear").eval().cuda()
+    images = model._images([make_input("a")])
+    image_sizes = model._image_sizes(images)
+    x_0 = model.sampler.noise(["a"], model.device)
+    model.sampler.graphs.size = graphs
+    for _ in range(3):  # kernels compile, the graph is captured
+        model.candidates(images.tensor, image_sizes, ["a"], x_0)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            model.candidates(images.tensor, image_sizes, ["a"], x_0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [str(w.message) for w in caught if "synchroniz" in str(w.message)] == []
