@@ -52,7 +52,18 @@ def draw_class_flow(
     for label, (x, y) in enumerate(stars):
         color = class_color(label)
         panel.plot(x, y, marker="*", markersize=13, color=color, markeredgecolor="black", linestyle="")
-        panel.annotate(class_names[label], (x, y), textcoords="offset points", xytext=(6, 4), fontsize=7)
+        # Outwards, where no other star is, over the paths.
+        right, up = np.array([x, y]) / max(np.hypot(x, y), 1e-9)
+        panel.annotate(
+            class_names[label],
+            (x, y),
+            textcoords="offset points",
+            xytext=(10 * right, 12 * up),
+            ha="left" if right > 0 else "right",
+            va="center",
+            fontsize=7,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
+        )
     steps = ", ".join(f"{t:.2g}" for t in times)
     panel.set_title(f"noise to class, t = {steps} (a plane of {embeddings.shape[1]} dimensions)", fontsize=8)
     return save_figure(figure, path)
