@@ -132,7 +132,7 @@ def _backward(
     d_mixed: Tensor,
     statistics: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from dfm_kernels.triton.dynamic_interaction import dynamic_interaction_backward as launch
+    from dfm_kernels.triton.dynamic_interaction_backward import dynamic_interaction_backward as launch
 
     norms = (gain_in, bias_in, gain_out, bias_out)
     return tuple(launch(roi, weight_in, weight_out, *norms, d_mixed, statistics))

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from dfm_kernels.triton import (
     box_flow_update,
     dynamic_interaction,
+    dynamic_interaction_backward,
     flow_loss,
     multilevel_roi_align,
     path_sample,
@@ -122,7 +123,7 @@ def _roi_align_configurations() -> Iterator[Configuration]:
 
 def _interaction_configurations() -> Iterator[Configuration]:
     """Small and full heads; float32 is multiplied as TF32."""
-    module = dynamic_interaction
+    forward, backward = dynamic_interaction, dynamic_interaction_backward
     for cells, channels, hidden in ((25, 128, 32), (49, 256, 64)):
         for values, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             shape = (cells, channels, hidden, dtype)
@@ -130,22 +131,22 @@ def _interaction_configurations() -> Iterator[Configuration]:
             for statistics in (False, True):
                 yield Configuration(
                     f"dynamic_interaction {size} forward{' and statistics' * statistics} {values}",
-                    module._dynamic_interaction_fwd_kernel,
-                    module.forward_constants(*shape) | {"STATISTICS": statistics},
+                    forward._dynamic_interaction_fwd_kernel,
+                    forward.forward_constants(*shape) | {"STATISTICS": statistics},
                     values,
-                    module.FORWARD,
+                    forward.FORWARD,
                 )
-            outer, inner = module.backward_constants(*shape)
+            outer, inner = backward.backward_constants(*shape)
             for half, kernel, constants in (
-                ("out", module._dynamic_interaction_bwd_out_kernel, outer),
-                ("in", module._dynamic_interaction_bwd_in_kernel, inner),
+                ("out", backward._dynamic_interaction_bwd_out_kernel, outer),
+                ("in", backward._dynamic_interaction_bwd_in_kernel, inner),
             ):
                 yield Configuration(
                     f"dynamic_interaction {size} backward {half} {values}",
                     kernel,
                     constants,
                     values,
-                    module.BACKWARD,
+                    backward.BACKWARD,
                 )
 
 
