@@ -82,28 +82,30 @@ METRICS = ("AP50", "AP", "VOC07_AP50")
 
 def run_one(config: str, opts: list[str], out: str, samplers: list[str]) -> None:
     """The child: train (or continue), evaluate with every sampler, write result.json."""
-    import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
+    import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
+
+    from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.run import evaluate, load_for_inference, train
     from dfm_d2.engine.setup import load_config, setup_run
 
-    cfg = load_config(config, [*opts, "OUTPUT_DIR", out])
+    cfg = load_config(DETECTION, config, [*opts, "OUTPUT_DIR", out])
     args = argparse.Namespace(opts=opts, eval_only=False)
-    classes = setup_run(cfg, args)
+    classes = setup_run(DETECTION, cfg, args)
     started = time.perf_counter()
-    train(cfg, classes, resume=True)
+    train(DETECTION, cfg, classes, resume=True)
     seconds = time.perf_counter() - started
     before = read_result(out)
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(Path(out) / "model_final.pth")
     cfg.freeze()
-    model = load_for_inference(cfg, classes)
+    model = load_for_inference(DETECTION, cfg, classes)
     settings, scores = model.sampler.settings, before.get("samplers", {})
     for name in samplers:
         if name in scores:
             continue
         model.sampler.settings = dataclasses.replace(settings, **SAMPLERS[name])
         begun = time.perf_counter()
-        found = evaluate(cfg, model)["bbox"]
+        found = evaluate(DETECTION, cfg, model)["bbox"]
         scores[name] = {m: found[m] for m in METRICS if m in found}
         scores[name]["seconds"] = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -129,7 +131,7 @@ def read_result(out: str | Path) -> dict:
 
 def last_disagreement(metrics: Path) -> float | None:
     """Share of the queries, in %, at the end of a training of shared time, averaged over its predictors (see
-    dfm_d2.modeling.training.disagreement); None where a training has no such thing."""
+    dfm_d2.detection.training.disagreement); None where a training has no such thing."""
     shares = None
     for line in metrics.read_text().splitlines():
         found = [value for key, value in json.loads(line).items() if key.startswith("disagreement/")]

@@ -21,11 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from rows import RESULTS, Row, commit, device_name, quantiles, save_rows  # noqa: E402
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer  # noqa: E402
-from dfm_d2.engine.local_update import build_update  # noqa: E402
-from dfm_d2.engine.saved_activations import SavedActivations  # noqa: E402
-from dfm_d2.engine.setup import load_classifier_config  # noqa: E402
+from dfm_d2.classification.task import CLASSIFICATION  # noqa: E402
+from dfm_d2.engine.optimizer import build_block_optimizer  # noqa: E402
+from dfm_d2.engine.setup import load_config  # noqa: E402
 from dfm_d2.framework import build_model  # noqa: E402
+from dfm_d2.local_update.activations import SavedActivations  # noqa: E402
+from dfm_d2.local_update.updates import build_update  # noqa: E402
 
 MIB = 2**20
 # Method and update of a training.
@@ -43,7 +44,7 @@ def measure(args: argparse.Namespace, mode: str, depth: int) -> dict[str, list[f
     opts = ["UPDATE.METHOD", method, "MODEL.DFM.UPDATE", update, "MODEL.CLASSIFIER.BLOCKS", "0"]
     opts += ["MODEL.CLASSIFIER.TIMM.OPTIONS", options, "MODEL.DFM.NUM_CLASSES", "10"]
     opts += ["MODEL.DEVICE", args.device]
-    cfg = load_classifier_config(str(ROOT / "configs" / "cifar10_flow_vit.yaml"), opts)
+    cfg = load_config(CLASSIFICATION, str(ROOT / "configs" / "cifar10_flow_vit.yaml"), opts)
     torch.manual_seed(0)
     model = build_model(cfg).train()
     optimizer = build_block_optimizer(cfg, model)

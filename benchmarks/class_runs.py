@@ -21,12 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from rows import commit, device_name  # noqa: E402
 
-from dfm_d2.data.class_loader import build_class_test_loader  # noqa: E402
+from dfm_d2.classification.backbone import block_outputs  # noqa: E402
+from dfm_d2.classification.data.loader import build_class_test_loader  # noqa: E402
+from dfm_d2.classification.sampler import ClassSampler  # noqa: E402
+from dfm_d2.classification.task import CLASSIFICATION  # noqa: E402
 from dfm_d2.engine.run import load_for_inference  # noqa: E402
-from dfm_d2.engine.setup import load_classifier_config, resolve_classes  # noqa: E402
-from dfm_d2.engine.tasks import CLASSIFICATION  # noqa: E402
-from dfm_d2.modeling.class_sampler import ClassSampler  # noqa: E402
-from dfm_d2.modeling.split_backbone import block_outputs  # noqa: E402
+from dfm_d2.engine.setup import load_config, resolve_classes  # noqa: E402
 
 _NO_READOUT = ["MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", "0.0"]
 
@@ -126,8 +126,8 @@ def same_training(config: str, opts: list[str], out: Path, any_rate: bool = Fals
 
     How it evaluates, where its files lie, and the classes that it found, may differ.
     """
-    wanted = load_classifier_config(config, opts)
-    had = load_classifier_config(str(out / "config.yaml"), [])
+    wanted = load_config(CLASSIFICATION, config, opts)
+    had = load_config(CLASSIFICATION, str(out / "config.yaml"), [])
     for cfg in (wanted, had):
         cfg.defrost()
         cfg.OUTPUT_DIR = cfg.VERSION = ""
@@ -145,10 +145,12 @@ def result_of(out: Path) -> dict:
 
 def load(out: Path):
     """The config of a training, its data sets registered, and its model in evaluation mode."""
-    cfg = load_classifier_config(str(out / "config.yaml"), ["MODEL.WEIGHTS", str(out / "model_final.pth")])
+    cfg = load_config(
+        CLASSIFICATION, str(out / "config.yaml"), ["MODEL.WEIGHTS", str(out / "model_final.pth")]
+    )
     CLASSIFICATION.register(cfg)
     classes = resolve_classes(cfg)
-    return cfg, load_for_inference(cfg, classes)
+    return cfg, load_for_inference(CLASSIFICATION, cfg, classes)
 
 
 def batches(cfg, name: str) -> list[list[dict]]:

@@ -31,10 +31,11 @@ from class_runs import (
 )
 from rows import RESULTS, Row, load_rows, quantiles, save_rows
 
-from dfm_d2.data.class_registration import HELD_OUT
-from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics
-from dfm_d2.engine.setup import load_classifier_config
-from dfm_d2.evaluation.classification import classification_metrics
+from dfm_d2.classification.data.registration import HELD_OUT
+from dfm_d2.classification.evaluation import classification_metrics
+from dfm_d2.classification.task import CLASSIFICATION
+from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
+from dfm_d2.engine.setup import load_config
 
 RATES = (0.3, 1.0, 3.0)
 # Samplers: fields of ClassSamplerSettings. The default, one step of 4 samples, spends on
@@ -56,7 +57,7 @@ SAMPLERS: dict[str, dict] = {
 
 def tuned_rates(args: argparse.Namespace, variants: list[str]) -> tuple[dict[str, float], list[Row]]:
     """The learning rate of every variant, that of its method, and the rows by which it was chosen."""
-    solver = load_classifier_config(args.config, args.opts).SOLVER
+    solver = load_config(CLASSIFICATION, args.config, args.opts).SOLVER
     base, iterations = solver.BASE_LR, solver.MAX_ITER
     if not args.tune:
         return dict.fromkeys(variants, base), []
@@ -107,7 +108,7 @@ def rows_of(args: argparse.Namespace, variant: str, outs: list[Path]) -> list[Ro
     results = [result_of(out) for out in outs]
     scores = [evaluations(out) for out in outs]
     # Of the training itself: one that was done before may have had another.
-    rate = load_classifier_config(str(outs[0] / "config.yaml"), []).SOLVER.BASE_LR
+    rate = load_config(CLASSIFICATION, str(outs[0] / "config.yaml"), []).SOLVER.BASE_LR
     tail = (results[0]["device"], torch.__version__, results[0]["commit"])
     note = f"seeds 0-{len(outs) - 1}, {results[0]['iterations']} iterations, BASE_LR {rate:g}"
     rows = []

@@ -71,13 +71,14 @@ def in_process(framework: str) -> list[Row]:
 
 def measure_files(args: argparse.Namespace, steps: int) -> list[tuple]:
     """(format, steps, metric, unit, values, note) of every format."""
-    from dfm_d2.engine.inference import load_detector
+    from dfm_d2.detection.loading import load_detector
+    from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.setup import load_config
     from dfm_d2.export import ExportSettings, export_model, load_artefact
     from dfm_d2.export.formats import Preparation, prepared_model
     from dfm_d2.framework import build_model
 
-    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    cfg = load_config(DETECTION, args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
     if cfg.MODEL.WEIGHTS:
         model, classes = load_detector(cfg)
     else:
@@ -130,7 +131,7 @@ def differences(pairs: list[tuple]) -> list[tuple[str, str, list[float], str]]:
 
 
 def items_of(args: argparse.Namespace, cfg) -> list[dict]:
-    from dfm_d2.data.loader import read_test_item
+    from dfm_d2.detection.data.loader import read_test_item
 
     if args.images:
         return [read_test_item({"file_name": f, "image_id": Path(f).stem}, cfg) for f in args.images]

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
 from timing import in_turns  # noqa: E402
 
-import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config  # noqa: E402
 from dfm_d2.framework import build_model, get_cfg  # noqa: E402
 

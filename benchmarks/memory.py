@@ -40,12 +40,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
 from simulated_memory import MIB, simulate  # noqa: E402
 
-import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config  # noqa: E402
-from dfm_d2.engine import block_optimizer, local_update  # noqa: E402
-from dfm_d2.engine.saved_activations import SavedActivations  # noqa: E402
+from dfm_d2.detection.head import HeadAnswer  # noqa: E402
 from dfm_d2.framework import Boxes, Instances, build_model, get_cfg  # noqa: E402
-from dfm_d2.predictors import HeadAnswer  # noqa: E402
+from dfm_d2.local_update import block_optimizer  # noqa: E402
+from dfm_d2.local_update import updates as local_update  # noqa: E402
+from dfm_d2.local_update.activations import SavedActivations  # noqa: E402
 
 # mode: (meta-architecture, UPDATE, BACKBONE_UPDATE, STEP_IN_BACKWARD)
 MODES = {

@@ -20,9 +20,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dfm_d2.classification.forward_forward import ForwardForwardClassifier, unit_square
+from dfm_d2.classification.stochastic_forward_forward import StochasticForwardForwardClassifier
 from dfm_d2.framework import build_model
-from dfm_d2.modeling.forward_forward import ForwardForwardClassifier, unit_square
-from dfm_d2.modeling.stochastic_forward_forward import StochasticForwardForwardClassifier
 
 METHODS = ["flow", "backprop", "forward_forward", "stochastic_ff"]
 # Training images that the probe and the neighbours see at most.

@@ -28,7 +28,7 @@ from class_runs import (
 from PIL import Image
 from rows import RESULTS, Row, quantiles, save_rows
 
-from dfm_d2.core import stream_key
+from dfm_d2.flow import stream_key
 
 # Severities of each: standard deviation (of 255), that of the blur in shares of the side, side of the
 # occluding square in shares of the image's, JPEG quality.

@@ -56,7 +56,7 @@ def seconds_of(args: argparse.Namespace, mode: str, processes: int) -> list[floa
 def measure(args: argparse.Namespace) -> list[Row]:
     """Rows of steps and images a second."""
     if not Path(args.data).exists():
-        from dfm_d2.data.shapes import write_shapes
+        from dfm_d2.detection.data.shapes import write_shapes
 
         write_shapes(Path(args.data), num_train=64, num_val=2, size=128, seed=0)
     rows, alone = [], None
@@ -79,7 +79,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 def volumes() -> None:
     """The table of docs/scaling.md."""
-    import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
+    import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
+
     from dfm_d2.config import add_dfm_config
     from dfm_d2.framework import build_model, get_cfg
 

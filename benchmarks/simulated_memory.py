@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dfm_d2.engine import block_optimizer, local_update
+from dfm_d2.local_update import block_optimizer
+from dfm_d2.local_update import updates as local_update
 
 MIB = 2**20
 

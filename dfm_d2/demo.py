@@ -16,9 +16,9 @@ import tqdm
 
 from dfm_d2.data.files import paths_by_stem, write_atomically, write_text_atomically
 from dfm_d2.data.images import ImageError, read_image
-from dfm_d2.engine.errors import UserError, input_errors
+from dfm_d2.detection.flow_predictor import FlowPredictor
+from dfm_d2.errors import UserError, input_errors
 from dfm_d2.framework import Instances
-from dfm_d2.predictor import FlowPredictor
 from dfm_d2.visualize import paint_detections
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")

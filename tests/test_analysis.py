@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfm_d2.analysis import analyze
+from dfm_d2.detection.analysis import analyze
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "analyze_model.py"
 

@@ -87,8 +87,8 @@ def test_variants_take_the_learning_rate_of_their_method():
     ],
 )
 def test_a_training_of_other_values_is_not_taken(tmp_path, changes, same):
-    cfg = class_runs.load_classifier_config(
-        CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10"]
+    cfg = class_runs.load_config(
+        class_runs.CLASSIFICATION, CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10"]
     )
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert class_runs.same_training(CONFIG, changes, tmp_path) is same

@@ -2,9 +2,9 @@
 
 import torch
 
-import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
+from dfm_d2.classification.checks import choose_method
 from dfm_d2.config import add_dfm_config
-from dfm_d2.engine.validate_classifier import choose_method
 from dfm_d2.framework import build_model, get_cfg, merge_config_opts
 
 VIT = (

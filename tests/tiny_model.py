@@ -2,7 +2,7 @@
 
 import torch
 
-import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import get_cfg
 

@@ -14,11 +14,11 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
-from dfm_d2.analysis import RoomCost, analyze  # noqa: E402
-from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
-from dfm_d2.engine.setup import load_config  # noqa: E402
-from dfm_d2.engine.validate import validate_config  # noqa: E402
+import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
+from dfm_d2.detection.analysis import RoomCost, analyze  # noqa: E402
+from dfm_d2.detection.task import DETECTION  # noqa: E402
+from dfm_d2.engine.setup import load_config, validate_config  # noqa: E402
+from dfm_d2.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.framework import build_model  # noqa: E402
 
 
@@ -50,11 +50,11 @@ def rooms_of(args: argparse.Namespace) -> dict[str, list[RoomCost]]:
         twin = ["MODEL.META_ARCHITECTURE", architecture]
         twin += ["MODEL.DFM.UPDATE", "joint"] if architecture == "CascadeDetector" else []
         twin += ["MODEL.DFM.SAMPLER.STEPS", "1"] if architecture == "CascadeDetector" else []
-        cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts, *twin])
+        cfg = load_config(DETECTION, args.config_file, ["MODEL.DEVICE", "cpu", *args.opts, *twin])
         cfg.MODEL.DFM.KERNELS = "torch"
         cfg.MODEL.DFM.NUM_CLASSES = cfg.MODEL.DFM.NUM_CLASSES or 20
         with input_errors():
-            validate_config(cfg)
+            validate_config(DETECTION, cfg)
             model = build_model(cfg).eval()
         settings = model.sampler.settings
         title = f"{architecture}, {len(settings.grid) - 1} steps, N = {settings.num_proposals}"

@@ -25,14 +25,14 @@ import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
-from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
+import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
+from dfm_d2.detection.task import DETECTION  # noqa: E402
 from dfm_d2.engine.hooks import ProgressBar  # noqa: E402
 from dfm_d2.engine.launch import run_processes  # noqa: E402
 from dfm_d2.engine.precision import inference_autocast  # noqa: E402
 from dfm_d2.engine.run import build_trainer, load_for_inference  # noqa: E402
 from dfm_d2.engine.setup import load_config, setup_run, uses_gpu  # noqa: E402
-from dfm_d2.engine.tasks import task_of  # noqa: E402
+from dfm_d2.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.framework import (  # noqa: E402
     CfgNode,
     IterationTimer,
@@ -61,7 +61,7 @@ def run_command(arguments: list[str] | None = None) -> int:
     if args.task == "eval" and args.num_gpus * args.num_machines > 1:
         parser.error("--task eval runs in one process: leave --num-gpus and --num-machines out")
     try:
-        on_gpu = uses_gpu(load_config(args.config_file, args.opts))
+        on_gpu = uses_gpu(load_config(DETECTION, args.config_file, args.opts))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,11 +70,11 @@ def run_command(arguments: list[str] | None = None) -> int:
 
 def main(args: argparse.Namespace) -> list[float]:
     """Seconds of each iteration; the main process prints their gist. Raises UserError, one sentence."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(DETECTION, args.config_file, args.opts)
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "benchmark")
     # The schedule has no rate beyond its end.
     cfg.SOLVER.MAX_ITER = max(cfg.SOLVER.MAX_ITER, WARMUP + args.iterations)
-    classes = setup_run(cfg, args)
+    classes = setup_run(DETECTION, cfg, args)
     seconds, images = TASKS[args.task](cfg, classes, args.iterations)
     if comm.is_main_process():
         typical = statistics.median(seconds)
@@ -90,7 +90,7 @@ def time_training(cfg: CfgNode, classes: list[str], iterations: int) -> tuple[li
     """Of whole iterations: data, forward, backward, optimizer."""
     with input_errors():
         model = build_model(cfg)
-    trainer = build_trainer(cfg, model)
+    trainer = build_trainer(DETECTION, cfg, model)
     trainer.register_hooks([IterationTimer(WARMUP), LRScheduler(trainer.optimizer, trainer.scheduler)])
     if comm.is_main_process():
         trainer.register_hooks([ProgressBar(cfg.SOLVER.LOG_PERIOD)])
@@ -103,7 +103,7 @@ def time_training(cfg: CfgNode, classes: list[str], iterations: int) -> tuple[li
 def time_data(cfg: CfgNode, classes: list[str], iterations: int) -> tuple[list[float], int]:
     """Of one batch of the training stream after the other."""
     with input_errors():
-        batches = iter(task_of(cfg).train_loader(cfg, 0))
+        batches = iter(DETECTION.train_loader(cfg, 0))
         for _ in range(WARMUP):
             next(batches)
         seconds, counts = _timed(lambda _: len(next(batches)), range(iterations), cfg)
@@ -116,12 +116,12 @@ def time_evaluation(cfg: CfgNode, classes: list[str], iterations: int) -> tuple[
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set, such as voc_root_val.")
     if cfg.MODEL.WEIGHTS:
-        model = load_for_inference(cfg, classes)
+        model = load_for_inference(DETECTION, cfg, classes)
     else:
         with input_errors():
             model = build_model(cfg).eval()
     with input_errors():
-        loader = task_of(cfg).test_loader(cfg, cfg.DATASETS.TEST[0])
+        loader = DETECTION.test_loader(cfg, cfg.DATASETS.TEST[0])
         kept = list(itertools.islice(loader, KEPT_BATCHES))
     with inference_autocast(cfg):
         for batch in _round(kept, WARMUP):

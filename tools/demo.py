@@ -15,8 +15,9 @@ import make_shapes  # noqa: E402
 import train_net  # noqa: E402
 import visualize_flow  # noqa: E402
 
-from dfm_d2.engine.errors import UserError  # noqa: E402
+from dfm_d2.detection.task import DETECTION  # noqa: E402
 from dfm_d2.engine.setup import load_config  # noqa: E402
+from dfm_d2.errors import UserError  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
 SHAPES = ROOT / "data" / "shapes"
@@ -29,7 +30,7 @@ def main(overrides: list[str]) -> int:
     started = time.perf_counter()
     opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *overrides]
     try:
-        cfg = load_config(CONFIG, opts)
+        cfg = load_config(DETECTION, CONFIG, opts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,18 +17,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import split_overrides  # noqa: E402
 from dfm_d2.data.images import read_image  # noqa: E402
-from dfm_d2.data.loader import resized_item  # noqa: E402
-from dfm_d2.data.registration import register_datasets  # noqa: E402
-from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
-from dfm_d2.engine.inference import load_detector  # noqa: E402
+from dfm_d2.detection.data.loader import resized_item  # noqa: E402
+from dfm_d2.detection.data.registration import register_datasets  # noqa: E402
+from dfm_d2.detection.loading import load_detector  # noqa: E402
+from dfm_d2.detection.task import DETECTION  # noqa: E402
+from dfm_d2.detection.tensor_detector import ConstantNoise  # noqa: E402
 from dfm_d2.engine.run import evaluate  # noqa: E402
 from dfm_d2.engine.setup import load_config, resolve_classes  # noqa: E402
+from dfm_d2.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.export import FORMATS, ExportSettings, export_model, load_artefact  # noqa: E402
 from dfm_d2.export.formats import Preparation, prepared_model  # noqa: E402
-from dfm_d2.export.tensor_detector import ConstantNoise  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> dict:
 
     Raises UserError, one sentence.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(DETECTION, args.config_file, args.opts)
     # Files compute in float32, and so does the model that they are compared with.
     cfg.SOLVER.AMP.ENABLED = False
     model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> dict:
         results = {}
         for name, detector in {"eager": eager, args.format: load_artefact(path)}.items():
             cfg.OUTPUT_DIR = str(Path(args.output) / name)
-            results[name] = evaluate(cfg, detector)
+            results[name] = evaluate(DETECTION, cfg, detector)
     for name, found in results.items():
         print(f"{name:12s} " + "  ".join(f"{key} {found['bbox'][key]:.4f}" for key in ("AP", "AP50")))
     return results

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.data.problems import ProblemReport
-from dfm_d2.data.registration import dataset_dict
-from dfm_d2.data.shapes import write_shapes
-from dfm_d2.data.shapes_scene import SHAPE_CLASSES
-from dfm_d2.data.voc import read_voc_split
-from dfm_d2.evaluation.baseline import constant_box_baseline
+from dfm_d2.detection.data.registration import dataset_dict
+from dfm_d2.detection.data.shapes import write_shapes
+from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES
+from dfm_d2.detection.data.voc import read_voc_split
+from dfm_d2.detection.evaluation.baseline import constant_box_baseline
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,11 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config, split_overrides  # noqa: E402
-from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
+from dfm_d2.detection.task import DETECTION  # noqa: E402
 from dfm_d2.engine.setup import load_config, resolve_classes, resolve_device  # noqa: E402
-from dfm_d2.engine.tasks import task_of  # noqa: E402
+from dfm_d2.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.framework import run_detectron2_script  # noqa: E402
 
 
@@ -52,10 +52,10 @@ def completed_words(words: list[str]) -> list[str]:
     place = words.index("--config-file")
     file, others = words[place + 1], words[:place] + words[place + 2 :]
     others, opts = split_overrides(others)
-    cfg = load_config(file, opts)
+    cfg = load_config(DETECTION, file, opts)
     with input_errors():
         resolve_device(cfg, explicit="MODEL.DEVICE" in opts[0::2])
-        task_of(cfg).register(cfg)
+        DETECTION.register(cfg)
         resolve_classes(cfg)
     opts += ["MODEL.DFM.NUM_CLASSES", str(cfg.MODEL.DFM.NUM_CLASSES), "MODEL.DEVICE", cfg.MODEL.DEVICE]
     # The file last: an option that takes several words, as --tasks, would take the overrides, too.

@@ -16,14 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-import dfm_d2.modeling  # noqa: E402, F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import split_overrides  # noqa: E402
-from dfm_d2.engine.errors import UserError, input_errors  # noqa: E402
-from dfm_d2.engine.inference import load_detector  # noqa: E402
-from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics  # noqa: E402
-from dfm_d2.engine.pictures import KINDS, write_pictures  # noqa: E402
+from dfm_d2.detection.loading import load_detector  # noqa: E402
+from dfm_d2.detection.pictures import KINDS, write_pictures  # noqa: E402
+from dfm_d2.detection.task import DETECTION  # noqa: E402
+from dfm_d2.engine.metrics import METRICS_FILE, read_metrics  # noqa: E402
 from dfm_d2.engine.run import load_for_inference  # noqa: E402
 from dfm_d2.engine.setup import load_config, setup_run  # noqa: E402
+from dfm_d2.errors import UserError, input_errors  # noqa: E402
 from dfm_d2.visualize import draw_curves  # noqa: E402
 
 
@@ -49,14 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.metrics and not Path(args.metrics).is_file():
             raise UserError(f"--metrics {args.metrics} does not exist: check the path.")
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(DETECTION, args.config_file, args.opts)
         if args.image:  # no data set is needed
             model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
         elif not cfg.DATASETS.TEST:
             raise UserError("DATASETS.TEST is empty: name a data set, or give files with --image.")
         else:
-            classes = setup_run(cfg, args)
-            model = load_for_inference(cfg, classes)
+            classes = setup_run(DETECTION, cfg, args)
+            model = load_for_inference(DETECTION, cfg, classes)
         folder = args.out or cfg.OUTPUT_DIR
         with input_errors():
             paths = write_pictures(

@@ -1,9 +1,12 @@
 """What is wrong with a data set: collected with file names, counted, logged once, skipped or fatal."""
 
 import logging
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
+# DATASETS.VERIFY_IMAGES: every image of sets up to this size is decoded, of larger ones the header is read
+_DECODE_UP_TO = {"auto": 2000, "always": sys.maxsize, "never": 0}
 SHOWN = 10  # problems that the summary names one by one
 
 
@@ -76,3 +79,13 @@ def check_on_error(value: str) -> str:
     if value not in ("skip", "fatal"):
         raise ValueError(f'DATASETS.ON_ERROR is {value!r}: set it to "skip" or "fatal".')
     return value
+
+
+def decode_limit(verify: str) -> int:
+    """The size up to which every image of a set is decoded, for a value of DATASETS.VERIFY_IMAGES.
+
+    Raises ValueError for a value that is not known.
+    """
+    if verify not in _DECODE_UP_TO:
+        raise ValueError(f"DATASETS.VERIFY_IMAGES is {verify!r}: set it to one of {tuple(_DECODE_UP_TO)}.")
+    return _DECODE_UP_TO[verify]

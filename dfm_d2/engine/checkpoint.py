@@ -12,7 +12,6 @@ from torch import nn
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
-from dfm_d2.engine.errors import CheckpointError, input_errors
 from dfm_d2.engine.weights import (
     MSRA,
     TORCHVISION,
@@ -22,6 +21,7 @@ from dfm_d2.engine.weights import (
     load_numpy_pickle,
     load_tensors,
 )
+from dfm_d2.errors import CheckpointError, input_errors
 from dfm_d2.framework import PROVIDER, DetectionCheckpointer, PathManager, PeriodicCheckpointer
 
 # The entry of a checkpoint that says what made it: version, provider, class names, config.

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dfm_d2.core.processes import TIMEOUT
-from dfm_d2.engine.errors import NonFiniteLossError, UserError
 from dfm_d2.engine.setup import uses_gpu
+from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode, default_argument_parser
+from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.processes import TIMEOUT
 
 Main = Callable[[argparse.Namespace], object]
 

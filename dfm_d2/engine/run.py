@@ -9,21 +9,18 @@ import torch
 from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
-from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.data_parallel import MeanStatistics, broadcast_model
 from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.engine.errors import input_errors, output_errors
 from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, FinalEvalHook, ProgressBar
-from dfm_d2.engine.local_update import Update, build_update
-from dfm_d2.engine.metrics_file import METRICS_FILE, cut_back, flatten
+from dfm_d2.engine.metrics import METRICS_FILE, cut_back, flatten
+from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
-from dfm_d2.engine.predictor_parallel import GatherBlocks, PredictorParallelUpdate, Shareable
-from dfm_d2.engine.process_grid import ProcessGrid
+from dfm_d2.engine.process_hooks import GatherBlocks, MeanStatistics
 from dfm_d2.engine.progress import evaluation_bar
-from dfm_d2.engine.tasks import task_of
+from dfm_d2.engine.task import Task
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.engine.weights import Preprocessing
+from dfm_d2.errors import input_errors, output_errors
 from dfm_d2.framework import (
     CfgNode,
     EventStorage,
@@ -37,11 +34,15 @@ from dfm_d2.framework import (
     comm,
     inference_on_dataset,
 )
+from dfm_d2.local_update.data_parallel import broadcast_model
+from dfm_d2.local_update.predictor_parallel import PredictorParallelUpdate, Shareable
+from dfm_d2.local_update.process_grid import ProcessGrid
+from dfm_d2.local_update.updates import Update, build_update
 
 _logger = logging.getLogger(__name__)
 
 
-def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
+def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     """Train to ``SOLVER.MAX_ITER`` and evaluate. Returns the results of the last evaluation.
 
     resume: continue from the last checkpoint of ``OUTPUT_DIR`` if there is one. A run that is at its end
@@ -49,9 +50,9 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     """
     has_checkpoint = resume and (Path(cfg.OUTPUT_DIR) / LAST).exists()
     with input_errors():
-        model = build_model(without_pretrained(cfg) if has_checkpoint else cfg)
+        model = build_model(task.without_pretrained(cfg) if has_checkpoint else cfg)
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
-    trainer = build_trainer(cfg, model)
+    trainer = build_trainer(task, cfg, model)
     trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
     if ema is not None:
         trainer.register_hooks([EMAHook(ema)])
@@ -61,7 +62,7 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     if isinstance(trainer.update, PredictorParallelUpdate):
         trainer.register_hooks([GatherBlocks(trainer.update.grid, trainer.optimizer, periods, ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
-    start = _load_start(cfg, checkpointer, trainer, resume)
+    start = _load_start(task, cfg, checkpointer, trainer, resume)
     comm.synchronize()  # the main process must not touch what another still reads
     if comm.is_main_process():
         with output_errors():
@@ -74,14 +75,14 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
         ema.restart()
     if start >= cfg.SOLVER.MAX_ITER:
         _logger.info("Trained to iteration %d already (SOLVER.MAX_ITER): evaluating only", start)
-        return _evaluate_and_record(cfg, model, ema, start)
+        return _evaluate_and_record(task, cfg, model, ema, start)
     results: dict[str, Any] = {}
 
     def evaluate_and_keep() -> dict[str, float]:
         if trainer.failed:
             return {}
         results.clear()
-        results.update(evaluate(cfg, model, ema))
+        results.update(evaluate(task, cfg, model, ema))
         model.train()
         return flatten(results)
 
@@ -107,23 +108,23 @@ def train(cfg: CfgNode, class_names: list[str], resume: bool) -> dict[str, Any]:
     return results
 
 
-def evaluate_only(cfg: CfgNode, class_names: list[str], resume: bool = False) -> dict[str, Any]:
+def evaluate_only(task: Task, cfg: CfgNode, class_names: list[str], resume: bool = False) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS`` (or, with resume, the last checkpoint) and add a line to metrics.json."""
-    model, ema, iteration = _load_trained(cfg, class_names, resume)
-    return _evaluate_and_record(cfg, model, ema, iteration)
+    model, ema, iteration = _load_trained(task, cfg, class_names, resume)
+    return _evaluate_and_record(task, cfg, model, ema, iteration)
 
 
-def load_for_inference(cfg: CfgNode, class_names: list[str]) -> nn.Module:
+def load_for_inference(task: Task, cfg: CfgNode, class_names: list[str]) -> nn.Module:
     """The model of ``MODEL.WEIGHTS`` in evaluation mode. Raises UserError as ``evaluate_only`` does."""
-    return _load_trained(cfg, class_names, resume=False)[0].eval()
+    return _load_trained(task, cfg, class_names, resume=False)[0].eval()
 
 
 def _load_trained(
-    cfg: CfgNode, class_names: list[str], resume: bool
+    task: Task, cfg: CfgNode, class_names: list[str], resume: bool
 ) -> tuple[nn.Module, ModelEMA | None, int]:
     """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
     with input_errors():
-        model = build_model(without_pretrained(cfg))
+        model = build_model(task.without_pretrained(cfg))
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     checkpointer = build_checkpointer(cfg, model, class_names, ema)
     path = (
@@ -138,15 +139,7 @@ def _load_trained(
     return model, ema, extra.get("iteration", -1) + 1
 
 
-def without_pretrained(cfg: CfgNode) -> CfgNode:
-    """The config for a model whose weights a whole checkpoint replaces: timm's need not be there any more."""
-    changed = cfg.clone()
-    changed.defrost()
-    changed.MODEL.CLASSIFIER.TIMM.WEIGHTS = ""
-    return changed
-
-
-def evaluate(cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:
+def evaluate(task: Task, cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:
     """Results on ``DATASETS.TEST``: those of the first set as {"bbox": {...}}, or of a classifier
     {"accuracy": ...}, of others under their names.
 
@@ -156,10 +149,10 @@ def evaluate(cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dic
     results: dict[str, Any] = OrderedDict()
     for number, name in enumerate(cfg.DATASETS.TEST):
         folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"
-        found = _evaluate_set(cfg, model, name, folder)
+        found = _evaluate_set(task, cfg, model, name, folder)
         if ema is not None:
             with ema.applied():
-                averaged = _evaluate_set(cfg, model, name, f"{folder}_ema", " (averaged weights)")
+                averaged = _evaluate_set(task, cfg, model, name, f"{folder}_ema", " (averaged weights)")
             found |= {f"{task}_ema": scores for task, scores in averaged.items()}
         if number == 0:
             results |= found
@@ -168,7 +161,7 @@ def evaluate(cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dic
     return results
 
 
-def build_trainer(cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
+def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
     """The trainer of a model; it has an optimizer and a ``scheduler`` but no hooks yet."""
     device = torch.device(cfg.MODEL.DEVICE)
     dtype = resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
@@ -178,7 +171,7 @@ def build_trainer(cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
         grid = ProcessGrid.build(cfg.MODEL.DFM.PREDICTOR_RANKS, cfg.MODEL.DFM.NUM_PREDICTORS)
         trainer = LocalUpdateTrainer(
             model,
-            lambda position: task_of(cfg).train_loader(cfg, position),
+            lambda position: task.train_loader(cfg, position),
             build_block_optimizer(cfg, model, scaler, grid),
             _build_update(cfg, model, grid, dtype),
             autocast_factory(device, dtype),
@@ -226,14 +219,14 @@ def build_checkpointer(
 
 
 def _load_start(
-    cfg: CfgNode, checkpointer: SafeCheckpointer, trainer: LocalUpdateTrainer, resume: bool
+    task: Task, cfg: CfgNode, checkpointer: SafeCheckpointer, trainer: LocalUpdateTrainer, resume: bool
 ) -> int:
     """Load the last checkpoint, or ``MODEL.WEIGHTS``. Returns the iteration to begin with."""
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         return trainer.iter + 1
     with input_errors():
-        task_of(cfg).check_start(cfg)
+        task.check_start(cfg)
     model = trainer.model
     set_by_config = getattr(model, "set_by_config", ())
     own = {name: value.clone() for name, value in model.named_buffers() if name in set_by_config}
@@ -255,9 +248,9 @@ def _set_aside(folder: Path) -> None:
 
 
 def _evaluate_and_record(
-    cfg: CfgNode, model: nn.Module, ema: ModelEMA | None, iteration: int
+    task: Task, cfg: CfgNode, model: nn.Module, ema: ModelEMA | None, iteration: int
 ) -> dict[str, Any]:
-    results = evaluate(cfg, model, ema)
+    results = evaluate(task, cfg, model, ema)
     if not comm.is_main_process():
         return results
     with EventStorage(iteration) as storage:
@@ -268,8 +261,9 @@ def _evaluate_and_record(
     return results
 
 
-def _evaluate_set(cfg: CfgNode, model: nn.Module, name: str, folder: str, title: str = "") -> dict[str, Any]:
-    task = task_of(cfg)
+def _evaluate_set(
+    task: Task, cfg: CfgNode, model: nn.Module, name: str, folder: str, title: str = ""
+) -> dict[str, Any]:
     task.before_evaluation(cfg, model)
     evaluator = task.evaluator(cfg, name, Path(cfg.OUTPUT_DIR) / folder)
     with evaluation_bar(task.test_loader(cfg, name), name + title) as loader, inference_autocast(cfg):

@@ -8,13 +8,10 @@ import torch
 from dfm_kernels.dispatch import use_triton
 
 from dfm_d2 import __version__
-from dfm_d2.config import add_dfm_config
-from dfm_d2.engine.errors import input_errors
 from dfm_d2.engine.log import start_log
 from dfm_d2.engine.precision import resolve_amp_dtype
-from dfm_d2.engine.tasks import task_of
-from dfm_d2.engine.validate import validate_config
-from dfm_d2.engine.validate_classifier import choose_method
+from dfm_d2.engine.task import Task
+from dfm_d2.errors import input_errors
 from dfm_d2.framework import (
     PROVIDER,
     CfgNode,
@@ -25,40 +22,34 @@ from dfm_d2.framework import (
     merge_config_opts,
     seed_all_rng,
 )
+from dfm_d2.local_update.updates import build_update
 
 _logger = logging.getLogger(__name__)
 
 
-def load_config(config_file: str, opts: list[str]) -> CfgNode:
-    """Detectron2's defaults, dfm_d2's keys, the file and the KEY VALUE overrides, in this order.
+def load_config(task: Task, config_file: str, opts: list[str]) -> CfgNode:
+    """Detectron2's defaults, the task's keys, the file and the KEY VALUE overrides, in this order.
 
     Runs no code from the file. Raises UserError naming the file and the key that is wrong.
     """
     cfg = get_cfg()
-    add_dfm_config(cfg)
+    task.add_config(cfg)
     with input_errors():
         if config_file:
             merge_config_file(cfg, config_file)
         merge_config_opts(cfg, opts)
+        task.complete(cfg)
     return cfg
 
 
-def load_classifier_config(config_file: str, opts: list[str]) -> CfgNode:
-    """As ``load_config``; UPDATE.METHOD has chosen the meta-architecture."""
-    cfg = load_config(config_file, opts)
-    with input_errors():
-        choose_method(cfg)
-    return cfg
-
-
-def setup_run(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """Make ready what a training or an evaluation needs; ``cfg`` is completed in place, then frozen.
 
     Returns the class names in the order of their indices. Raises UserError, one sentence, for bad values and
     missing data.
     """
     with input_errors():
-        validate_config(cfg)
+        validate_config(task, cfg)
         resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
         use_triton(
             "MODEL.DFM.KERNELS", cfg.MODEL.DFM.KERNELS, torch.empty(0, device=torch.device(cfg.MODEL.DEVICE))
@@ -75,10 +66,19 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     with input_errors():
-        task_of(cfg).register(cfg)
+        task.register(cfg)
         classes = resolve_classes(cfg)
     cfg.freeze()
     return classes
+
+
+def validate_config(task: Task, cfg: CfgNode) -> None:
+    """ValueError for the first value that cannot work: the message names the key and the choices."""
+    for message in task.problems(cfg):
+        raise ValueError(message)
+    dfm = cfg.MODEL.DFM
+    if dfm.PREDICTOR_RANKS == 1:
+        build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
 
 
 def resolve_classes(cfg: CfgNode) -> list[str]:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfm_d2.engine.block_optimizer import BlockOptimizer
-from dfm_d2.engine.data_parallel import gathered
-from dfm_d2.engine.errors import NonFiniteLossError, UserError, input_errors, output_errors
-from dfm_d2.engine.local_update import Autocast, LocallyTrainable, Update
+from dfm_d2.errors import UserError, input_errors, output_errors
 from dfm_d2.framework import TrainerBase
+from dfm_d2.local_update.block_optimizer import BlockOptimizer
+from dfm_d2.local_update.data_parallel import gathered
+from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.updates import Autocast, LocallyTrainable, Update
 
 
 class LocalUpdateTrainer(TrainerBase):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfm_d2.engine.errors import CheckpointError, UnsafeFileError
+from dfm_d2.errors import CheckpointError, UnsafeFileError
 
 # How the weights were trained: the pixels that they want.
 MSRA = "msra"

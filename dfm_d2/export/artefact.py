@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.detection.sampler import initial_noise
 from dfm_d2.export.aoti import DEVICE_KEY, load_package
 from dfm_d2.export.formats import ABOUT
 from dfm_d2.framework import Boxes, Instances, detector_postprocess
-from dfm_d2.modeling.detector import FlowDetector
-from dfm_d2.modeling.sampler import initial_noise
 
 # (images (B, 3, H, W), image_sizes (B, 2), x_0 (B, N, 4)) -> boxes, scores, classes, count.
 Run = Callable[[Tensor, Tensor, Tensor | None], Sequence[Tensor]]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dfm_d2.data.files import write_atomically
+from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.detection.tensor_detector import TensorDetector, with_backend
 from dfm_d2.export.aoti import require_compiler, write_package
 from dfm_d2.export.decompositions import onnx_decompositions
-from dfm_d2.export.tensor_detector import TensorDetector, with_backend
 from dfm_d2.framework import TracingAdapter
-from dfm_d2.modeling.detector import FlowDetector
 
 # Format: the file's name.
 FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.aoti.pt2"}

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.detection.sampler import Flow
 from dfm_d2.framework import Instances
-from dfm_d2.modeling.detector import FlowDetector
-from dfm_d2.modeling.sampler import Flow
 
 # Points of the velocity field along the longer side of an image.
 _FIELD_POINTS = 12

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfm_d2.core import (
+from dfm_d2.flow import (
     BoxSpace,
     CondOTPath,
     LabelSpace,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfm_d2.data.augment import (
+from dfm_d2.detection.data.augment import (
     AugmentConfig,
     augment,
     clip_and_drop,

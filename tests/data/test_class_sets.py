@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from tiny_classifier import classifier_cfg
 
-from dfm_d2.data.class_loader import (
+from dfm_d2.classification.data.loader import (
     ClassStream,
     build_class_test_loader,
     build_class_train_loader,
     shifted,
 )
-from dfm_d2.data.class_registration import HELD_OUT, register_class_sets
-from dfm_d2.data.class_sources import read_digits, read_idx, read_root, read_torchvision
+from dfm_d2.classification.data.registration import HELD_OUT, register_class_sets
+from dfm_d2.classification.data.sources import read_digits, read_idx, read_root, read_torchvision
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 

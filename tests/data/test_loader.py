@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dfm_d2.data import loader as loader_module
 from dfm_d2.data.images import ImageError, read_image
-from dfm_d2.data.loader import build_test_loader, build_train_loader
 from dfm_d2.data.problems import DataProblemError
-from dfm_d2.data.registration import register_datasets
+from dfm_d2.data import stream as loader_module
+from dfm_d2.detection.data.loader import build_test_loader, build_train_loader
+from dfm_d2.detection.data.registration import register_datasets
 
 NAMES = [f"im{'x' * i}" for i in range(7)]
 
@@ -97,7 +97,7 @@ def test_a_truncated_file_is_replaced_by_the_next_position(cfg, voc, caplog):
     with caplog.at_level(logging.WARNING):
         now = [item["image_id"] for batch in take(cfg, 0, 7) for item in batch]
     assert now == [order[p + 1] if order[p] == order[1] else order[p] for p in range(14)]
-    messages = [r.getMessage() for r in caplog.records if r.name == "dfm_d2.data.loader"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "dfm_d2.detection.data.loader"]
     assert len(messages) == 1 and f"{order[1]}.jpg" in messages[0]
 
 

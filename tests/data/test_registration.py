@@ -3,8 +3,8 @@
 import pytest
 from data_helpers import VocFolder
 
-from dfm_d2.data.registration import register_datasets
-from dfm_d2.data.voc import VOC_CLASSES
+from dfm_d2.detection.data.registration import register_datasets
+from dfm_d2.detection.data.voc import VOC_CLASSES
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 

@@ -8,9 +8,9 @@ import pytest
 from data_helpers import ROOT
 
 from dfm_d2.data.problems import ProblemReport
-from dfm_d2.data.shapes import write_shapes
-from dfm_d2.data.shapes_scene import SHAPE_CLASSES, draw_scene
-from dfm_d2.data.voc import read_voc_split
+from dfm_d2.detection.data.shapes import write_shapes
+from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES, draw_scene
+from dfm_d2.detection.data.voc import read_voc_split
 
 
 def digests(folder):

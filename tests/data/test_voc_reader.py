@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dfm_d2.data.problems import SHOWN, DataProblemError, ProblemReport
-from dfm_d2.data.registration import register_datasets
-from dfm_d2.data.voc import AnnotationError, BoxRecord, parse_voc_xml, read_voc_split
+from dfm_d2.detection.data.registration import register_datasets
+from dfm_d2.detection.data.voc import AnnotationError, BoxRecord, parse_voc_xml, read_voc_split
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 GOOD = (
@@ -164,9 +164,9 @@ def test_summary_is_logged_once_with_counts(voc, make_cfg, caplog):
     for name in names:
         voc.add(name, [("cat", 5, 5, 5, 9), ("cat", 3, 4, 20, 25)])
     voc.split("train", names)
-    with caplog.at_level(logging.WARNING, logger="dfm_d2.data.registration"):
+    with caplog.at_level(logging.WARNING, logger="dfm_d2.detection.data.registration"):
         register_datasets(make_cfg(voc.root))
-    (record,) = [r for r in caplog.records if r.name == "dfm_d2.data.registration"]
+    (record,) = [r for r in caplog.records if r.name == "dfm_d2.detection.data.registration"]
     text = record.getMessage()
     assert "13 problems (13 zero_area)" in text and "z00.xml" in text and "z12.xml" not in text
     assert "and 3 more" in text

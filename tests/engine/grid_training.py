@@ -16,14 +16,14 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from tiny_model import tiny_cfg  # noqa: E402
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.ema import ModelEMA  # noqa: E402
 from dfm_d2.engine.hooks import EMAHook  # noqa: E402
-from dfm_d2.engine.local_update import build_update  # noqa: E402
-from dfm_d2.engine.predictor_parallel import GatherBlocks, PredictorParallelUpdate  # noqa: E402
-from dfm_d2.engine.process_grid import ProcessGrid  # noqa: E402
+from dfm_d2.engine.optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.trainer import LocalUpdateTrainer  # noqa: E402
 from dfm_d2.framework import Boxes, Instances, build_model  # noqa: E402
+from dfm_d2.local_update.predictor_parallel import GatherBlocks, PredictorParallelUpdate  # noqa: E402
+from dfm_d2.local_update.process_grid import ProcessGrid  # noqa: E402
+from dfm_d2.local_update.updates import build_update  # noqa: E402
 
 BATCH, STEPS = 4, 3
 

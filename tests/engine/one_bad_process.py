@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from dfm_d2.engine.launch import run_processes
-from dfm_d2.engine.local_update import check_finite
+from dfm_d2.local_update.updates import check_finite
 
 
 def main(_: argparse.Namespace) -> None:

@@ -7,10 +7,10 @@ import torch
 from test_local_update import BATCH, make_model, run
 from toy_model import ToyModel, toy_config
 
-from dfm_d2.engine.block_optimizer import check_blocks
-from dfm_d2.engine.build_optimizer import build_block_optimizer
-from dfm_d2.engine.local_update import build_update
+from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.framework import build_lr_scheduler
+from dfm_d2.local_update.block_optimizer import check_blocks
+from dfm_d2.local_update.updates import build_update
 
 
 def options_by_name(optimizer) -> dict[str, tuple[float, float]]:

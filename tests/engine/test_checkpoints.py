@@ -13,7 +13,7 @@ from dfm_d2 import __version__
 from dfm_d2.data.files import write_atomically
 from dfm_d2.engine import checkpoint as checkpoint_module
 from dfm_d2.engine.checkpoint import SafeCheckpointer
-from dfm_d2.engine.errors import CheckpointError, UnsafeFileError, UserError
+from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
 from dfm_d2.framework import PROVIDER
 
 

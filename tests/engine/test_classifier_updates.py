@@ -7,9 +7,9 @@ import torch
 from tiny_classifier import VIT, class_inputs, make_classifier
 from toy_model import toy_config
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer
-from dfm_d2.engine.local_update import build_update
-from dfm_d2.engine.saved_activations import SavedActivations
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.local_update.activations import SavedActivations
+from dfm_d2.local_update.updates import build_update
 
 BACKBONES = {"cnn": [], "vit": VIT, "learned": ["MODEL.CLASSIFIER.EMBEDDING", "learned"]}
 

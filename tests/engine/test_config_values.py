@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dfm_d2.engine.errors import UserError
-from dfm_d2.engine.setup import load_config
-from dfm_d2.engine.validate import CHOICES, LEAST, get_key, validate_config
+from dfm_d2.detection.checks import CHOICES, LEAST, get_key
+from dfm_d2.detection.task import DETECTION
+from dfm_d2.engine.setup import load_config, validate_config
+from dfm_d2.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SHAPES = str(next(path for path in CONFIGS if path.name == "shapes_flow_r18.yaml"))
@@ -71,7 +72,7 @@ BAD = {
 def check(opts: list[str]) -> str:
     """What is said about the shapes config with these overrides."""
     with pytest.raises((UserError, ValueError)) as caught:
-        validate_config(load_config(SHAPES, opts))
+        validate_config(DETECTION, load_config(DETECTION, SHAPES, opts))
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
     return message
@@ -79,7 +80,7 @@ def check(opts: list[str]) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_our_configs_are_good(path):
-    validate_config(load_config(str(path), []))
+    validate_config(DETECTION, load_config(DETECTION, str(path), []))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -96,10 +97,10 @@ def test_every_choice_is_listed(key):
 
 @pytest.mark.parametrize("key", LEAST)
 def test_every_least_value_holds(key):
-    cfg = load_config(SHAPES, [])
+    cfg = load_config(DETECTION, SHAPES, [])
     value = type(get_key(cfg, key))(LEAST[key] - 1)
     assert f"{key} is {value}; it must be at least {LEAST[key]}." in check([key, str(value)])
 
 
 def test_a_whole_number_will_do_for_a_float():
-    assert load_config(SHAPES, ["MODEL.DFM.TIME_RATE", "1"]).MODEL.DFM.TIME_RATE == 1.0
+    assert load_config(DETECTION, SHAPES, ["MODEL.DFM.TIME_RATE", "1"]).MODEL.DFM.TIME_RATE == 1.0

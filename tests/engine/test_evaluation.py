@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.precision import inference_autocast
 from dfm_d2.engine.progress import evaluation_bar
 from dfm_d2.engine.setup import load_config
@@ -27,7 +28,7 @@ class Collector(DatasetEvaluator):
 @pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
 def test_detections_of_bfloat16_are_finite_float32(make_model, make_input, architecture):
     cfg = load_config(
-        "", ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"]
+        DETECTION, "", ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16"]
     )
     model, collector = make_model(architecture), Collector()
     dtypes = set()
@@ -42,7 +43,7 @@ def test_detections_of_bfloat16_are_finite_float32(make_model, make_input, archi
 
 
 def test_without_amp_nothing_is_cast():
-    with inference_autocast(load_config("", ["MODEL.DEVICE", "cpu"])):
+    with inference_autocast(load_config(DETECTION, "", ["MODEL.DEVICE", "cpu"])):
         assert not torch.is_autocast_enabled("cpu")
 
 

@@ -14,12 +14,12 @@ from test_resume import assert_same_checkpoint
 from tiny_training import ONE_THREAD, command, run
 from toy_model import toy_config
 
-from dfm_d2.data.shapes import write_shapes
-from dfm_d2.engine.build_optimizer import build_block_optimizer
+from dfm_d2.detection.data.shapes import write_shapes
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.errors import NonFiniteLossError
-from dfm_d2.engine.local_update import build_update
+from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.trainer import LocalUpdateTrainer
+from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.updates import build_update
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from toy_model import toy_config
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer
-from dfm_d2.engine.local_update import build_update
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.local_update.updates import build_update
 
 
 def step(model, inputs, update: str, backbone_update: str):

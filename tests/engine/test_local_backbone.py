@@ -8,14 +8,14 @@ import torch
 from tiny_model import tiny_cfg
 from toy_model import toy_config
 
-from dfm_d2.engine.block_optimizer import check_blocks
-from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.engine.hooks import EMAHook
-from dfm_d2.engine.local_update import build_update, sum_losses
+from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.framework import LRScheduler, build_lr_scheduler, build_model
+from dfm_d2.local_update.block_optimizer import check_blocks
+from dfm_d2.local_update.updates import build_update, sum_losses
 
 STAGES = ["res2", "res3", "res4", "res5"]
 

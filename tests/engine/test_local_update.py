@@ -9,9 +9,9 @@ import pytest
 import torch
 from toy_model import ToyModel, toy_config, toy_item
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer
-from dfm_d2.engine.errors import NonFiniteLossError
-from dfm_d2.engine.local_update import LocallyTrainable, build_update, sum_losses
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.updates import LocallyTrainable, build_update, sum_losses
 
 BATCH = [toy_item(position) for position in range(4)]
 

@@ -11,8 +11,8 @@ import torch
 from grid_training import SCENARIOS
 from tiny_training import assert_same, command, parameters, run
 
-from dfm_d2.data.shapes import write_shapes
-from dfm_d2.engine.process_grid import ProcessGrid
+from dfm_d2.detection.data.shapes import write_shapes
+from dfm_d2.local_update.process_grid import ProcessGrid
 
 GRIDS = [(name, *grid) for name, (_, grids) in SCENARIOS.items() for grid in grids]
 

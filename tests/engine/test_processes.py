@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_training import assert_same, command, parameters, run
 
-from dfm_d2.data.shapes import write_shapes
+from dfm_d2.detection.data.shapes import write_shapes
 
 
 @pytest.fixture(scope="module")

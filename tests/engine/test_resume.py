@@ -14,7 +14,7 @@ import torch
 from toy_model import toy_loader
 from toy_training import train_toy
 
-from dfm_d2.engine.metrics_file import METRICS_FILE, read_metrics
+from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

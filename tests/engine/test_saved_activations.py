@@ -6,9 +6,9 @@ import pytest
 import torch
 from toy_model import toy_config
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer
-from dfm_d2.engine.local_update import build_update
-from dfm_d2.engine.saved_activations import SavedActivations
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.local_update.activations import SavedActivations
+from dfm_d2.local_update.updates import build_update
 
 
 def test_saved_tensors_are_counted_once_and_until_they_are_freed():

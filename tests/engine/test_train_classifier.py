@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from test_resume import assert_same_checkpoint, losses
 
-from dfm_d2.engine.setup import load_config
-from dfm_d2.engine.validate import validate_config
+from dfm_d2.classification.task import CLASSIFICATION
+from dfm_d2.engine.setup import load_config, validate_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/digits_flow_cnn.yaml")
@@ -257,9 +257,9 @@ def test_what_the_tools_want(run, capsys):
     """--eval-only wants weights, and the detector's tool does not take a method by UPDATE.METHOD."""
     assert run(flags=("--eval-only",)) == 2
     assert "--eval-only needs weights" in capsys.readouterr().err
-    cfg = load_config(CONFIG, ["UPDATE.METHOD", "backprop"])
+    cfg = load_config(CLASSIFICATION, CONFIG, ["UPDATE.METHOD", "backprop"])
     with pytest.raises(ValueError, match="train with tools/train_classifier.py"):
-        validate_config(cfg)
+        validate_config(CLASSIFICATION, cfg)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dfm_d2.data.shapes import write_shapes
+from dfm_d2.detection.data.shapes import write_shapes
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/shapes_flow_r18.yaml")

@@ -9,16 +9,16 @@ import pytest
 import torch
 from toy_model import ToyModel, toy_config, toy_loader
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.engine.errors import NonFiniteLossError
 from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar, loss_by_block
-from dfm_d2.engine.local_update import build_update
-from dfm_d2.engine.metrics_file import cut_back, flatten, read_metrics
+from dfm_d2.engine.metrics import cut_back, flatten, read_metrics
+from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import resolve_amp_dtype
 from dfm_d2.engine.trainer import LocalUpdateTrainer, get_rng_state, set_rng_state
 from dfm_d2.framework import PROVIDER, EvalHook, JSONWriter, PeriodicWriter
+from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.updates import build_update
 
 
 def make_trainer(model=None, update="sequential", **solver) -> LocalUpdateTrainer:

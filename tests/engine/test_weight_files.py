@@ -11,7 +11,6 @@ from torch import nn
 
 from dfm_d2.config import add_dfm_config
 from dfm_d2.engine.checkpoint import SafeCheckpointer
-from dfm_d2.engine.errors import CheckpointError, UnsafeFileError, UserError
 from dfm_d2.engine.weights import (
     MSRA,
     TORCHVISION,
@@ -20,6 +19,7 @@ from dfm_d2.engine.weights import (
     find_torchvision_prefix,
     load_numpy_pickle,
 )
+from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
 from dfm_d2.framework import build_backbone, get_cfg
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

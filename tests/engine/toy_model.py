@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfm_d2.engine.blocks import predictor_block
 from dfm_d2.framework import get_cfg
+from dfm_d2.local_update.blocks import predictor_block
 
 CHANNELS = 6
 

@@ -18,12 +18,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_model import ToyModel, toy_config, toy_loader  # noqa: E402
 
-from dfm_d2.engine.build_optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer  # noqa: E402
 from dfm_d2.engine.ema import ModelEMA  # noqa: E402
 from dfm_d2.engine.hooks import EMAHook  # noqa: E402
-from dfm_d2.engine.local_update import build_update  # noqa: E402
-from dfm_d2.engine.metrics_file import METRICS_FILE, cut_back  # noqa: E402
+from dfm_d2.engine.metrics import METRICS_FILE, cut_back  # noqa: E402
+from dfm_d2.engine.optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.trainer import LocalUpdateTrainer  # noqa: E402
 from dfm_d2.framework import (  # noqa: E402
     IterationTimer,
@@ -33,6 +32,7 @@ from dfm_d2.framework import (  # noqa: E402
     build_lr_scheduler,
     seed_all_rng,
 )
+from dfm_d2.local_update.updates import build_update  # noqa: E402
 
 
 def train_toy(folder: Path, max_iter: int = 60, pause: float = 0.0, loader=toy_loader) -> LocalUpdateTrainer:

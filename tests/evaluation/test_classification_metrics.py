@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dfm_d2.evaluation.classification import class_summary, classification_metrics
+from dfm_d2.classification.evaluation import class_summary, classification_metrics
 
 
 def test_metrics_by_hand():

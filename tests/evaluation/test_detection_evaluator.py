@@ -11,8 +11,8 @@ from golden_set import dataset_dicts, load_golden, outputs_of, register
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dfm_d2.evaluation.baseline import constant_box_baseline
-from dfm_d2.evaluation.detection import DetectionEvaluator, format_table
+from dfm_d2.detection.evaluation.baseline import constant_box_baseline
+from dfm_d2.detection.evaluation.evaluator import DetectionEvaluator, format_table
 from dfm_d2.framework import Boxes, Instances
 
 

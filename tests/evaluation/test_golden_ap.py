@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from golden_set import dataset_dicts, load_golden, outputs_of, register
 
-from dfm_d2.evaluation.detection import DetectionEvaluator
+from dfm_d2.detection.evaluation.evaluator import DetectionEvaluator
 
 
 def our_metrics(golden):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfm_d2.evaluation.voc_ap import (
+from dfm_d2.detection.evaluation.voc_ap import (
     ClassDetections,
     ClassGroundTruth,
     average_precision,

@@ -7,7 +7,7 @@ import torch
 from tiny_model import spread, tiny_cfg
 
 from dfm_d2.data.images import read_image
-from dfm_d2.data.loader import resized_item
+from dfm_d2.detection.data.loader import resized_item
 from dfm_d2.engine.run import build_checkpointer
 from dfm_d2.export import ExportSettings, export_model, load_artefact
 from dfm_d2.export.formats import Preparation

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfm_d2.export.tensor_detector import TensorDetector
+from dfm_d2.detection.tensor_detector import TensorDetector
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ import torch
 from detections import BATCHED, EVERY_FORMAT, assert_equal_detections
 from tiny_model import spread
 
+from dfm_d2.detection.postprocess import _kept_by_nms
+from dfm_d2.detection.task import DETECTION
+from dfm_d2.detection.tensor_detector import TensorDetector
 from dfm_d2.engine.setup import load_config
 from dfm_d2.export import ExportSettings, export_model, load_artefact
 from dfm_d2.export.formats import Preparation, prepared_model
-from dfm_d2.export.tensor_detector import TensorDetector
 from dfm_d2.framework import build_model
-from dfm_d2.modeling.postprocess import _kept_by_nms
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -102,7 +103,7 @@ def test_padded_tensors_hold_the_instances(make_model, make_input, architecture,
 def test_a_resnet50_config(photographs, tmp_path, format):
     """configs/voc_flow_r50.yaml at full width, with random weights."""
     words = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.DFM.NUM_CLASSES", "20"]
-    cfg = load_config(str(CONFIGS / "voc_flow_r50.yaml"), words)
+    cfg = load_config(DETECTION, str(CONFIGS / "voc_flow_r50.yaml"), words)
     torch.manual_seed(0)
     model = spread(build_model(cfg)).eval()
     settings = ExportSettings(steps=2, proposals=100)

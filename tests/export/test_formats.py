@@ -12,10 +12,10 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from dfm_d2.detection.tensor_detector import ConstantNoise
 from dfm_d2.export import ExportSettings, aoti, export_model, load_artefact
 from dfm_d2.export.aoti import write_package
 from dfm_d2.export.formats import ABOUT, exported_program, prepared_model
-from dfm_d2.export.tensor_detector import ConstantNoise
 
 
 def test_the_onnx_file_has_standard_operators_only(files):

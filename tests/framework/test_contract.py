@@ -40,7 +40,7 @@ def test_a_config_dumped_under_detectron2_is_read_by_the_builtin(tmp_path):
     path = tmp_path / "config.yaml"
     dump = (
         "from dfm_d2.engine.setup import load_config; o = 'SOLVER.BASE_LR 0.5 MODEL.DFM.NUM_PREDICTORS 3'; "
-        "print(load_config('{}', o.split()).dump())"
+        "print(load_config(DETECTION, '{}', o.split()).dump())"
     )
     theirs = _python(dump.format(""), "detectron2").stdout
     path.write_text(theirs)

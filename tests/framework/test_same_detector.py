@@ -20,7 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DESCRIBE = """
 import json
 import torch
-import dfm_d2.modeling
+import dfm_d2.registry
 from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model
 from dfm_d2.framework import get_cfg, merge_config_file, merge_config_opts

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import dfm_d2.modeling  # noqa: F401  (registers the meta-architectures)
+import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
+from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.run import train
 from dfm_d2.engine.setup import load_config, setup_run
 
@@ -50,6 +51,6 @@ def test_sixteen_blood_cell_photographs_are_learned_by_heart(tmp_path):
         "OUTPUT_DIR": str(tmp_path / "out"),
     }
     opts = [item for pair in overrides.items() for item in pair]
-    cfg = load_config(str(ROOT / "configs" / "bccd_flow_r18.yaml"), opts)
-    results = train(cfg, setup_run(cfg, _Arguments()), resume=False)
+    cfg = load_config(DETECTION, str(ROOT / "configs" / "bccd_flow_r18.yaml"), opts)
+    results = train(DETECTION, cfg, setup_run(DETECTION, cfg, _Arguments()), resume=False)
     assert results["bbox"]["AP50"] >= 90

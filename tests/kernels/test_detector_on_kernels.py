@@ -8,7 +8,7 @@ import torch
 from dfm_kernels.dispatch import is_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfm_d2.modeling.captured import GraphCache
+from dfm_d2.detection.captured import GraphCache
 
 INTERACTIONS = ("dynamic_conv", "grid_linear")
 

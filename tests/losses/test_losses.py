@@ -5,16 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfm_d2.core import BoxSpace, keyed_normal
-from dfm_d2.losses import (
-    BlockLoss,
-    DynamicK,
-    GroundTruth,
-    assigned_targets,
-    build_slots,
-    couple,
-    noisy_endpoints,
-)
+from dfm_d2.detection.assignment import DynamicK, assigned_targets
+from dfm_d2.detection.coupling import build_slots, couple, noisy_endpoints
+from dfm_d2.detection.ground_truth import GroundTruth
+from dfm_d2.detection.loss import BlockLoss
+from dfm_d2.flow import BoxSpace, keyed_normal
 
 SCALE, K = 2.0, 3
 SPACE = BoxSpace(SCALE)

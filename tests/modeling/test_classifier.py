@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_classifier import RESNET, TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
 
-from dfm_d2.engine.block_optimizer import check_blocks
-from dfm_d2.engine.local_update import sum_losses
+from dfm_d2.classification.loss import EndpointLoss
 from dfm_d2.framework import build_model
-from dfm_d2.losses import EndpointLoss
+from dfm_d2.local_update.block_optimizer import check_blocks
+from dfm_d2.local_update.updates import sum_losses
 
 COLOUR = ["MODEL.PIXEL_MEAN", "[120.0,120.0,120.0]", "MODEL.PIXEL_STD", "[60.0,60.0,60.0]"]
 BACKBONES = {

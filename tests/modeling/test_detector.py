@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from dfm_d2.detection import postprocess
+from dfm_d2.detection.cascade import CascadeDetector
+from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.detection.sampler import SamplerSettings
+from dfm_d2.detection.training import disagreement
 from dfm_d2.framework import META_ARCH_REGISTRY
-from dfm_d2.modeling import CascadeDetector, FlowDetector, postprocess
-from dfm_d2.modeling.sampler import SamplerSettings
-from dfm_d2.modeling.training import disagreement
 
 
 def _losses(model, inputs, iteration=0):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_classifier import VIT, class_inputs, make_classifier
 
-from dfm_d2.engine.block_optimizer import check_blocks
-from dfm_d2.engine.local_update import sum_losses
-from dfm_d2.modeling.forward_forward import unit_square
-from dfm_d2.modeling.stochastic_forward_forward import effective_dimension
+from dfm_d2.classification.forward_forward import unit_square
+from dfm_d2.classification.stochastic_forward_forward import effective_dimension
+from dfm_d2.local_update.block_optimizer import check_blocks
+from dfm_d2.local_update.updates import sum_losses
 
 METHODS = ("forward_forward", "stochastic_forward_forward")
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from dfm_d2.data.images import ImageError
-from dfm_d2.engine.errors import UserError
-from dfm_d2.predictor import FlowPredictor
+from dfm_d2.detection.flow_predictor import FlowPredictor
+from dfm_d2.errors import UserError
 
 
 def picture(height=60, width=80, seed=0):

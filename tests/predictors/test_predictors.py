@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from dfm_d2.core import warped_grid
-from dfm_d2.predictors import FeaturePooler, FlowHead, PredictorStack, TimeEmbedding
-from dfm_d2.predictors.flow_head import INTERACTIONS
+from dfm_d2.detection.head import INTERACTIONS, FlowHead
+from dfm_d2.detection.pooling import FeaturePooler
+from dfm_d2.detection.stack import PredictorStack
+from dfm_d2.flow import warped_grid
+from dfm_d2.flow.time_embedding import TimeEmbedding
 
 
 def _head(**options):

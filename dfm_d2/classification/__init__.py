@@ -1,0 +1,1 @@
+"""Classification: flow classifiers by local updates, their baselines, data and evaluation."""

@@ -1,0 +1,259 @@
+"""Backbones of classifiers as a row of blocks, each a function of the output of the one before.
+
+Shapes: B images, C channels, H x W pixels of a map, N tokens, P cells a side of the pooled grid.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, relu
+
+from dfm_d2.classification.timm_files import check_timm_weights, read_timm_weights, timm_options
+from dfm_d2.framework import build_backbone
+
+BACKBONES = ("cnn", "resnet", "timm")
+_GROUP_CHANNELS = 8  # of a group norm
+
+
+class SplitBackbone(nn.Module, ABC):
+    """A backbone in `num_blocks` blocks.
+
+    channels: of the pooled output of each block, `P^2` times those of its map.
+    """
+
+    channels: list[int]
+
+    def __init__(self, pool: int):
+        super().__init__()
+        self.pool = pool
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.channels)
+
+    @abstractmethod
+    def forward_block(self, index: int, x: Tensor) -> Tensor:
+        """The output of a block; x: the output of the block before, images `(B, C, H, W)` for the first."""
+
+    @abstractmethod
+    def grid(self, x: Tensor) -> Tensor:
+        """A block's output as a map `(B, C, H, W)`."""
+
+    @abstractmethod
+    def block_of(self, name: str) -> int:
+        """The block that the parameter of this name belongs to."""
+
+    def check_images(self, images: Tensor) -> None:
+        """ValueError for images `(B, C, H, W)` of a size that the backbone does not take."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """A block's output averaged to P x P cells: `(B, C P^2)`."""
+        return adaptive_avg_pool2d(self.grid(x), self.pool).flatten(1)
+
+
+class StagedBackbone(SplitBackbone):
+    """Convolutional stages, one after the other.
+
+    Args:
+        stages: modules of each block. channels: of the map of each block. pool: P.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[nn.Module]], channels: Sequence[int], pool: int):
+        super().__init__(pool)
+        # By position: names of torchvision's would be taken for a checkpoint of torchvision.
+        self.stages = nn.ModuleList(nn.Sequential(*modules) for modules in stages)
+        self.channels = [number * pool**2 for number in channels]
+
+    def forward_block(self, index: int, x: Tensor) -> Tensor:
+        return self.stages[index](x)
+
+    def grid(self, x: Tensor) -> Tensor:
+        return x
+
+    def block_of(self, name: str) -> int:
+        return int(name.split(".")[1])
+
+
+class ViTBackbone(SplitBackbone):
+    """timm's VisionTransformer: the embedding is of the first block, the final norm of the last.
+
+    Args:
+        model: without a classifier. groups: the layers of each block. pool: P.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[int]], pool: int):
+        super().__init__(pool)
+        self.model = model
+        self.groups = [list(group) for group in groups]
+        self.channels = [model.embed_dim * pool**2] * len(groups)
+
+    def check_images(self, images: Tensor) -> None:
+        size, wanted = tuple(images.shape[-2:]), tuple(self.model.patch_embed.img_size)
+        if size != wanted:
+            raise ValueError(
+                f"images are {size[0]} x {size[1]} pixels, but the vision transformer wants {wanted[0]} x "
+                f"{wanted[1]}: set INPUT.IMAGE_SIZE {wanted[0]}, or img_size={size[0]} in "
+                "MODEL.CLASSIFIER.TIMM.OPTIONS."
+            )
+
+    def forward_block(self, index: int, x: Tensor) -> Tensor:
+        model = self.model
+        if index == 0:
+            x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        for layer in self.groups[index]:
+            x = model.blocks[layer](x)
+        return model.norm(x) if index == len(self.groups) - 1 else x
+
+    def grid(self, x: Tensor) -> Tensor:
+        patches = x[:, self.model.num_prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, self.model.patch_embed.grid_size)
+
+    def block_of(self, name: str) -> int:
+        parts = name.split(".")[1:]
+        if parts[0] == "blocks":
+            return next(i for i, group in enumerate(self.groups) if int(parts[1]) in group)
+        return len(self.groups) - 1 if parts[0] == "norm" else 0
+
+
+class ResidualPair(nn.Module):
+    """`relu(x' + conv(relu(conv(x))))` of 3x3 convolutions with norms, `x'` a 1x1 convolution of x."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: str):
+        super().__init__()
+
+        def conv(inputs: int, size: int, stride: int) -> nn.Sequential:
+            layer = nn.Conv2d(inputs, channels, size, stride, size // 2, bias=False)
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            return nn.Sequential(layer, _norm(norm, channels))
+
+        self.first, self.second = conv(in_channels, 3, stride), conv(channels, 3, 1)
+        self.shortcut = conv(in_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C_in, H, W)` to `(B, C, H / stride, W / stride)`."""
+        return relu(self.shortcut(x) + self.second(relu(self.first(x))))
+
+
+def _norm(name: str, channels: int) -> nn.Module:
+    if name == "BN":
+        return nn.BatchNorm2d(channels)
+    if channels % _GROUP_CHANNELS:
+        raise ValueError(f"MODEL.CLASSIFIER.CNN.NORM GN needs channels in groups of {_GROUP_CHANNELS}.")
+    return nn.GroupNorm(channels // _GROUP_CHANNELS, channels)
+
+
+def build_split_backbone(cfg) -> SplitBackbone:
+    """The backbone of `MODEL.CLASSIFIER`.
+
+    Raises:
+        ValueError: it cannot be built or not be split so; the sentence names the key.
+    """
+    classifier = cfg.MODEL.CLASSIFIER
+    if classifier.BACKBONE == "timm":
+        return _timm_backbone(classifier, len(cfg.MODEL.PIXEL_MEAN))
+    stages, channels = _resnet(cfg) if classifier.BACKBONE == "resnet" else _cnn(cfg)
+    return _staged(stages, channels, classifier)
+
+
+def _groups(number: int, blocks: int) -> list[list[int]]:
+    """`number` stages in `blocks` groups of about one size; 0: one each."""
+    if blocks > number:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.BLOCKS is {blocks}, but the backbone has {number} stages: set it to at most "
+            f"{number}."
+        )
+    return [part.tolist() for part in np.array_split(np.arange(number), blocks or number)]
+
+
+def _staged(stages: list[list[nn.Module]], channels: Sequence[int], classifier) -> StagedBackbone:
+    groups = _groups(len(stages), classifier.BLOCKS)
+    merged = [[module for stage in group for module in stages[stage]] for group in groups]
+    return StagedBackbone(merged, [channels[group[-1]] for group in groups], classifier.POOL)
+
+
+def _cnn(cfg) -> tuple[list[list[nn.Module]], list[int]]:
+    cnn = cfg.MODEL.CLASSIFIER.CNN
+    channels = [len(cfg.MODEL.PIXEL_MEAN), *cnn.CHANNELS]
+    pairs = zip(channels, cnn.CHANNELS, cnn.STRIDES)
+    return [[ResidualPair(*pair, cnn.NORM)] for pair in pairs], list(cnn.CHANNELS)
+
+
+def _resnet(cfg) -> tuple[list[list[nn.Module]], list[int]]:
+    """The stages of Detectron2's ResNet; its stem belongs to the first."""
+    try:
+        backbone = build_backbone(cfg)
+    except KeyError as error:
+        raise ValueError(
+            f"no backbone can be built: {error.args[0]!r} is not known; see MODEL.BACKBONE.NAME and "
+            "MODEL.RESNETS.NORM"
+        ) from error
+    children = dict(backbone.named_children())
+    names = [name for name in ("res2", "res3", "res4", "res5") if name in children]
+    if "stem" not in children or not names or set(children) - {"stem", *names}:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.BACKBONE resnet needs MODEL.BACKBONE.NAME build_resnet_backbone, not "
+            f"{cfg.MODEL.BACKBONE.NAME}."
+        )
+    shapes = backbone.output_shape()
+    missing = [name for name in names if name not in shapes]
+    if missing:
+        raise ValueError(f"MODEL.RESNETS.OUT_FEATURES lacks {missing}: name {names}.")
+    stages = [[children[name]] for name in names]
+    stages[0].insert(0, children["stem"])
+    return stages, [shapes[name].channels for name in names]
+
+
+def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
+    import timm
+    from timm.layers import Format
+    from timm.models import FeatureListNet, VisionTransformer
+
+    name, weights = classifier.TIMM.NAME, classifier.TIMM.WEIGHTS
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=5)
+        raise ValueError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm; such are {close}.")
+    options = timm_options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
+    given = {}
+    if weights and weights != "hub":
+        given = read_timm_weights(weights)
+        options["pretrained_cfg_overlay"] = {"file": weights}
+    is_vit = timm.models.is_model_in_modules(name, ["vision_transformer"])
+    try:
+        model = timm.create_model(
+            name, **options, **({"num_classes": 0} if is_vit else {"features_only": True})
+        )
+    except (TypeError, RuntimeError, AssertionError, OSError) as error:
+        raise ValueError(
+            f"timm cannot build {name} with MODEL.CLASSIFIER.TIMM.OPTIONS {list(classifier.TIMM.OPTIONS)} "
+            f"and WEIGHTS {weights!r}: {error}"
+        ) from error
+    check_timm_weights(model, given, weights)
+    if isinstance(model, VisionTransformer):
+        return ViTBackbone(model, _groups(len(model.blocks), classifier.BLOCKS), classifier.POOL)
+    # Of others than CNNs, such as Swin, maps come with their channels last.
+    if not isinstance(model, FeatureListNet) or model.output_fmt != Format.NCHW:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages with "
+            "maps (C, H, W): take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
+        )
+    stages, waiting = [], []
+    for child, module in model.items():
+        waiting.append(module)
+        if child in model.return_layers:
+            stages.append(waiting)
+            waiting = []
+    return _staged(stages, model.feature_info.channels(), classifier)
+
+
+@torch.no_grad()
+def block_outputs(backbone: SplitBackbone, images: Tensor) -> list[Tensor]:
+    """The pooled output of every block, for inference."""
+    pooled = []
+    for index in range(backbone.num_blocks):
+        images = backbone.forward_block(index, images)
+        pooled.append(backbone.pooled(images))
+    return pooled

@@ -1,0 +1,89 @@
+"""Batches of labelled images, as a function of (seed, position) as in dfm_d2.data.stream.
+
+Items: file_name, image_id, label, height, width, image (uint8 tensor (C, H, W)); C is what
+MODEL.PIXEL_MEAN has numbers.
+"""
+
+from functools import partial
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from dfm_d2.data.stream import SampleStream, TestImages, TestLoader, ordered_loader, train_batches
+from dfm_d2.framework import CfgNode, DatasetCatalog
+
+
+def build_class_train_loader(cfg: CfgNode, start_position: int):
+    """As build_train_loader, of labelled images: resized to INPUT.IMAGE_SIZE, shifted and flipped."""
+    entries = [entry for name in cfg.DATASETS.TRAIN for entry in DatasetCatalog.get(name)]
+    if not entries:
+        raise ValueError("DATASETS.TRAIN is empty: name a data set to train on, such as digits_train.")
+    return train_batches(ClassStream(entries, cfg), cfg, start_position)
+
+
+def build_class_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
+    """As build_test_loader, of labelled images."""
+    entries = DatasetCatalog.get(dataset_name)
+    return ordered_loader(TestImages(entries, partial(class_item, cfg=cfg)), len(entries), cfg)
+
+
+class ClassStream(SampleStream):
+    """The training stream of labelled images."""
+
+    def __init__(self, entries: list[dict], cfg: CfgNode) -> None:
+        super().__init__(entries, max(cfg.SEED, 0))
+        self._cfg = cfg
+
+    def read(self, entry: dict) -> np.ndarray:
+        return _pixels(entry, self._cfg)
+
+    def make(self, entry: dict, image: np.ndarray, rng: np.random.Generator) -> dict:
+        inputs = self._cfg.INPUT
+        if inputs.RANDOM_FLIP == "horizontal" and rng.random() < 0.5:
+            image = image[:, ::-1]
+        if inputs.RANDOM_SHIFT:
+            if inputs.RANDOM_SHIFT >= min(image.shape[:2]):
+                raise ValueError(
+                    f"INPUT.RANDOM_SHIFT is {inputs.RANDOM_SHIFT}, but {entry['file_name']} has "
+                    f"{image.shape[0]} x {image.shape[1]} pixels: set it to less than its sides."
+                )
+            image = shifted(image, *rng.integers(-inputs.RANDOM_SHIFT, inputs.RANDOM_SHIFT + 1, size=2))
+        return _item(entry, image)
+
+
+def class_item(entry: dict, cfg: CfgNode) -> dict:
+    """The model's input dict of one image, unchanged but for its size. Raises ImageError."""
+    return _item(entry, _pixels(entry, cfg))
+
+
+def _pixels(entry: dict, cfg: CfgNode) -> np.ndarray:
+    """uint8 (H, W, C) in INPUT.FORMAT order."""
+    image, channels, size = entry["read"](), len(cfg.MODEL.PIXEL_MEAN), cfg.INPUT.IMAGE_SIZE
+    if size and image.shape[:2] != (size, size):
+        shrinks = image.shape[0] > size
+        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        image = cv2.resize(image, (size, size), interpolation=method).reshape(size, size, -1)
+    if channels == 1 and image.shape[2] == 3:
+        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    elif channels == 3 and image.shape[2] == 1:
+        image = np.repeat(image, 3, axis=2)
+    return image[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else image
+
+
+def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """`image` (H, W, C) moved, zeros where nothing of it comes."""
+    height, width = image.shape[:2]
+    moved = np.zeros_like(image)
+    rows, columns = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
+    moved[rows, columns] = image[
+        max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
+    ]
+    return moved
+
+
+def _item(entry: dict, image: np.ndarray) -> dict:
+    pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
+    kept = {key: entry[key] for key in ("file_name", "image_id", "label")}
+    return {**kept, "height": image.shape[0], "width": image.shape[1], "image": pixels}

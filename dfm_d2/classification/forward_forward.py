@@ -1,0 +1,112 @@
+"""ForwardForwardClassifier: Hinton's Forward-Forward (arXiv 2212.13345), a baseline without flow.
+
+A block learns to answer images with their own label strongly and those with a wrong one weakly. Labels are
+drawn over the whole image as waves (arXiv 2312.14924), which convolutions see everywhere.
+Shapes: B images, C channels, H x W pixels, K classes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from dfm_d2.classification.backbone import build_split_backbone
+from dfm_d2.classification.base import Classifier, block_name, classifier_arguments
+from dfm_d2.flow import at_least_float32, keyed_uniform
+from dfm_d2.flow.noise import STREAM_NEGATIVE
+from dfm_d2.framework import META_ARCH_REGISTRY, configurable
+
+# Of the waves, in pixels, in turns.
+_WAVELENGTHS = (3.0, 6.0)
+
+
+class PreparedPair(NamedTuple):
+    """images: `(2 B, C, H, W)`, with their labels and then with wrong ones."""
+
+    images: Tensor
+
+
+@META_ARCH_REGISTRY.register()
+class ForwardForwardClassifier(Classifier):
+    """Goodness of a block: the mean square of its pooled output. Its input is detached and normalised.
+
+    Args (besides those of Classifier):
+        threshold, sharpness, label_scale: see the keys of MODEL.CLASSIFIER.FF.
+    """
+
+    @configurable
+    def __init__(self, *, threshold: float, sharpness: float, label_scale: float, **common):
+        super().__init__(temperature=1.0, **common)
+        self.threshold, self.sharpness, self.label_scale = threshold, sharpness, label_scale
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        ff = cfg.MODEL.CLASSIFIER.FF
+        return classifier_arguments(cfg, build_split_backbone(cfg)) | {
+            "threshold": ff.THRESHOLD,
+            "sharpness": ff.SHARPNESS,
+            "label_scale": ff.LABEL_SCALE,
+        }
+
+    def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters of each block, "b0", "b1", ..."""
+        return self.backbone_blocks()
+
+    @torch.no_grad()
+    def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedPair:
+        """Images with their own and with a wrong label, drawn by (seed, iteration, image id)."""
+        images, labels, keys = super().prepare(batched_inputs, iteration)
+        drawn = keyed_uniform(keys, 1, STREAM_NEGATIVE, self.device)[:, 0]
+        wrong = (labels + 1 + (drawn * (self.num_classes - 1)).long()) % self.num_classes
+        return PreparedPair(torch.cat([self.labelled(images, labels), self.labelled(images, wrong)]))
+
+    def labelled(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Normalised images `(B, C, H, W)` with the waves of labels `(B,)` added."""
+        height, width = images.shape[-2:]
+        down = torch.arange(height, device=images.device, dtype=images.dtype)[:, None]
+        right = torch.arange(width, device=images.device, dtype=images.dtype)
+        angles = math.pi * labels.to(images.dtype) / self.num_classes
+        lengths = torch.tensor(_WAVELENGTHS, device=images.device, dtype=images.dtype)
+        frequency = 2 * math.pi / lengths[labels % len(_WAVELENGTHS)]
+        across = angles.cos()[:, None, None] * right + angles.sin()[:, None, None] * down
+        waves = math.sqrt(2) * torch.sin(frequency[:, None, None] * across)
+        return images + self.label_scale * waves[:, None]
+
+    def extract_features(self, prepared: PreparedPair, on_stage=None) -> list[Tensor]:
+        """Forward of all blocks, each given with its losses to `on_stage`."""
+        for index, goodness in enumerate(self._goodness(prepared.images)):
+            if on_stage is not None:
+                on_stage(block_name(index), self._losses(index, goodness))
+        return []
+
+    def _losses(self, index: int, goodness: Tensor) -> dict[str, Tensor]:
+        own, wrong = (self.sharpness * (g - self.threshold) for g in goodness.chunk(2))
+        name = block_name(index)
+        right = (own > wrong).to(own.dtype).mean()
+        return {f"loss_goodness/{name}": (softplus(-own) + softplus(wrong)).mean(), f"right/{name}": right}
+
+    def _goodness(self, x: Tensor):
+        """The goodness `(B,)` of block after block."""
+        for index in range(self.num_blocks):
+            x = self.backbone.forward_block(index, x)
+            yield at_least_float32(self.backbone.pooled(x)).square().mean(1)
+            x = unit_square(x.detach())
+
+    @torch.no_grad()
+    def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
+        """Logits `(B, 1, K)`: goodness of all blocks but the first under every label, one pass a label."""
+        columns = []
+        for label in range(self.num_classes):
+            labels = torch.full((len(images),), label, device=images.device)
+            found = list(self._goodness(self.labelled(images, labels)))
+            columns.append(torch.stack(found[1:] or found).sum(0))
+        return self.sharpness * torch.stack(columns, -1)[:, None]
+
+
+def unit_square(x: Tensor) -> Tensor:
+    """`x` `(B, ...)` with the mean square 1 of each image, so that a block cannot hand its goodness on."""
+    square = at_least_float32(x).square().flatten(1).mean(1).clamp(min=1e-8)
+    return (x * square.rsqrt().view(-1, *[1] * (x.dim() - 1))).to(x.dtype)

@@ -1,0 +1,126 @@
+"""Inference of a flow classifier: M noise samples flow in K steps to class embeddings.
+
+Shapes: B images, M noise samples, D blocks, E embedding dimensions, K classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfm_d2.flow import (
+    LabelSpace,
+    ODESolver,
+    Trajectory,
+    endpoint_field,
+    keyed_normal,
+    stream_key,
+    warped_grid,
+)
+from dfm_d2.flow.noise import STREAM_NOISE
+
+SAMPLER_AGGREGATIONS = ("velocity", "probability")
+WEIGHTS = ("uniform", "confidence")
+
+# Of (block, x_t `(B, M, E)`, t `(B, M)`): the endpoint `(B, M, E)`.
+Endpoint = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ClassSamplerSettings:
+    """See the keys of MODEL.CLASSIFIER.SAMPLER."""
+
+    steps: int = 1
+    samples: int = 4
+    method: str = "euler"
+    noise: float = 1.0
+    blocks: tuple[int, ...] = ()
+    aggregation: str = "velocity"
+    weights: str = "confidence"
+    seed: int = 0
+
+
+class ClassSampler:
+    """Carries noise to endpoints by the blocks that `settings` names.
+
+    Raises:
+        ValueError: an unknown aggregation or weighting, no step, or no sample.
+    """
+
+    def __init__(self, settings: ClassSamplerSettings, readout_temperature: float):
+        if settings.aggregation not in SAMPLER_AGGREGATIONS:
+            raise ValueError(
+                f"aggregation must be one of {SAMPLER_AGGREGATIONS}, got {settings.aggregation!r}"
+            )
+        if settings.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {WEIGHTS}, got {settings.weights!r}")
+        if settings.samples < 1:
+            raise ValueError(f"at least one noise sample is needed, got {settings.samples}")
+        self.settings = settings
+        self.readout_temperature = readout_temperature
+        self.grid = warped_grid(settings.steps)
+
+    def noise(self, image_ids: Sequence[int | str], space: LabelSpace) -> Tensor:
+        """x_0 `(B, M, E)`, of the seed and the image ids alone."""
+        keys = [stream_key("classify", self.settings.seed, image_id) for image_id in image_ids]
+        shape = self.settings.samples, space.weight.shape[1]
+        return self.settings.noise * normals(keys, shape, space.weight)
+
+    def blocks_of(self, num_blocks: int) -> list[int]:
+        """The indices of the blocks that answer, from 0.
+
+        Raises:
+            ValueError: a block that is not there, or that is named twice.
+        """
+        named = list(self.settings.blocks) or list(range(num_blocks))
+        if not all(-num_blocks <= block < num_blocks for block in named):
+            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {named}, there are {num_blocks} blocks.")
+        blocks = [block % num_blocks for block in named]
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS {named} names a block of {num_blocks} twice.")
+        return blocks
+
+    def sample(
+        self, endpoint: Endpoint, num_blocks: int, x_0: Tensor, space: LabelSpace, keep: bool = False
+    ) -> list[Trajectory]:
+        """Trajectories from `x_0` `(B, M, E)`: one, or with "probability" one a block.
+
+        Args:
+            keep: their states and steps, too.
+
+        Raises:
+            ValueError: see blocks_of.
+        """
+        blocks = self.blocks_of(num_blocks)
+        groups = [blocks] if self.settings.aggregation == "velocity" else [[block] for block in blocks]
+        solver = ODESolver(self.settings.method)
+
+        def field(group: list[int]):
+            def mean_endpoint(x_t: Tensor, t: Tensor) -> Tensor:
+                times = t[:, None].expand(x_t.shape[:2])
+                return self._mean([endpoint(block, x_t, times) for block in group], space)
+
+            return endpoint_field(mean_endpoint)
+
+        return [solver.sample(field(g), x_0, self.grid, return_intermediates=keep) for g in groups]
+
+    def _mean(self, endpoints: list[Tensor], space: LabelSpace) -> Tensor:
+        """Of the blocks' endpoints at one `x_t`; their mean velocity leads to their mean endpoint."""
+        if len(endpoints) == 1:
+            return endpoints[0]
+        stacked = torch.stack(endpoints)
+        if self.settings.weights == "uniform":
+            return stacked.mean(0)
+        probs = (space.logits(stacked) / self.readout_temperature).softmax(-1)
+        weights = probs.amax(-1, keepdim=True)
+        return (weights * stacked).sum(0) / weights.sum(0)
+
+
+def normals(keys: Sequence[int], shape: tuple[int, ...], like: Tensor, stream: int = STREAM_NOISE) -> Tensor:
+    """Standard normals `(len(keys), *shape)`, row i of `keys[i]`, of dtype and device of `like`."""
+    count = 1
+    for side in shape:
+        count *= side
+    drawn = keyed_normal(keys, -(-count // 4), stream, like.device)
+    return drawn.flatten(1)[:, :count].reshape(len(keys), *shape).to(like.dtype)

@@ -1,0 +1,1 @@
+"""The flow detector, its end-to-end twin, their data and evaluation."""

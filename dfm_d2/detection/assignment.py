@@ -1,0 +1,113 @@
+"""Assignment: which ground-truth box each query answers for.
+
+`path` is the coupled one (Slots.gt_index). `dynamic_k` is SimOTA (YOLOX, arXiv 2107.08430, section 2):
+every box takes its k cheapest queries, k from the IoUs it finds.
+Shapes: B images, N proposals, G ground-truth boxes, K classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from dfm_kernels.reference import cxcywh_to_xyxy, pairwise_giou, signal_to_cxcywh
+from torch import Tensor
+
+from dfm_d2.detection.ground_truth import GroundTruth
+from dfm_d2.flow import at_least_float32
+
+ASSIGNMENTS = ("dynamic_k", "path")
+
+
+def assigned_targets(ground_truth: GroundTruth, gt_index: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Class targets `(B, N)` (K for background) and box targets `(B, N, 4)` signal of an assignment."""
+    index = gt_index.clamp(min=0)
+    classes = ground_truth.classes.gather(1, index)
+    classes = torch.where(gt_index >= 0, classes, torch.full_like(classes, num_classes))
+    return classes, ground_truth.x_1.gather(1, index[..., None].expand(*index.shape, 4))
+
+
+@dataclass(frozen=True)
+class DynamicK:
+    """SimOTA's assignment.
+
+    Args:
+        signal_scale: s of the box space.
+        cls_weight, l1_weight, giou_weight: weights of the matching cost.
+        focal_alpha, focal_gamma: of the focal class cost.
+        max_k: the greatest number of IoUs that are summed to k.
+    """
+
+    signal_scale: float
+    cls_weight: float = 2.0
+    l1_weight: float = 5.0
+    giou_weight: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    max_k: int = 5
+
+    # Cost of a query whose centre lies outside the box: worse than any other disagreement.
+    _OUTSIDE = 100.0
+
+    @torch.no_grad()
+    def __call__(self, ground_truth: GroundTruth, x: Tensor, class_logits: Tensor | None = None) -> Tensor:
+        """Assign.
+
+        Args:
+            x: `(B, N, 4)` signal: predicted endpoints, or `x_t` for costs that no predictor enters.
+            class_logits: `(B, N, K)` or None (no class cost).
+
+        Returns:
+            gt_index `(B, N)` int64, -1 for background. While queries last, every box has at least one.
+        """
+        cost, iou = self._cost(ground_truth, at_least_float32(x), class_logits)
+        valid = ground_truth.mask[:, None]
+        num_queries = cost.shape[1]
+        top = iou.topk(min(self.max_k, num_queries), dim=1).values
+        k = top.sum(1).to(torch.int64).clamp(min=1)
+        rank = cost.argsort(1).argsort(1)
+        matched = (rank < k[:, None]) & valid
+        # A query that several boxes chose answers for the cheapest of them.
+        cheapest = cost.masked_fill(~matched, torch.inf).argmin(2)
+        gt_index = torch.where(matched.any(2), cheapest, -1)
+        return self._serve_the_unmatched(gt_index, cost, ground_truth.mask)
+
+    def _cost(
+        self, ground_truth: GroundTruth, x: Tensor, class_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        box_hat = signal_to_cxcywh(x, self.signal_scale)
+        box = signal_to_cxcywh(at_least_float32(ground_truth.x_1), self.signal_scale)
+        corners = cxcywh_to_xyxy(box)
+        pairs = [pairwise_giou(a, b) for a, b in zip(cxcywh_to_xyxy(box_hat), corners)]
+        iou = torch.stack([p[0] for p in pairs])
+        giou = torch.stack([p[1] for p in pairs])
+        l1 = torch.cdist(box_hat, box, p=1)
+        center = box_hat[:, :, None, :2]
+        inside = ((center > corners[:, None, :, :2]) & (center < corners[:, None, :, 2:])).all(-1)
+        cost = self.l1_weight * l1 - self.giou_weight * giou + self._OUTSIDE * (~inside)
+        if class_logits is not None:
+            p = at_least_float32(class_logits).sigmoid()
+            positive = -self.focal_alpha * (1 - p) ** self.focal_gamma * (p + 1e-8).log()
+            negative = -(1 - self.focal_alpha) * p**self.focal_gamma * (1 - p + 1e-8).log()
+            index = ground_truth.classes[:, None].expand(-1, x.shape[1], -1)
+            cost = cost + self.cls_weight * (positive - negative).gather(2, index)
+        # Padding must lose every comparison, yet stay finite for argsort; a NaN must not win one.
+        cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)
+        valid = ground_truth.mask[:, None]
+        return cost.masked_fill(~valid, 1e9), torch.nan_to_num(iou).masked_fill(~valid, 0.0)
+
+    @staticmethod
+    def _serve_the_unmatched(gt_index: Tensor, cost: Tensor, mask: Tensor) -> Tensor:
+        """Give boxes that lost all their queries the cheapest free ones, one round a conflict."""
+        num_boxes = mask.shape[1]
+        while True:
+            taken = torch.nn.functional.one_hot(gt_index + 1, num_boxes + 1)[..., 1:].any(1)
+            waiting = mask & ~taken
+            free = gt_index < 0
+            wanted = waiting & free.any(1, keepdim=True)
+            if not bool(wanted.any()):
+                return gt_index
+            open_cost = cost.masked_fill(~(free[..., None] & wanted[:, None]), torch.inf)
+            best_query = open_cost.argmin(1)
+            proposes = torch.zeros_like(open_cost, dtype=torch.bool).scatter_(1, best_query[:, None], True)
+            proposes &= torch.isfinite(open_cost)
+            winner = open_cost.masked_fill(~proposes, torch.inf).argmin(2)
+            gt_index = torch.where(proposes.any(2), winner, gt_index)

@@ -1,0 +1,81 @@
+"""CascadeDetector: the end-to-end backprop twin of FlowDetector.
+
+The same backbone and the same D heads as a cascade with deep supervision, as in Sparse R-CNN (arXiv
+2011.12450) and DiffusionDet (arXiv 2211.09788): each head refines the boxes of the one before (detached)
+and receives its query features (not detached), so that one backward crosses all of them.
+Shapes: B images, N proposals, D heads, K classes.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from dfm_kernels.reference import BoxFlowUpdate
+from torch import Tensor
+
+from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.detection.head import HeadAnswer
+from dfm_d2.detection.sampler import Flow
+from dfm_d2.detection.training import Prepared
+from dfm_d2.flow import keyed_uniform, time_like
+from dfm_d2.flow.noise import STREAM_FROM_NOISE
+from dfm_d2.framework import META_ARCH_REGISTRY
+
+
+@META_ARCH_REGISTRY.register()
+class CascadeDetector(FlowDetector):
+    """As FlowDetector, with heads in a row instead of predictors side by side. UPDATE must be "joint"."""
+
+    is_local = False
+
+    def block_losses(self, index: int, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
+        raise RuntimeError(
+            "the heads of CascadeDetector depend on each other and have no local losses: "
+            "set MODEL.DFM.UPDATE to 'joint', or MODEL.META_ARCHITECTURE to 'FlowDetector'"
+        )
+
+    def all_losses(self, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
+        """The losses of every head on its own refined boxes (deep supervision)."""
+        sample, losses = prepared.samples[0], {}
+        for index, (x, answer) in enumerate(
+            self._stages(features, sample.x_t, sample.t, prepared.image_sizes)
+        ):
+            terms, _ = self._losses(
+                answer.class_logits, answer.boxes, x, sample.t, prepared, prepared.gt_index
+            )
+            losses |= {f"loss_{name}/p{index}": value for name, value in terms.items()}
+        return losses
+
+    def _stages(
+        self, features: Sequence[Tensor], x: Tensor, t: Tensor, image_sizes: Tensor
+    ) -> Iterator[tuple[Tensor, HeadAnswer]]:
+        """Head by head: the boxes `(B, N, 4)` signal that entered it and its answer."""
+        queries = None
+        for head in self.predictors:
+            answer = head(features, self.space.proposals(x, image_sizes), x, t, queries)
+            yield x, answer
+            x, queries = self.space.clamp(self.flow.endpoint(x, answer.boxes, t).detach()), answer.queries
+
+    def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
+        """One solver step towards the endpoint of the last head, after all the others."""
+
+        def flow(x_t: Tensor, boxes_xyxy: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
+            times, times_next = time_like(x_t, t), time_like(x_t, t_next)
+            *_, (x, answer) = self._stages(features, x_t, times, image_sizes)
+            last = self.flow.update(
+                x, answer.boxes[None], answer.class_logits[None], times, times_next, image_sizes
+            )
+            # The last head's answer is relative to its own boxes, the step starts from x_t.
+            x_next = self.path.step(x_t, last.x_1_hat, times, times_next)
+            return last._replace(
+                x_next=x_next,
+                velocity=self.path.endpoint_to_velocity(last.x_1_hat, x_t, times),
+                boxes_xyxy=self.space.proposals(x_next, image_sizes),
+            )
+
+        return flow
+
+    def _times(self, keys: Sequence[int]) -> list[Tensor]:
+        """One t for all heads, in [0, 1) as DiffusionDet trains, or 0 for images from noise."""
+        t = keyed_uniform(keys, 1, device=self.device)[:, 0]
+        return [
+            t.masked_fill(self._drawn(keys, STREAM_FROM_NOISE, self.from_noise), 0.0)
+        ] * self.num_predictors

@@ -1,0 +1,101 @@
+"""Coupling: which data `x_1` each noise sample `x_0` is paired with.
+
+Shapes: B images, N proposals (and slots), G ground-truth boxes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dfm_d2.detection.ground_truth import GroundTruth
+from dfm_d2.flow.noise import (
+    STREAM_BACKGROUND,
+    STREAM_ENDPOINT,
+    STREAM_PERMUTATION,
+    keyed_normal,
+    keyed_uniform,
+)
+
+COUPLINGS = ("optimal_transport", "independent")
+# Background boxes: a centre and size of 0.5 with this standard deviation, as shares of the image.
+BACKGROUND_STD = 1 / 6
+
+
+class Slots(NamedTuple):
+    """x_1: `(B, N, 4)` signal. gt_index: `(B, N)` int64 into the ground truth, -1 for background."""
+
+    x_1: Tensor
+    gt_index: Tensor
+
+
+def build_slots(
+    ground_truth: GroundTruth, num_slots: int, gt_repeat: int, keys: Sequence[int], signal_scale: float
+) -> Slots:
+    """Fill the N slots of `x_1`: each ground-truth box up to `gt_repeat` times, the rest random boxes.
+
+    Of more boxes than slots a random subset, by key, gets one slot each.
+
+    Args:
+        keys: one a image (dfm_d2.flow.noise.stream_key).
+    """
+    device = ground_truth.x_1.device
+    background = keyed_normal(keys, num_slots, STREAM_BACKGROUND, device) * (
+        2 * BACKGROUND_STD * signal_scale
+    )
+    x_1 = background.clamp(-signal_scale, signal_scale).to(ground_truth.x_1.dtype)
+    gt_index = torch.full((len(keys), num_slots), -1, dtype=torch.int64, device=device)
+    for i, count in enumerate(ground_truth.counts()):
+        filled = min(count * gt_repeat, num_slots)
+        if filled == 0:
+            continue
+        order = torch.arange(count, device=device)
+        if count > num_slots:
+            order = keyed_uniform([keys[i]], count, STREAM_PERMUTATION, device)[0].argsort()
+        gt_index[i, :filled] = order.repeat(-(-filled // count))[:filled]
+        x_1[i, :filled] = ground_truth.x_1[i, gt_index[i, :filled]]
+    return Slots(x_1, gt_index)
+
+
+def couple(x_0: Tensor, slots: Slots, method: str, keys: Sequence[int]) -> Slots:
+    """The slots reordered so that slot n is the data of noise sample n.
+
+    optimal_transport: the permutation of least `sum |x_0 - x_1|^2` of each image, scipy's
+    `linear_sum_assignment` (minibatch OT, arXiv 2302.00482). independent: a random permutation, by key.
+
+    Args:
+        x_0: `(B, N, 4)` signal.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    if method == "independent":
+        order = keyed_uniform(keys, x_0.shape[1], STREAM_PERMUTATION, x_0.device).argsort(1)
+    elif method == "optimal_transport":
+        cost = torch.cdist(x_0.float(), slots.x_1.float()).square().cpu().numpy()
+        order = torch.stack([torch.from_numpy(linear_sum_assignment(c)[1]) for c in cost]).to(x_0.device)
+    else:
+        raise ValueError(f"coupling must be one of {COUPLINGS}, got {method!r}")
+    return Slots(slots.x_1.gather(1, order[..., None].expand_as(slots.x_1)), slots.gt_index.gather(1, order))
+
+
+def noisy_endpoints(x_1: Tensor, sigma: float, keys: Sequence[int], signal_scale: float) -> Tensor:
+    """`x_1 + sigma (w, h, w, h) xi`, `xi ~ N(0, I)`: endpoints as an earlier predictor would miss them.
+
+    At inference `x_t` lies on the path to a predicted endpoint. A predictor that in training only saw the
+    path to the exact one trusts its input and corrects nothing (exposure bias, as in arXiv 2301.11706).
+
+    Args:
+        x_1: `(B, N, 4)` signal. sigma: as a share of each box's side. keys: one an image.
+
+    Returns:
+        `(B, N, 4)` signal, `x_1` itself for sigma 0.
+    """
+    if sigma == 0:
+        return x_1
+    xi = keyed_normal(keys, x_1.shape[1], STREAM_ENDPOINT, x_1.device).to(x_1.dtype)
+    # A side of b is 2 s b in signal units.
+    side = x_1[..., 2:] + signal_scale
+    return x_1 + sigma * side.repeat(1, 1, 2) * xi

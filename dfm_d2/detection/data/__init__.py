@@ -1,0 +1,1 @@
+"""Data sets of images with boxes: readers, registration, augmentation, loaders, the generated set."""

@@ -1,0 +1,185 @@
+"""Explicit constructor arguments of the detectors from a config: the only place that reads MODEL.DFM."""
+
+from collections.abc import Sequence
+
+from dfm_d2.detection.assignment import DynamicK
+from dfm_d2.detection.head import FlowHead
+from dfm_d2.detection.loss import BlockLoss
+from dfm_d2.detection.pooling import FeaturePooler
+from dfm_d2.detection.sampler import BoxSampler, SamplerSettings
+from dfm_d2.detection.stack import PredictorStack
+from dfm_d2.detection.stage import StagePredictor
+from dfm_d2.flow import BoxFlow, BoxSpace
+from dfm_d2.framework import build_backbone
+
+
+def detector_arguments(cfg) -> dict:
+    """Arguments of FlowDetector and CascadeDetector.
+
+    Raises:
+        ValueError: a key has a value that cannot be built; the sentence names it.
+    """
+    dfm = cfg.MODEL.DFM
+    if dfm.NUM_CLASSES < 1:
+        raise ValueError(
+            f"MODEL.DFM.NUM_CLASSES must be at least 1, got {dfm.NUM_CLASSES} "
+            "(0 is filled in from the data set by tools/train_net.py)"
+        )
+    try:
+        backbone = build_backbone(cfg)
+    except KeyError as error:
+        raise ValueError(
+            f"no backbone can be built: {error.args[0]!r} is not known; see MODEL.BACKBONE.NAME, "
+            "MODEL.RESNETS.NORM and MODEL.FPN.NORM"
+        ) from error
+    space = BoxSpace(dfm.SIGNAL_SCALE)
+    loss = dfm.LOSS
+    return {
+        "backbone": backbone,
+        "in_features": dfm.HEAD.IN_FEATURES,
+        "predictors": _predictors(cfg, backbone),
+        "stage_predictors": _stage_predictors(cfg, backbone),
+        "num_classes": dfm.NUM_CLASSES,
+        "space": space,
+        "flow": BoxFlow(
+            signal_scale=dfm.SIGNAL_SCALE,
+            box_weights=tuple(dfm.HEAD.BOX_WEIGHTS),
+            prediction=dfm.PREDICTION,
+            aggregation=dfm.AGGREGATION,
+            backend=dfm.KERNELS,
+        ),
+        "sampler": BoxSampler(space, sampler_settings(cfg)),
+        "criterion": BlockLoss(
+            signal_scale=dfm.SIGNAL_SCALE,
+            cls=loss.CLS,
+            cls_weight=loss.CLS_WEIGHT,
+            l1_weight=loss.L1_WEIGHT,
+            giou_weight=loss.GIOU_WEIGHT,
+            velocity_weight=loss.VELOCITY_WEIGHT,
+            focal_alpha=loss.FOCAL_ALPHA,
+            focal_gamma=loss.FOCAL_GAMMA,
+            velocity_max=loss.VELOCITY_MAX,
+            backend=dfm.KERNELS,
+        ),
+        "assigner": DynamicK(
+            signal_scale=dfm.SIGNAL_SCALE,
+            cls_weight=loss.CLS_WEIGHT,
+            l1_weight=loss.L1_WEIGHT,
+            giou_weight=loss.GIOU_WEIGHT,
+            focal_alpha=loss.FOCAL_ALPHA,
+            focal_gamma=loss.FOCAL_GAMMA,
+        ),
+        "num_proposals": dfm.NUM_PROPOSALS,
+        "gt_repeat": dfm.GT_REPEAT,
+        "endpoint_noise": dfm.ENDPOINT_NOISE,
+        "on_policy": dfm.ON_POLICY,
+        "from_noise": dfm.FROM_NOISE,
+        "coupling": dfm.COUPLING,
+        "assignment": dfm.ASSIGNMENT,
+        "seed": dfm.SEED,
+        "freeze_backbone": dfm.BACKBONE_UPDATE == "frozen",
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+    }
+
+
+def sampler_settings(cfg) -> SamplerSettings:
+    """The sampler of a config; STEPS 0 is D where time is partitioned among local predictors, else 1."""
+    dfm, sampler = cfg.MODEL.DFM, cfg.MODEL.DFM.SAMPLER
+    partitioned = dfm.TIME == "partitioned" and cfg.MODEL.META_ARCHITECTURE == "FlowDetector"
+    return SamplerSettings(
+        num_proposals=sampler.NUM_PROPOSALS or dfm.NUM_PROPOSALS,
+        steps=sampler.STEPS or (dfm.NUM_PREDICTORS if partitioned else 1),
+        method=sampler.METHOD,
+        time_grid=tuple(sampler.TIME_GRID),
+        predictors=tuple(sampler.PREDICTORS),
+        seed=sampler.SEED,
+        ensemble_steps=sampler.ENSEMBLE_STEPS,
+        noise_passes=sampler.NOISE_PASSES,
+        renewal_thresh=sampler.RENEWAL_THRESH,
+        score_thresh=sampler.SCORE_THRESH,
+        nms_thresh=sampler.NMS_THRESH,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        time_rate=dfm.TIME_RATE,
+    )
+
+
+def _predictors(cfg, backbone) -> PredictorStack:
+    dfm, head = cfg.MODEL.DFM, cfg.MODEL.DFM.HEAD
+    shapes = backbone.output_shape()
+    missing = [name for name in head.IN_FEATURES if name not in shapes]
+    if missing:
+        raise ValueError(f"MODEL.DFM.HEAD.IN_FEATURES names {missing}, the backbone has {sorted(shapes)}")
+    strides = [shapes[name].stride for name in head.IN_FEATURES]
+    if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
+        raise ValueError(
+            f"MODEL.DFM.HEAD.IN_FEATURES is {list(head.IN_FEATURES)} with the strides {strides}; pooling "
+            "needs levels from fine to coarse, each stride twice the one before."
+        )
+    channels = {shapes[name].channels for name in head.IN_FEATURES}
+    if channels != {head.HIDDEN_DIM}:
+        raise ValueError(
+            f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
+            f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
+        )
+    pooler = _pooler(cfg, strides)
+    return PredictorStack(lambda: _head(cfg, pooler), dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
+
+
+def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
+    """A predictor for every stage of the backbone that learns; none but with BACKBONE_UPDATE "local"."""
+    if cfg.MODEL.DFM.BACKBONE_UPDATE != "local":
+        return {}
+    bottom_up = getattr(backbone, "bottom_up", None)
+    shapes = {} if bottom_up is None else bottom_up.output_shape()
+    stages = [name for name in shapes if name != "stem" and hasattr(bottom_up, name)]
+    if not stages:
+        raise ValueError(
+            f"MODEL.DFM.BACKBONE_UPDATE local needs a ResNet with FPN, which MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME} does not build: set it to accumulate."
+        )
+    owner = owners_in_bottom_up(bottom_up, stages)
+    learning = {owner.get(n.split(".")[0]) for n, p in bottom_up.named_parameters() if p.requires_grad}
+    dim = cfg.MODEL.DFM.HEAD.HIDDEN_DIM
+    return {
+        name: StagePredictor(shapes[name].channels, dim, _head(cfg, _pooler(cfg, [shapes[name].stride])))
+        for name in stages
+        if name in learning
+    }
+
+
+def owners_in_bottom_up(bottom_up, stages: Sequence[str]) -> dict[str, str]:
+    """{child of the backbone: stage whose block it belongs to}; the stem belongs to the first stage."""
+    owner, waiting = {}, []
+    for child, _ in bottom_up.named_children():
+        waiting.append(child)
+        if child in stages:
+            owner |= dict.fromkeys(waiting, child)
+            waiting = []
+    return owner
+
+
+def _pooler(cfg, strides: Sequence[int]) -> FeaturePooler:
+    head = cfg.MODEL.DFM.HEAD
+    return FeaturePooler(
+        scales=[1.0 / stride for stride in strides],
+        output_size=head.POOLER_RESOLUTION,
+        sampling_ratio=head.POOLER_SAMPLING_RATIO,
+        canonical_size=head.POOLER_CANONICAL_SIZE,
+        backend=cfg.MODEL.DFM.KERNELS,
+    )
+
+
+def _head(cfg, pooler: FeaturePooler) -> FlowHead:
+    head = cfg.MODEL.DFM.HEAD
+    return FlowHead(
+        pooler=pooler,
+        num_classes=cfg.MODEL.DFM.NUM_CLASSES,
+        dim=head.HIDDEN_DIM,
+        num_heads=head.NUM_HEADS,
+        feedforward_dim=head.FEEDFORWARD_DIM,
+        interaction=head.INTERACTION,
+        dynamic_dim=head.DYNAMIC_DIM,
+        num_cls=head.NUM_CLS,
+        num_reg=head.NUM_REG,
+    )

@@ -1,0 +1,165 @@
+"""Inference of a flow detector: noise boxes flow to detections.
+
+Shapes: B images, N proposals, D predictors, C channels, K classes.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from dfm_kernels.reference import BoxFlowUpdate, size_tensor
+from torch import Tensor, nn
+
+from dfm_d2.detection.postprocess import detections
+from dfm_d2.detection.sampler import BoxSampler, Candidates, Flow
+from dfm_d2.detection.stack import PredictorStack
+from dfm_d2.flow import BoxFlow, BoxSpace, Trajectory, at_least_float32, time_like
+from dfm_d2.framework import Backbone, ImageList
+
+
+class BoxFlowModel(nn.Module):
+    """What a trained detector needs: backbone, predictors, and the sampler that carries noise by them.
+
+    Args:
+        backbone: a Detectron2 backbone. in_features: names of its outputs that are pooled.
+        predictors: the stack of D. num_classes: K.
+        space, flow, sampler: box space, meaning of raw answers, inference.
+        pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: Sequence[str],
+        predictors: PredictorStack,
+        num_classes: int,
+        space: BoxSpace,
+        flow: BoxFlow,
+        sampler: BoxSampler,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = list(in_features)
+        self.predictors = predictors
+        self.num_classes = num_classes
+        self.space = space
+        self.flow = flow
+        self.sampler = sampler
+        # Not persistent: they come from the config, and a checkpoint must not override it silently.
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def num_predictors(self) -> int:
+        """D."""
+        return len(self.predictors)
+
+    def forward(self, batched_inputs: Sequence[dict]) -> list[dict]:
+        """Detections `[{"instances": Instances}]`, in original image coordinates.
+
+        In training mode use `engine.local_update`, or `prepare`, `extract_features` and `all_losses`.
+
+        Raises:
+            RuntimeError: in training mode, which needs an iteration to key its noise.
+        """
+        if self.training:
+            raise RuntimeError(
+                f"{type(self).__name__}.forward is inference: train through dfm_d2.engine (or call prepare, "
+                "extract_features and all_losses), or call eval() first"
+            )
+        return self.inference(batched_inputs)
+
+    @torch.no_grad()
+    def inference(self, batched_inputs: Sequence[dict], x_0: Tensor | None = None) -> list[dict]:
+        """As forward in evaluation mode, whatever the mode.
+
+        Args:
+            x_0: the noise, see `candidates`.
+        """
+        images = self._images(batched_inputs)
+        image_sizes = self._image_sizes(images)
+        ids = self.image_ids(batched_inputs)
+        candidates = self.candidates(images.tensor, image_sizes, ids, x_0)
+        return detections(candidates, self.space, image_sizes, batched_inputs, self.sampler.settings)
+
+    def candidates(
+        self, pixels: Tensor, image_sizes: Tensor, image_ids: Sequence[int | str], x_0: Tensor | None = None
+    ) -> Candidates:
+        """What the sampler finds, before NMS. Tensors in and out, of shapes that no data decides.
+
+        Args:
+            pixels: `(B, 3, H, W)` normalised, zero where padded; H and W multiples of the backbone's
+                `size_divisibility`. image_sizes: `(B, 2)` height, width without the padding.
+            image_ids: B ids that the noise depends on; with `x_0` they are not used.
+            x_0: `(B, P N, 4)` noise of P = SAMPLER.NOISE_PASSES passes; None: made of the ids.
+        """
+        owner = self._graph_owner()
+        return self.sampler.sample(self._flow, self._features(pixels), image_sizes, image_ids, owner, x_0)
+
+    def _graph_owner(self) -> Hashable | None:
+        """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
+        # The reference's RoIAlign brings numbers of the host to the device, which a graph cannot record.
+        recording = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if self.device.type != "cuda" or self.flow.backend == "torch" or self.training or recording:
+            return None
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return autocast, tuple(p.data_ptr() for p in self.predictors.parameters())
+
+    @torch.no_grad()
+    def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
+        """States and answers of every solver step, and the `(B, 2)` image sizes to decode them with."""
+        flow, image_sizes = self.field(batched_inputs)
+        ids = self.image_ids(batched_inputs)
+        return self.sampler.trajectory(flow, image_sizes, ids, return_intermediates=True), image_sizes
+
+    @torch.no_grad()
+    def field(self, batched_inputs: Sequence[dict]) -> tuple[Flow, Tensor]:
+        """The velocity field on the features of these images, and their `(B, 2)` sizes.
+
+        The field follows SAMPLER.PREDICTORS as it is when it is called.
+        """
+        images = self._images(batched_inputs)
+        image_sizes = self._image_sizes(images)
+        return self._flow(self._features(images.tensor), image_sizes), image_sizes
+
+    def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
+        """One solver step on these features, by the predictors that answer at its time."""
+
+        def flow(x_t: Tensor, boxes_xyxy: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
+            times = time_like(x_t, t)
+            indices = self.predictors.answering(t, self.sampler.settings.predictors)
+            answers, class_logits = self.predictors.answer(indices, features, boxes_xyxy, x_t, times)
+            return self.flow.update(x_t, answers, class_logits, times, time_like(x_t, t_next), image_sizes)
+
+        return flow
+
+    def _images(self, batched_inputs: Sequence[dict]) -> ImageList:
+        images = [
+            (x["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
+        return ImageList.from_tensors(
+            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+        )
+
+    def _image_sizes(self, images: ImageList) -> Tensor:
+        return size_tensor(images.image_sizes, self.device, self.pixel_mean.dtype)
+
+    @staticmethod
+    def image_ids(batched_inputs: Sequence[dict]) -> list[int | str]:
+        """What the noise of each image depends on."""
+        # Without an id the place in the batch must do; noise then depends on it.
+        return [x.get("image_id", x.get("file_name", i)) for i, x in enumerate(batched_inputs)]
+
+    def _features(self, pixels: Tensor) -> list[Tensor]:
+        features = self.backbone(pixels)
+        found = [at_least_float32(features[name]) for name in self.in_features]
+        if self.flow.backend == "torch":
+            return found
+        # The RoIAlign kernel reads pixels of all channels: laid out once here, not once a predictor and step.
+        return [f.contiguous(memory_format=torch.channels_last) for f in found]

@@ -1,0 +1,40 @@
+"""Path, solver, box space, label space and keyed noise: torch and dfm_kernels, no framework."""
+
+from dfm_d2.flow.box_flow import AGGREGATIONS, PREDICTIONS, BoxFlow
+from dfm_d2.flow.box_space import BoxSpace
+from dfm_d2.flow.label_space import LabelSpace
+from dfm_d2.flow.noise import keyed_normal, keyed_uniform, stream_key
+from dfm_d2.flow.path import CondOTPath, PathSample
+from dfm_d2.flow.precision import at_least_float32
+from dfm_d2.flow.solver import (
+    ODESolver,
+    SolverStep,
+    Trajectory,
+    endpoint_field,
+    time_like,
+    unwarped_time,
+    warped_grid,
+    warped_time,
+)
+
+__all__ = [
+    "AGGREGATIONS",
+    "PREDICTIONS",
+    "BoxFlow",
+    "BoxSpace",
+    "CondOTPath",
+    "LabelSpace",
+    "ODESolver",
+    "PathSample",
+    "SolverStep",
+    "Trajectory",
+    "at_least_float32",
+    "endpoint_field",
+    "keyed_normal",
+    "keyed_uniform",
+    "stream_key",
+    "time_like",
+    "warped_grid",
+    "warped_time",
+    "unwarped_time",
+]
