@@ -17,7 +17,6 @@ from dfm_d2.engine.optimizer import OPTIMIZERS
 from dfm_d2.engine.precision import AMP_DTYPES
 from dfm_d2.flow import AGGREGATIONS, PREDICTIONS, ODESolver
 from dfm_d2.framework import META_ARCH_REGISTRY, CfgNode
-from dfm_d2.local_update.updates import BACKBONE_UPDATES, UPDATES
 
 # Keys that are one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -26,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "MODEL.DFM.AGGREGATION": AGGREGATIONS,
     "MODEL.DFM.ASSIGNMENT": ASSIGNMENTS,
-    "MODEL.DFM.BACKBONE_UPDATE": BACKBONE_UPDATES,
+    "MODEL.DFM.BACKBONE_UPDATE": ("accumulate", "frozen", "local"),
     "MODEL.DFM.COUPLING": COUPLINGS,
     "MODEL.DFM.HEAD.INTERACTION": INTERACTIONS,
     "MODEL.DFM.KERNELS": BACKENDS,
@@ -34,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "MODEL.DFM.PREDICTION": PREDICTIONS,
     "MODEL.DFM.SAMPLER.METHOD": ODESolver.METHODS,
     "MODEL.DFM.TIME": TIMES,
-    "MODEL.DFM.UPDATE": tuple(UPDATES),
+    "MODEL.DFM.UPDATE": ("sequential", "joint", "parallel"),
     "SOLVER.AMP.DTYPE": AMP_DTYPES,
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "SOLVER.OPTIMIZER": OPTIMIZERS,
@@ -48,7 +47,6 @@ LEAST: dict[str, float] = {
     "INPUT.MAX_SIZE_TEST": 1,
     "INPUT.MAX_SIZE_TRAIN": 1,
     "INPUT.MIN_SIZE_TEST": 0,
-    "MODEL.DFM.ENDPOINT_NOISE": 0.0,
     "MODEL.DFM.GT_REPEAT": 1,
     "MODEL.DFM.HEAD.DYNAMIC_DIM": 1,
     "MODEL.DFM.HEAD.FEEDFORWARD_DIM": 1,
@@ -143,9 +141,13 @@ def _model_problems(cfg: CfgNode) -> Iterator[str]:
         yield f"{name} asks all its heads in a row: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS as they are."
     if dfm.PREDICTOR_RANKS > 1 and dfm.UPDATE != "parallel":
         yield f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}, which needs MODEL.DFM.UPDATE parallel."
-    for key in ("ON_POLICY", "FROM_NOISE"):
-        if not 0 <= dfm[key] <= 1:
-            yield f"MODEL.DFM.{key} is {dfm[key]}; it is a share, from 0 to 1."
+    if not 0 <= dfm.ON_POLICY <= 1:
+        yield f"MODEL.DFM.ON_POLICY is {dfm.ON_POLICY}; it is a share, from 0 to 1."
+    if dfm.STEP_IN_BACKWARD and dfm.PREDICTOR_RANKS == 1 and dfm.UPDATE != "sequential":
+        yield (
+            "MODEL.DFM.STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential: joint and parallel have one "
+            "backward."
+        )
     if not dfm.SIGNAL_SCALE > 0:
         yield f"MODEL.DFM.SIGNAL_SCALE is {dfm.SIGNAL_SCALE}; it must be greater than 0."
     # Beyond, the last intervals of time are empty in float32.
@@ -192,9 +194,9 @@ def _sampler_problems(dfm: CfgNode) -> Iterator[str]:
     grid = list(dfm.SAMPLER.TIME_GRID)
     if grid and (grid[0] != 0 or grid[-1] != 1 or any(a >= b for a, b in zip(grid, grid[1:]))):
         yield f"MODEL.DFM.SAMPLER.TIME_GRID is {grid}; it must increase from 0 to 1."
-    if dfm.SAMPLER.NMS_THRESH == 0 and (dfm.SAMPLER.NOISE_PASSES > 1 or dfm.SAMPLER.ENSEMBLE_STEPS):
+    if dfm.SAMPLER.NMS_THRESH == 0 and dfm.SAMPLER.NOISE_PASSES > 1:
         yield (
-            "MODEL.DFM.SAMPLER.NMS_THRESH is 0, but NOISE_PASSES and ENSEMBLE_STEPS merge detections by NMS: "
+            "MODEL.DFM.SAMPLER.NMS_THRESH is 0, but NOISE_PASSES merges detections by NMS: "
             "set it, for example to 0.6."
         )
     if dfm.SAMPLER.NMS_THRESH > 1:

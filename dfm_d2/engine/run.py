@@ -34,10 +34,8 @@ from dfm_d2.framework import (
     comm,
     inference_on_dataset,
 )
-from dfm_d2.local_update.data_parallel import broadcast_model
-from dfm_d2.local_update.predictor_parallel import PredictorParallelUpdate, Shareable
-from dfm_d2.local_update.process_grid import ProcessGrid
-from dfm_d2.local_update.updates import Update, build_update
+from dfm_d2.local_update import ProcessGrid, RanksUpdate, Update, build_update
+from dfm_d2.local_update.processes import broadcast_model
 
 _logger = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     periods = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
     if comm.get_world_size() > 1:
         trainer.register_hooks([MeanStatistics(periods, ema)])
-    if isinstance(trainer.update, PredictorParallelUpdate):
+    if isinstance(trainer.update, RanksUpdate):
         trainer.register_hooks([GatherBlocks(trainer.update.grid, trainer.optimizer, periods, ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
     start = _load_start(task, cfg, checkpointer, trainer, resume)
@@ -173,7 +171,7 @@ def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrai
             model,
             lambda position: task.train_loader(cfg, position),
             build_block_optimizer(cfg, model, scaler, grid),
-            _build_update(cfg, model, grid, dtype),
+            _build_update(cfg, grid, dtype),
             autocast_factory(device, dtype),
             images_per_step=cfg.SOLVER.IMS_PER_BATCH,
             window=cfg.SOLVER.LOG_PERIOD,
@@ -182,20 +180,16 @@ def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrai
     return trainer
 
 
-def _build_update(cfg: CfgNode, model: nn.Module, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
+def _build_update(cfg: CfgNode, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
     dfm = cfg.MODEL.DFM
     if grid.members == 1:
-        return build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+        return build_update(dfm.UPDATE, dfm.STEP_IN_BACKWARD)
     if dtype == torch.float16:
         raise ValueError(
             "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
             "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
         )
-    if not isinstance(model, Shareable):
-        raise ValueError(
-            f"{type(model).__name__} cannot share out its predictors: set MODEL.DFM.PREDICTOR_RANKS 1."
-        )
-    return PredictorParallelUpdate(grid, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+    return RanksUpdate(grid, dfm.STEP_IN_BACKWARD)
 
 
 def build_checkpointer(

@@ -22,7 +22,6 @@ from dfm_d2.framework import (
     merge_config_opts,
     seed_all_rng,
 )
-from dfm_d2.local_update.updates import build_update
 
 _logger = logging.getLogger(__name__)
 
@@ -76,9 +75,6 @@ def validate_config(task: Task, cfg: CfgNode) -> None:
     """ValueError for the first value that cannot work: the message names the key and the choices."""
     for message in task.problems(cfg):
         raise ValueError(message)
-    dfm = cfg.MODEL.DFM
-    if dfm.PREDICTOR_RANKS == 1:
-        build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
 
 
 def resolve_classes(cfg: CfgNode) -> list[str]:
