@@ -20,7 +20,7 @@ from dfm_d2.engine.progress import evaluation_bar
 from dfm_d2.engine.task import Task
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.engine.weights import Preprocessing
-from dfm_d2.errors import input_errors, output_errors
+from dfm_d2.errors import UserError, input_errors, output_errors
 from dfm_d2.framework import (
     CfgNode,
     EventStorage,
@@ -30,7 +30,6 @@ from dfm_d2.framework import (
     PeriodicWriter,
     TensorboardXWriter,
     build_lr_scheduler,
-    build_model,
     comm,
     inference_on_dataset,
 )
@@ -50,7 +49,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     """
     has_checkpoint = resume and (Path(cfg.OUTPUT_DIR) / LAST).exists()
     with input_errors():
-        model = build_model(task.without_pretrained(cfg) if has_checkpoint else cfg)
+        model = task.build_model(task.without_pretrained(cfg) if has_checkpoint else cfg)
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     trainer = build_trainer(task, cfg, model)
     trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
@@ -124,7 +123,7 @@ def _load_trained(
 ) -> tuple[nn.Module, ModelEMA | None, int]:
     """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
     with input_errors():
-        model = build_model(task.without_pretrained(cfg))
+        model = task.build_model(task.without_pretrained(cfg))
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     checkpointer = build_checkpointer(cfg, model, class_names, ema)
     path = (
@@ -132,10 +131,10 @@ def _load_trained(
     )
     with input_errors():
         if not path:
-            raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
+            raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
         extra = checkpointer.load(path, strict=True)
         if ema is not None and ema.updates == 0:
-            raise ValueError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
+            raise UserError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
     return model, ema, extra.get("iteration", -1) + 1
 
 
@@ -167,8 +166,14 @@ def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrai
     dtype = resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
     _logger.info("precision: %s", "float32" if dtype is None else f"autocast to {dtype}")
     scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
+    ranks, world = cfg.MODEL.DFM.PREDICTOR_RANKS, comm.get_world_size()
+    if world % ranks:
+        raise UserError(
+            f"MODEL.DFM.PREDICTOR_RANKS is {ranks}: it must divide the number of processes, {world} "
+            "(--num-gpus)."
+        )
     with input_errors():
-        grid = ProcessGrid.build(cfg.MODEL.DFM.PREDICTOR_RANKS, cfg.MODEL.DFM.NUM_PREDICTORS)
+        grid = ProcessGrid.build(ranks, model.num_predictors)
         trainer = LocalUpdateTrainer(
             model,
             lambda position: task.train_loader(cfg, position),
@@ -187,12 +192,12 @@ def _build_update(cfg: CfgNode, model: nn.Module, grid: ProcessGrid, dtype: torc
     if grid.members == 1:
         return build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
     if dtype == torch.float16:
-        raise ValueError(
+        raise UserError(
             "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
             "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
         )
     if not isinstance(model, Shareable):
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} cannot share out its predictors: set MODEL.DFM.PREDICTOR_RANKS 1."
         )
     return PredictorParallelUpdate(grid, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)

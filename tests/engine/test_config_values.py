@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from dfm_d2.detection.checks import CHOICES, LEAST, get_key
+
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config, validate_config
 from dfm_d2.errors import UserError
