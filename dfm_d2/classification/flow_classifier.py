@@ -3,7 +3,7 @@
 Shapes: B images, S points of the path an image, M noise samples, D blocks, E embedding dimensions, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +20,7 @@ from dfm_d2.errors import UserError
 from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_STAGE_TIME
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
-
-# Takes the name and the losses of a block as soon as they are there.
-OnStage = Callable[[str, dict[str, Tensor]], None]
+from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
 
 class PreparedFlow(NamedTuple):
@@ -95,14 +93,14 @@ class FlowClassifier(Classifier):
         }
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters of each block, "b0", "b1", ...; learned embeddings are "shared"."""
+        """Trainable parameters of each block, "block0", ...; learned embeddings are "shared"."""
         blocks = self.backbone_blocks()
         for name, parameter in self.block_predictors.named_parameters():
             blocks[block_name(int(name.split(".")[0]))].append((f"block_predictors.{name}", parameter))
         learned = [
             (f"label_space.{name}", parameter) for name, parameter in self.label_space.named_parameters()
         ]
-        return blocks | ({"shared": learned} if learned else {})
+        return blocks | ({SHARED_BLOCK: learned} if learned else {})
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedFlow:
@@ -122,15 +120,15 @@ class FlowClassifier(Classifier):
         ]
         return PreparedFlow(images, labels, samples)
 
-    def extract_features(self, prepared: PreparedFlow, on_stage: OnStage | None = None) -> list[Tensor]:
-        """Forward of all blocks, each given with its losses to `on_stage`; there is nothing else to train."""
+    def block_losses(self, prepared: PreparedFlow, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """Block after block, each on the detached output of the one before."""
         x = prepared.images
         for index in range(self.num_blocks):
             x = self.backbone.forward_block(index, x)
-            if on_stage is not None:
-                on_stage(block_name(index), self._losses(index, self.backbone.pooled(x), prepared))
+            losses = self._losses(index, self.backbone.pooled(x), prepared)
             x = x.detach()
-        return []
+            yield BlockLosses((block_name(index),), losses)
+            del losses
 
     def _losses(self, index: int, pooled: Tensor, prepared: PreparedFlow) -> dict[str, Tensor]:
         """The local loss of a block, and the share of its points that it reads out right."""

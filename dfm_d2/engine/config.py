@@ -90,7 +90,7 @@ def problems(cfg: CfgNode) -> Iterator[str]:
             "SOLVER.CLIP_GRADIENTS would clip over all blocks, which local updates cannot know; "
             "set SOLVER.BLOCK_CLIP_NORM instead."
         )
-    if dfm.STEP_IN_BACKWARD and dfm.UPDATE != "sequential":
+    if dfm.STEP_IN_BACKWARD and dfm.PREDICTOR_RANKS == 1 and dfm.UPDATE != "sequential":
         yield "MODEL.DFM.STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential: the others have one backward."
     if dfm.PREDICTOR_RANKS > 1 and dfm.UPDATE != "parallel":
         yield f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}, which needs MODEL.DFM.UPDATE parallel."

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from dfm_d2.framework import CfgNode
-from dfm_d2.local_update.block_optimizer import BlockOptimizer, check_blocks
-from dfm_d2.local_update.process_grid import ProcessGrid
+from dfm_d2.local_update import BlockOptimizer, ProcessGrid, check_blocks
 
 BACKBONE_PREFIX = "backbone.bottom_up"
 

@@ -33,10 +33,8 @@ from dfm_d2.framework import (
     comm,
     inference_on_dataset,
 )
-from dfm_d2.local_update.data_parallel import broadcast_model
-from dfm_d2.local_update.predictor_parallel import PredictorParallelUpdate, Shareable
-from dfm_d2.local_update.process_grid import ProcessGrid
-from dfm_d2.local_update.updates import Update, build_update
+from dfm_d2.local_update import ProcessGrid, RanksUpdate, Update, build_update
+from dfm_d2.local_update.processes import broadcast_model
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +56,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     periods = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
     if comm.get_world_size() > 1:
         trainer.register_hooks([MeanStatistics(periods, ema)])
-    if isinstance(trainer.update, PredictorParallelUpdate):
+    if isinstance(trainer.update, RanksUpdate):
         trainer.register_hooks([GatherBlocks(trainer.update.grid, trainer.optimizer, periods, ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
     start = _load_start(task, cfg, checkpointer, trainer, resume)
@@ -129,12 +127,11 @@ def _load_trained(
     path = (
         checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
     )
-    with input_errors():
-        if not path:
-            raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
-        extra = checkpointer.load(path, strict=True)
-        if ema is not None and ema.updates == 0:
-            raise UserError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
+    if not path:
+        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
+    extra = checkpointer.load(path, strict=True)
+    if ema is not None and ema.updates == 0:
+        raise UserError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
     return model, ema, extra.get("iteration", -1) + 1
 
 
@@ -172,35 +169,30 @@ def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrai
             f"MODEL.DFM.PREDICTOR_RANKS is {ranks}: it must divide the number of processes, {world} "
             "(--num-gpus)."
         )
-    with input_errors():
-        grid = ProcessGrid.build(ranks, model.num_predictors)
-        trainer = LocalUpdateTrainer(
-            model,
-            lambda position: task.train_loader(cfg, position),
-            build_block_optimizer(cfg, model, scaler, grid),
-            _build_update(cfg, model, grid, dtype),
-            autocast_factory(device, dtype),
-            images_per_step=cfg.SOLVER.IMS_PER_BATCH,
-            window=cfg.SOLVER.LOG_PERIOD,
-        )
+    grid = ProcessGrid.build(ranks, getattr(model, "num_predictors", 0))  # a classifier has none
+    trainer = LocalUpdateTrainer(
+        model,
+        lambda position: task.train_loader(cfg, position),
+        build_block_optimizer(cfg, model, scaler, grid),
+        _build_update(cfg, grid, dtype),
+        autocast_factory(device, dtype),
+        images_per_step=cfg.SOLVER.IMS_PER_BATCH,
+        window=cfg.SOLVER.LOG_PERIOD,
+    )
     trainer.scheduler = build_lr_scheduler(cfg, trainer.optimizer)
     return trainer
 
 
-def _build_update(cfg: CfgNode, model: nn.Module, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
+def _build_update(cfg: CfgNode, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
     dfm = cfg.MODEL.DFM
     if grid.members == 1:
-        return build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+        return build_update(dfm.UPDATE, dfm.STEP_IN_BACKWARD)
     if dtype == torch.float16:
         raise UserError(
             "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
             "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
         )
-    if not isinstance(model, Shareable):
-        raise UserError(
-            f"{type(model).__name__} cannot share out its predictors: set MODEL.DFM.PREDICTOR_RANKS 1."
-        )
-    return PredictorParallelUpdate(grid, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+    return RanksUpdate(grid, dfm.STEP_IN_BACKWARD)
 
 
 def build_checkpointer(
@@ -230,8 +222,7 @@ def _load_start(
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         return trainer.iter + 1
-    with input_errors():
-        task.check_start(cfg)
+    task.check_start(cfg)
     model = trainer.model
     set_by_config = getattr(model, "set_by_config", ())
     own = {name: value.clone() for name, value in model.named_buffers() if name in set_by_config}

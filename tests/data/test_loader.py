@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dfm_d2.data import stream as loader_module
 from dfm_d2.data.images import ImageError, read_image
 from dfm_d2.data.problems import DataProblemError
-from dfm_d2.data import stream as loader_module
 from dfm_d2.detection.data.loader import build_test_loader, build_train_loader
 from dfm_d2.detection.data.registration import register_datasets
 
