@@ -25,7 +25,7 @@ class Imported:
         return getattr(import_module(self.module), self.name)(*arguments)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """The one thing that a vertical hands to the engine.
 
