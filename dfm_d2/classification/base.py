@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from dfm_d2.classification.backbone import SplitBackbone
+from dfm_d2.errors import UserError
 from dfm_d2.flow import stream_key
 from dfm_d2.local_update import BlockLosses, HandOver
 
@@ -130,7 +131,7 @@ class Classifier(nn.Module, ABC):
         """
         for item in batched_inputs:
             if not 0 <= item.get("label", -1) < self.num_classes:
-                raise ValueError(
+                raise UserError(
                     f"training input {item.get('file_name')!r} has the label {item.get('label')}, not one of "
                     f"[0, {self.num_classes}): see MODEL.DFM.NUM_CLASSES"
                 )
@@ -144,13 +145,13 @@ class Classifier(nn.Module, ABC):
         images = [item["image"] for item in batched_inputs]
         for item in batched_inputs:
             if item["image"].shape != images[0].shape:
-                raise ValueError(
+                raise UserError(
                     f"{item.get('file_name')} has the shape {tuple(item['image'].shape)}, another image of "
                     f"its batch {tuple(images[0].shape)}: set INPUT.IMAGE_SIZE."
                 )
         stacked = torch.stack(images).to(self.device)
         if stacked.shape[1] != self.pixel_mean.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"images have {stacked.shape[1]} channels, MODEL.PIXEL_MEAN {self.pixel_mean.shape[0]}"
             )
         self.backbone.check_images(stacked)
@@ -169,7 +170,7 @@ def classifier_arguments(cfg, backbone: SplitBackbone) -> dict:
         ValueError: MODEL.DFM.NUM_CLASSES is not filled in.
     """
     if cfg.MODEL.DFM.NUM_CLASSES < 2:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DFM.NUM_CLASSES must be at least 2 for a classifier, got {cfg.MODEL.DFM.NUM_CLASSES} "
             "(0 is filled in by tools/train_classifier.py): check the classes of the training set."
         )

@@ -16,13 +16,11 @@ from dfm_d2.classification.base import Classifier, block_name, classifier_argume
 from dfm_d2.classification.endpoint_predictor import ClassPredictor
 from dfm_d2.classification.loss import EndpointLoss
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
+from dfm_d2.errors import UserError
 from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_STAGE_TIME
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
 from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
-
-EMBEDDINGS = ("orthonormal", "learned", "given")
-PREDICTIONS = ("endpoint", "velocity")
 
 
 class PreparedFlow(NamedTuple):
@@ -59,8 +57,6 @@ class FlowClassifier(Classifier):
         **common,
     ):
         super().__init__(temperature=criterion.temperature, **common)
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {prediction!r}")
         sampler.blocks_of(self.num_blocks)  # before training, not after it
         self.label_space = label_space
         self.criterion = criterion
@@ -200,12 +196,12 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
     """The class embeddings of a node MODEL.CLASSIFIER.
 
     Raises:
-        ValueError: an unknown kind, a dimension below K, or a file that does not have K rows of numbers.
+        UserError: a dimension below K, or a file that does not have K rows of numbers.
     """
     dim = classifier.EMBED_DIM or max(num_classes, 16)
     if classifier.EMBEDDING == "orthonormal":
         if dim < num_classes:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
                 "dimensions or more: set it to 0, or EMBEDDING to learned."
             )
@@ -214,29 +210,23 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(num_classes, dim, generator=generator)
         return LabelSpace(start, learned=True, radius=classifier.RADIUS)
-    if classifier.EMBEDDING != "given":
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING is {classifier.EMBEDDING!r}; choose one of {', '.join(EMBEDDINGS)}."
-        )
     path = Path(classifier.EMBEDDING_FILE)
     try:
         matrix = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
         if matrix.dtype.kind not in "fiu":
             raise ValueError(f"its entries are of the type {matrix.dtype}")
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} is no matrix of numbers: {error}"
-        ) from error
+        raise UserError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} is no matrix of numbers: {error}") from error
     if matrix.ndim != 2 or len(matrix) != num_classes:
-        raise ValueError(
+        raise UserError(
             f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has the shape {matrix.shape}: give one row for each of "
             f"the {num_classes} classes, in their order."
         )
     if len(np.unique(matrix, axis=0)) < num_classes:
-        raise ValueError(
+        raise UserError(
             f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has equal rows: their classes cannot be told apart."
         )
     try:
         return LabelSpace(torch.as_tensor(matrix, dtype=torch.float32), radius=classifier.RADIUS)
     except ValueError as error:
-        raise ValueError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path}: {error}") from error
+        raise UserError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path}: {error}") from error

@@ -12,6 +12,7 @@ from dfm_kernels.reference import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.detection.captured import GraphCache
+from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, ODESolver, SolverStep, Trajectory, keyed_normal, stream_key
 from dfm_d2.flow.solver import check_grid, warped_grid
 
@@ -38,7 +39,7 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
             if getattr(self, name) < 1:
-                raise ValueError(f"the sampler's {name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"the sampler's {name} must be at least 1, got {getattr(self, name)}")
         if self.time_grid:
             check_grid(self.time_grid)
             if self.time_grid[0] != 0 or self.time_grid[-1] != 1:

@@ -99,8 +99,7 @@ class LocalUpdateTrainer(TrainerBase):
             batch = next(self._open_stream())
         data_time = time.perf_counter() - start
         batch = self.update.share(batch)
-        with input_errors():
-            prepared = self.model.prepare(batch, self.iter)
+        prepared = self.model.prepare(batch, self.iter)
         try:
             metrics = self.update.step(self.model, prepared, self.optimizer, self.autocast)
         except NonFiniteLossError as error:

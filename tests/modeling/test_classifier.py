@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_classifier import RESNET, TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
+from tiny_classifier import TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
 
 from dfm_d2.classification.loss import EndpointLoss
 from dfm_d2.framework import build_model
@@ -15,8 +15,6 @@ BACKBONES = {
     "vit": (VIT, 8, 1),
     "vit pooled": ([*VIT, "MODEL.CLASSIFIER.POOL", "2"], 8, 1),
     "timm cnn": ([*TIMM_CNN, *COLOUR], 32, 3),
-    "resnet": ([*RESNET, *COLOUR], 32, 3),
-    "resnet in two": ([*RESNET, *COLOUR, "MODEL.CLASSIFIER.BLOCKS", "2"], 32, 3),
 }
 
 
@@ -204,7 +202,6 @@ def test_the_temperature_is_that_of_greatest_likelihood():
     assert "temperature" in model.state_dict()
 
 
-FPN = ["MODEL.FPN.IN_FEATURES", '["res2","res3","res4","res5"]']
 WRONG = {
     "blocks": (["MODEL.CLASSIFIER.BLOCKS", "9"], "BLOCKS is 9, but the backbone has 3 stages"),
     "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm"),
@@ -217,10 +214,6 @@ WRONG = {
     ),
     "option's value": ([*VIT[:-1], '["img_size=["]'], "has 'img_size=\\['"),
     "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
-    "fpn": (
-        [*RESNET, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", *FPN],
-        "build_resnet_backbone, not",
-    ),
     "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "EMBED_DIM is 2, but 3 orthonormal classes need"),
     "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
     "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),

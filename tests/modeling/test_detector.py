@@ -295,8 +295,6 @@ def test_bad_config_is_named(make_model):
         make_model(HEAD__HIDDEN_DIM=32)
     with pytest.raises(ValueError, match="NUM_CLASSES must be at least 1"):
         make_model(NUM_CLASSES=0)
-    with pytest.raises(ValueError, match="at least one predictor"):
-        make_model(NUM_PREDICTORS=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

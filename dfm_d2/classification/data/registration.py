@@ -5,6 +5,7 @@ Names: root_<split> (DATASETS.ROOT), digits_{train,test}, cifar10_{train,test}, 
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from dfm_d2.classification.data.sources import ClassSample, read_digits, read_root, read_torchvision
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.problems import ProblemReport, check_on_error, decode_limit
+from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
     names = list(dict.fromkeys([*train, *cfg.DATASETS.TEST]))
     reports = {name: ProblemReport(name) for name in names}
     limit = decode_limit(cfg.DATASETS.VERIFY_IMAGES)
-    samples = {name: _usable(*_read(name, cfg), reports[name], limit) for name in names}
+    samples = {name: _usable(*_locate(name, cfg)(), reports[name], limit) for name in names}
     found = {sample.class_name for name in train or names for sample in samples[name]}
     classes = list(cfg.DATASETS.CLASSES) or sorted(found, key=_natural)
     if len(set(classes)) != len(classes):
@@ -63,19 +65,27 @@ def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
     return reports
 
 
-def _read(name: str, cfg: CfgNode) -> tuple[list[ClassSample], bool]:
-    """The samples of a name, and whether they lie in files of their own, which may be broken."""
+def locate_class_sets(cfg: CfgNode) -> None:
+    """UserError for a data set of cfg.DATASETS that is not known or is not there; reads none."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        _locate(name, cfg)
+
+
+def _locate(name: str, cfg: CfgNode) -> Callable[[], tuple[list[ClassSample], bool]]:
+    """What answers the samples of a name, and whether they lie in files of their own, which may be broken."""
     source, _, split = name.partition("_")
     root = cfg.DATASETS.ROOT
     if source == "root" and split:
         if not root:
-            raise ValueError(f"The data set {name} needs DATASETS.ROOT: set it to a folder or a tar.")
-        return read_root(Path(root), split)
+            raise UserError(f"The data set {name} needs DATASETS.ROOT: set it to a folder or a tar.")
+        if not Path(root).exists():
+            raise UserError(f"DATASETS.ROOT is {root}, which is missing: point it to the data.")
+        return lambda: read_root(Path(root), split)
     if source == "digits":
-        return read_digits(split), False
+        return lambda: (read_digits(split), False)
     if source in ("cifar10", "cifar100"):
-        return read_torchvision(source, Path(root or "data"), split), False
-    raise ValueError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN}.")
+        return lambda: (read_torchvision(source, Path(root or "data"), split), False)
+    raise UserError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN}.")
 
 
 def _usable(

@@ -13,7 +13,7 @@ from pathlib import Path
 from dfm_d2.data.problems import ProblemReport, check_on_error, decode_limit
 from dfm_d2.detection.data.coco import read_coco
 from dfm_d2.detection.data.voc import VOC_CLASSES, ImageRecord, read_voc_split
-from dfm_d2.framework import BoxMode, CfgNode, DatasetCatalog, MetadataCatalog
+from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,12 @@ def _coco_source(name: str, json_file: Path, root: Path, json_setting: str, root
     return _Source(name, "coco", root, json_file=json_file)
 
 
+def locate_datasets(cfg: CfgNode) -> None:
+    """UserError for a data set of cfg.DATASETS that is not known or whose files are not there; reads none."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        _locate(name, cfg)
+
+
 def _load(source: _Source, decode_up_to: int) -> _Loaded:
     report = ProblemReport(source.name)
     if source.kind == "coco":
@@ -188,6 +194,8 @@ def _register(item: _Loaded, classes: list[str], on_error: str) -> None:
 
 def dataset_dict(record: ImageRecord, classes: list[str], report: ProblemReport) -> dict:
     """Detectron2's dict of one image; an object of an unknown class is reported and left out."""
+    from dfm_d2.framework import BoxMode  # a class of torch, which comes late
+
     annotations = []
     for item in record.objects:
         if item.name not in classes:
