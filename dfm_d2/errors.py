@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something that the user gave is wrong; tools print it as one sentence and exit with status 2."""
 
 

@@ -1,11 +1,18 @@
-"""A small folder in VOC layout, and where the checkout is."""
+"""Files of small data sets, and where the checkout is."""
 
+import gzip
+import struct
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def pixels_of(seed, size=(5, 6)):
+    """Random uint8 (H, W, 3) of size (width, height)."""
+    return np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
 
 
 def voc_xml(objects, size=(40, 30)):
@@ -27,8 +34,7 @@ class VocFolder:
             (root / part).mkdir(parents=True)
 
     def add(self, name, objects=(("cat", 3, 4, 20, 25),), size=(40, 30), xml=None):
-        pixels = np.random.default_rng(len(name)).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(self.image(name), quality=95)
+        Image.fromarray(pixels_of(len(name), size)).save(self.image(name), quality=95)
         self.xml(name).write_text(voc_xml(objects, size) if xml is None else xml)
 
     def image(self, name):
@@ -43,3 +49,13 @@ class VocFolder:
     def truncate(self, name):
         data = self.image(name).read_bytes()
         self.image(name).write_bytes(data[: len(data) // 2])
+
+
+def write_idx(folder, name, number, labels=None):
+    """A pair of idx files of `number` images of 2 x 2 and labels 0, 1, 2, 0, ...; labels: how many."""
+    images = np.arange(number * 4, dtype=np.uint8).reshape(number, 2, 2)
+    classes = (np.arange(number if labels is None else labels) % 3).astype(np.uint8)
+    for kind, array in (("images", images), ("labels", classes)):
+        header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+        path = folder / f"{name}-{kind}-idx{array.ndim}-ubyte.gz"
+        path.write_bytes(gzip.compress(header + array.tobytes()))

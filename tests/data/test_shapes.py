@@ -8,9 +8,9 @@ import pytest
 from data_helpers import ROOT
 
 from dfm_d2.data.problems import ProblemReport
-from dfm_d2.detection.data.shapes import write_shapes
-from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES, draw_scene
-from dfm_d2.detection.data.voc import read_voc_split
+from dfm_d2.detection.data.readers import read_voc_split
+from dfm_d2.detection.data.shapes import SHAPE_CLASSES, draw_scene, write_shapes
+from dfm_d2.errors import UserError
 
 
 def digests(folder):
@@ -41,17 +41,17 @@ def test_it_is_written_once_and_repaired(tmp_path):
 
 def test_other_contents_are_never_overwritten(tmp_path):
     write_shapes(tmp_path / "set", 1, 1, 48, seed=0)
-    with pytest.raises(FileExistsError, match="other parameters"):
+    with pytest.raises(UserError, match="other parameters"):
         write_shapes(tmp_path / "set", 1, 1, 48, seed=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="not a shapes set"):
+    with pytest.raises(UserError, match="not a shapes set"):
         write_shapes(tmp_path / "mine", 1, 1, 48, seed=1)
 
 
 @pytest.mark.parametrize("bad", [(0, 1, 48, 0), (1, 0, 48, 0), (1, 1, 8, 0), (1, 1, 48, -1)])
 def test_bad_numbers_are_refused(tmp_path, bad):
-    with pytest.raises(ValueError, match="Cannot generate"):
+    with pytest.raises(UserError, match="Cannot generate"):
         write_shapes(tmp_path / "set", *bad)
 
 
@@ -74,12 +74,14 @@ def test_scenes_keep_their_promises():
 def test_the_reader_reads_the_boxes_that_were_drawn(tmp_path):
     write_shapes(tmp_path / "set", 3, 1, 64, seed=2)
     report = ProblemReport("shapes")
-    records = read_voc_split(tmp_path / "set", "train", report, decode_up_to=10)
-    assert len(report) == 0 and len(records) == 3
-    for index, record in enumerate(records):
+    entries = read_voc_split(tmp_path / "set", "train", report, decode_up_to=10)
+    assert not report.problems and len(entries) == 3
+    for index, entry in enumerate(entries):
         scene = draw_scene(2, "train", index, 64)
-        assert [item.box_xyxy for item in record.objects] == scene.boxes_xyxy
-        assert [item.name for item in record.objects] == [SHAPE_CLASSES[i] for i in scene.labels]
+        assert [tuple(target["bbox"]) for target in entry["annotations"]] == scene.boxes_xyxy
+        assert [target["category"] for target in entry["annotations"]] == [
+            SHAPE_CLASSES[i] for i in scene.labels
+        ]
 
 
 def test_the_command_line(tmp_path, capsys):
