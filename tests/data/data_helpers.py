@@ -16,7 +16,8 @@ def pixels_of(seed, size=(5, 6)):
 
 
 def voc_xml(objects, size=(40, 30)):
-    """objects: (name, xmin, ymin, xmax, ymax[, difficult]) as written in the file."""
+    """objects: (name, xmin, ymin, xmax, ymax[, difficult]) as written in the file, or a name alone."""
+    objects = [(item, 3, 4, 20, 25) if isinstance(item, str) else item for item in objects]
     body = "".join(
         f"<object><name>{name}</name><difficult>{difficult[0] if difficult else 0}</difficult><bndbox>"
         f"<xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax></bndbox></object>"
@@ -33,7 +34,7 @@ class VocFolder:
         for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
             (root / part).mkdir(parents=True)
 
-    def add(self, name, objects=(("cat", 3, 4, 20, 25),), size=(40, 30), xml=None):
+    def add(self, name, objects=("cat",), size=(40, 30), xml=None):
         Image.fromarray(pixels_of(len(name), size)).save(self.image(name), quality=95)
         self.xml(name).write_text(voc_xml(objects, size) if xml is None else xml)
 
@@ -44,6 +45,9 @@ class VocFolder:
         return self.root / "Annotations" / f"{name}.xml"
 
     def split(self, split, names):
+        """Write a split of names; of {name: objects}, add these images, too."""
+        for name in names if isinstance(names, dict) else ():
+            self.add(name, names[name])
         (self.root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
 
     def truncate(self, name):

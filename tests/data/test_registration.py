@@ -8,32 +8,24 @@ from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 
-def test_classes_come_from_all_training_splits_and_rule_the_test_set(voc, make_cfg):
-    for name, split, classes in (("a", "one", ["dog"]), ("b", "two", ["cat"]), ("c", "val", ["cow", "dog"])):
-        voc.add(name, [(label, 3, 4, 20, 25) for label in classes])
-        voc.split(split, [name])
-    report = register_datasets(make_cfg(voc.root, ("voc_root_one", "voc_root_two"), ("voc_root_val",)))[
-        "voc_root_val"
-    ]
-    metadata, (entry,) = MetadataCatalog.get("voc_root_val"), DatasetCatalog.get("voc_root_val")
-    assert metadata.thing_classes == ["cat", "dog"] and metadata.data_problems is report
-    assert [t["category_id"] for t in entry["annotations"]] == [1]
-    assert report.counts() == {"unknown_class": 1}
-    assert entry["image_id"] == "c" and (entry["width"], entry["height"]) == (40, 30)
-
-
-def test_given_classes_make_others_a_problem(voc, make_cfg):
-    voc.add("a", [("dog", 3, 4, 20, 25), ("cat", 3, 4, 20, 25)])
-    voc.split("train", ["a"])
-    (problem,) = register_datasets(make_cfg(voc.root, CLASSES=["dog"]))["voc_root_train"].problems
-    assert (problem.file, problem.kind) == ("a.jpg", "unknown_class")
+def test_classes_come_from_all_training_splits_or_the_config_and_rule_the_test_set(voc, make_cfg):
+    for split, objects in (("one", ["dog"]), ("two", ["cat"]), ("val", ["cow", "dog"])):
+        voc.split(split, {split: objects})
+    cfg = make_cfg(voc.root, ("voc_root_one", "voc_root_two"), ("voc_root_val",))
+    for classes, indices, unknown in ((["cat", "dog"], [1], 1), (["cow", "dog", "cat"], [0, 1], 0)):
+        cfg.DATASETS.CLASSES = classes if unknown == 0 else []
+        report = register_datasets(cfg)["voc_root_val"]
+        metadata, (entry,) = MetadataCatalog.get("voc_root_val"), DatasetCatalog.get("voc_root_val")
+        assert metadata.thing_classes == classes and metadata.data_problems is report
+        assert [target["category_id"] for target in entry["annotations"]] == indices
+        assert [(p.file, p.kind) for p in report.problems] == [("val.jpg", "unknown_class")] * unknown
+    assert (entry["width"], entry["height"]) == (40, 30)
 
 
 def test_registering_again_with_another_root_replaces(tmp_path, make_cfg):
     for name in ("first", "second"):
         folder = VocFolder(tmp_path / name)
-        folder.add(name, [(f"class_{name}", 3, 4, 20, 25)])
-        folder.split("train", [name])
+        folder.split("train", {name: [f"class_{name}"]})
         register_datasets(make_cfg(folder.root))
         assert [e["image_id"] for e in DatasetCatalog.get("voc_root_train")] == [name]
         assert MetadataCatalog.get("voc_root_train").thing_classes == [f"class_{name}"]
@@ -41,19 +33,14 @@ def test_registering_again_with_another_root_replaces(tmp_path, make_cfg):
 
 def test_official_names_are_ours_with_the_official_classes(tmp_path, voc, make_cfg, monkeypatch):
     folder = VocFolder(tmp_path / "VOC2007")
-    folder.add("000005", [("chair", 3, 4, 20, 25, 1)])
-    folder.split("trainval", ["000005"])
+    folder.split("trainval", {"000005": ["chair"]})
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_datasets(make_cfg("", ("voc_2007_trainval",)))
-    (entry,) = DatasetCatalog.get("voc_2007_trainval")
-    (target,) = entry["annotations"]
-    assert entry["image_id"] == "000005" and target["difficult"] == 1
-    assert target["category_id"] == VOC_CLASSES.index("chair") == 8
-    metadata = MetadataCatalog.get("voc_2007_trainval")
+    (entry,), metadata = DatasetCatalog.get("voc_2007_trainval"), MetadataCatalog.get("voc_2007_trainval")
+    assert entry["annotations"][0]["category_id"] == VOC_CLASSES.index("chair") == 8
     assert metadata.thing_classes == VOC_CLASSES and len(VOC_CLASSES) == 20
     assert (metadata.year, metadata.split, metadata.dirname) == (2007, "trainval", str(folder.root))
-    voc.add("a")
-    voc.split("train", ["a"])
+    voc.split("train", {"a": ["cat"]})
     with pytest.raises(UserError, match="have different classes: set DATASETS.CLASSES"):
         register_datasets(make_cfg(voc.root, ("voc_2007_trainval", "voc_root_train")))
 
@@ -75,27 +62,17 @@ def test_coco_problems_are_reported(coco, make_cfg):
     content["images"].append({"id": 9, "file_name": "gone.jpg", "width": 40, "height": 30})
     content["images"].append({"id": 3, "file_name": "b.jpg", "width": 40, "height": 30})
     content["images"][0]["width"] = 41
-    bad = [  # (image, category, box)
-        (3, 99, [1, 1, 2, 2]),
-        (3, 2, [1, 1, 0, 2]),
-        (3, 2, [1, 1, None, 2]),
-        (3, 2, [1, 1, True, 2]),
-        (3, 2, [1, 1, 4]),
-        (3, 2, [90, 1, 4, 2]),
-        (12345, 2, [1, 1, 4, 2]),
-        (9, 2, [1, 1, 4, 2]),
-    ]
-    content["annotations"] += [{"image_id": i, "category_id": c, "bbox": box} for i, c, box in bad]
+    boxes = [[1, 1, 0, 2], [1, 1, None, 2], [1, 1, True, 2], [1, 1, 4], [90, 1, 4, 2]]
+    for image, category, box in [
+        (3, 99, [1] * 4),
+        (12345, 2, [1] * 4),
+        (9, 2, [1] * 4),
+        *((3, 2, b) for b in boxes),
+    ]:
+        content["annotations"].append({"image_id": image, "category_id": category, "bbox": box})
     report = register_datasets(make_cfg("", ("coco_json_train",), **write()))["coco_json_train"]
-    assert report.counts() == {
-        "bad_coordinates": 3,
-        "missing_image": 2,
-        "duplicate": 1,
-        "size_mismatch": 1,
-        "unknown_class": 1,
-        "zero_area": 1,
-        "box_outside": 1,
-    }
+    once = ("duplicate", "size_mismatch", "unknown_class", "zero_area", "box_outside")
+    assert report.counts() == {"bad_coordinates": 3, "missing_image": 2, **dict.fromkeys(once, 1)}
     (entry,) = DatasetCatalog.get("coco_json_train")
     assert entry["image_id"] == 3 and len(entry["annotations"]) == 2
 
@@ -141,10 +118,8 @@ def test_what_is_not_coco_json_says_so(coco, make_cfg, text, says):
 )
 def test_what_is_missing_is_named(voc, make_cfg, monkeypatch, tmp_path, name, keys, says):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "empty"))
-    voc.add("a")
-    voc.split("train", ["a"])
-    voc.add("b", xml="<annotation>")
-    voc.split("broken", ["b"])
+    voc.split("train", {"a": ["cat"]})
+    voc.split("broken", ["no_annotation"])
     with pytest.raises(UserError, match=says) as caught:
         register_datasets(make_cfg(voc.root, (name,), **keys))
     assert "\n" not in str(caught.value)

@@ -1,8 +1,17 @@
-"""What the evaluators of the real Detectron2 say of the golden set. Importing it needs Detectron2."""
+"""What the evaluators of the real Detectron2 say of the golden set. Importing it needs Detectron2.
+
+`python tests/evaluation/detectron2_ap.py` writes that into golden_ap.json: 8 images of random objects, whose
+detections are jittered objects, duplicates and noise, with boxes of one decimal and scores of three, all
+different, as Detectron2's VOC evaluator writes them.
+"""
+
+import json
+import tempfile
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
-from golden_set import dataset_dicts, evaluate, outputs_of, write_voc_folder
+from golden_set import GOLDEN_PATH, dataset_dicts, evaluate, load_golden, outputs_of, write_voc_folder
 
 
 def measure(golden, folder):
@@ -22,3 +31,11 @@ def measure(golden, folder):
         voc = evaluate(PascalVOCDetectionEvaluator(f"golden_d2_{kind}"), outputs_of(golden))
         result[kind] = float(voc["AP50"])
     return result
+
+
+if __name__ == "__main__":
+    golden = load_golden()
+    with tempfile.TemporaryDirectory() as scratch:
+        golden["expected"] = measure(golden, Path(scratch))
+    GOLDEN_PATH.write_text(json.dumps(golden) + "\n", encoding="utf-8")
+    print(json.dumps(golden["expected"], indent=1))

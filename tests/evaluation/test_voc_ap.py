@@ -10,49 +10,40 @@ from hypothesis import strategies as st
 from dfm_d2.detection.evaluation.voc_ap import average_precisions, box_iou, match_detections
 
 BOX, OTHER, FAR = [0, 0, 10, 10], [20, 0, 30, 10], [60, 60, 70, 70]
-NAN = (math.nan, math.nan)
 
 
 @pytest.mark.parametrize(
-    "truths, difficult, detections, hits, misses, expected",
-    [  # detections: (image, score, box); the only ground truth is in image "a"
-        # TP, FP, TP of two positives: recall 1/2, 1/2, 1 and precision 1, 1/2, 2/3
+    "truths, difficult, detections, outcome, expected",
+    [
+        # In order of score TP, FP, TP of two positives: recall 1/2, 1/2, 1 and precision 1, 1/2, 2/3.
         (
             [BOX, OTHER],
             [0, 0],
-            [("a", 0.7, OTHER), ("a", 0.9, BOX), ("a", 0.8, FAR)],
-            [1, 0, 1],
-            [0, 1, 0],
-            ((6 * 1 + 5 * 2 / 3) / 11, 0.5 + 0.5 * 2 / 3),
+            [(7, OTHER), (9, BOX), (8, FAR)],
+            "TFT",
+            ((6 + 5 * 2 / 3) / 11, 1 / 2 + 1 / 3),
         ),
-        # a duplicate is a false positive
-        ([BOX], [0], [("a", 0.9, BOX), ("a", 0.8, [0, 0, 10, 9])], [1, 0], [0, 1], (1, 1)),
-        # what is difficult counts neither way, however often it is found
-        (
-            [BOX, OTHER],
-            [1, 0],
-            [("a", 0.9, BOX), ("a", 0.8, BOX), ("a", 0.7, OTHER)],
-            [0, 0, 1],
-            [0, 0, 0],
-            (1, 1),
-        ),
-        # an overlap equal to the threshold matches, a smaller one does not
-        ([BOX], [0], [("a", 0.9, [0, 0, 10, 5])], [1], [0], (1, 1)),
-        ([BOX], [0], [("a", 0.9, [0, 0, 10, 4.9])], [0], [1], (0, 0)),
-        # other images do not help
-        ([BOX], [0], [("b", 0.9, BOX)], [0], [1], (0, 0)),
-        # nothing to find is NaN, nothing found is 0
-        ([BOX], [1], [], [], [], NAN),
-        ([BOX], [0], [], [], [], (0, 0)),
+        # A duplicate is a false positive.
+        ([BOX], [0], [(9, BOX), (8, [0, 0, 10, 9])], "TF", (1, 1)),
+        # What is difficult counts neither way, however often it is found.
+        ([BOX, OTHER], [1, 0], [(9, BOX), (8, BOX), (7, OTHER)], "--T", (1, 1)),
+        # An overlap equal to the threshold matches, a smaller one does not.
+        ([BOX], [0], [(9, [0, 0, 10, 5])], "T", (1, 1)),
+        ([BOX], [0], [(9, [0, 0, 10, 4.9])], "F", (0, 0)),
+        # Nothing to find is NaN, nothing found is 0.
+        ([BOX], [1], [], "", (math.nan, math.nan)),
+        ([BOX], [0], [], "", (0, 0)),
     ],
 )
-def test_by_hand(truths, difficult, detections, hits, misses, expected):
-    images, scores, boxes = zip(*detections) if detections else ((), (), ())
-    boxes = np.array(boxes, float).reshape(-1, 4)
+def test_by_hand(truths, difficult, detections, outcome, expected):
     truth = {"a": (np.array(truths, float), np.array(difficult, bool))}
-    found = match_detections(truth, images, np.array(scores, float), boxes)
-    assert [matches.tolist() for matches in found] == [hits, misses]
+    boxes = np.array([box for _, box in detections], float).reshape(-1, 4)
+    scores = np.array([score for score, _ in detections], float)
+    found = match_detections(truth, ["a"] * len(boxes), scores, boxes)
+    assert [list(matches) for matches in found] == [[o == kind for o in outcome] for kind in "TF"]
     assert average_precisions(*found, difficult.count(0)) == pytest.approx(expected, nan_ok=True)
+    elsewhere = match_detections(truth, ["b"] * len(boxes), scores, boxes)
+    assert not elsewhere[0].any() and elsewhere[1].all()
 
 
 def test_iou_is_that_of_the_inclusive_convention():
