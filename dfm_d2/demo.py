@@ -79,11 +79,11 @@ def find_inputs(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
         if path.is_dir():
             images += sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
         elif not path.is_file():
-            raise ValueError(f"{name} does not exist: check the path.")
+            raise UserError(f"{name} does not exist: check the path.")
         else:
             (videos if path.suffix.lower() in VIDEOS else images).append(path)
     if not images and not videos:
-        raise ValueError(f"{', '.join(names)} holds no image: files must end in one of {', '.join(IMAGES)}.")
+        raise UserError(f"{', '.join(names)} holds no image: files must end in one of {', '.join(IMAGES)}.")
     return images, videos
 
 
@@ -96,7 +96,7 @@ def answer_files(files: Sequence[Path], folder: Path, ending: str) -> list[Path]
     inputs = {file.resolve() for file in files}
     for path in found:
         if path.resolve() in inputs:
-            raise ValueError(f"--output {folder} would overwrite the input {path}: choose another folder.")
+            raise UserError(f"--output {folder} would overwrite the input {path}: choose another folder.")
     return found
 
 
@@ -154,7 +154,7 @@ def _video(predictor: FlowPredictor, file: Path, path: Path, threshold: float) -
     path.parent.mkdir(parents=True, exist_ok=True)
     target = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
     if not target.isOpened():
-        raise ValueError(f"{path} cannot be written: OpenCV has no mp4 encoder here.")
+        raise UserError(f"{path} cannot be written: OpenCV has no mp4 encoder here.")
     swap = predictor.cfg.INPUT.FORMAT == "RGB"
     waiting: list[np.ndarray] = []
 
@@ -186,7 +186,7 @@ def _video(predictor: FlowPredictor, file: Path, path: Path, threshold: float) -
 def _write_png(path: Path, image: np.ndarray) -> None:
     done, content = cv2.imencode(".png", image[:, :, ::-1])
     if not done:
-        raise ValueError(f"{path} cannot be encoded as PNG")
+        raise UserError(f"{path} cannot be encoded as PNG")
     write_atomically(path, lambda file: file.write(content.tobytes()))
 
 

@@ -3,7 +3,7 @@
 Shapes: B images, S points of the path an image, M noise samples, D blocks, E embedding dimensions, K classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +16,11 @@ from dfm_d2.classification.base import Classifier, block_name, classifier_argume
 from dfm_d2.classification.endpoint_predictor import ClassPredictor
 from dfm_d2.classification.loss import EndpointLoss
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
+from dfm_d2.errors import UserError
 from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_STAGE_TIME
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
-
-# Takes the name and the losses of a block as soon as they are there.
-OnStage = Callable[[str, dict[str, Tensor]], None]
-
-EMBEDDINGS = ("orthonormal", "learned", "given")
-PREDICTIONS = ("endpoint", "velocity")
+from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
 
 class PreparedFlow(NamedTuple):
@@ -61,8 +57,6 @@ class FlowClassifier(Classifier):
         **common,
     ):
         super().__init__(temperature=criterion.temperature, **common)
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {prediction!r}")
         sampler.blocks_of(self.num_blocks)  # before training, not after it
         self.label_space = label_space
         self.criterion = criterion
@@ -99,14 +93,14 @@ class FlowClassifier(Classifier):
         }
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters of each block, "b0", "b1", ...; learned embeddings are "shared"."""
+        """Trainable parameters of each block, "block0", ...; learned embeddings are "shared"."""
         blocks = self.backbone_blocks()
         for name, parameter in self.block_predictors.named_parameters():
             blocks[block_name(int(name.split(".")[0]))].append((f"block_predictors.{name}", parameter))
         learned = [
             (f"label_space.{name}", parameter) for name, parameter in self.label_space.named_parameters()
         ]
-        return blocks | ({"shared": learned} if learned else {})
+        return blocks | ({SHARED_BLOCK: learned} if learned else {})
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedFlow:
@@ -126,15 +120,15 @@ class FlowClassifier(Classifier):
         ]
         return PreparedFlow(images, labels, samples)
 
-    def extract_features(self, prepared: PreparedFlow, on_stage: OnStage | None = None) -> list[Tensor]:
-        """Forward of all blocks, each given with its losses to `on_stage`; there is nothing else to train."""
+    def block_losses(self, prepared: PreparedFlow, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """Block after block, each on the detached output of the one before."""
         x = prepared.images
         for index in range(self.num_blocks):
             x = self.backbone.forward_block(index, x)
-            if on_stage is not None:
-                on_stage(block_name(index), self._losses(index, self.backbone.pooled(x), prepared))
+            losses = self._losses(index, self.backbone.pooled(x), prepared)
             x = x.detach()
-        return []
+            yield BlockLosses((block_name(index),), losses)
+            del losses
 
     def _losses(self, index: int, pooled: Tensor, prepared: PreparedFlow) -> dict[str, Tensor]:
         """The local loss of a block, and the share of its points that it reads out right."""
@@ -202,12 +196,12 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
     """The class embeddings of a node MODEL.CLASSIFIER.
 
     Raises:
-        ValueError: an unknown kind, a dimension below K, or a file that does not have K rows of numbers.
+        UserError: a dimension below K, or a file that does not have K rows of numbers.
     """
     dim = classifier.EMBED_DIM or max(num_classes, 16)
     if classifier.EMBEDDING == "orthonormal":
         if dim < num_classes:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
                 "dimensions or more: set it to 0, or EMBEDDING to learned."
             )
@@ -216,29 +210,23 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(num_classes, dim, generator=generator)
         return LabelSpace(start, learned=True, radius=classifier.RADIUS)
-    if classifier.EMBEDDING != "given":
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING is {classifier.EMBEDDING!r}; choose one of {', '.join(EMBEDDINGS)}."
-        )
     path = Path(classifier.EMBEDDING_FILE)
     try:
         matrix = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
         if matrix.dtype.kind not in "fiu":
             raise ValueError(f"its entries are of the type {matrix.dtype}")
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} is no matrix of numbers: {error}"
-        ) from error
+        raise UserError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} is no matrix of numbers: {error}") from error
     if matrix.ndim != 2 or len(matrix) != num_classes:
-        raise ValueError(
+        raise UserError(
             f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has the shape {matrix.shape}: give one row for each of "
             f"the {num_classes} classes, in their order."
         )
     if len(np.unique(matrix, axis=0)) < num_classes:
-        raise ValueError(
+        raise UserError(
             f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has equal rows: their classes cannot be told apart."
         )
     try:
         return LabelSpace(torch.as_tensor(matrix, dtype=torch.float32), radius=classifier.RADIUS)
     except ValueError as error:
-        raise ValueError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path}: {error}") from error
+        raise UserError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path}: {error}") from error

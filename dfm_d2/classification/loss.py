@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-WEIGHTINGS = ("velocity", "plain")
-
 
 @dataclass(frozen=True)
 class EndpointLoss:
@@ -27,10 +25,6 @@ class EndpointLoss:
     velocity_max: float = 25.0
     readout_weight: float = 1.0
     temperature: float = 0.1
-
-    def __post_init__(self):
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
 
     def __call__(
         self, x_1_hat: Tensor, target: Tensor, t: Tensor, embeddings: Tensor, labels: Tensor

@@ -17,6 +17,7 @@ from dfm_d2.detection.loading import load_detector
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.precision import inference_autocast
 from dfm_d2.engine.setup import load_config
+from dfm_d2.errors import UserError
 from dfm_d2.flow import Trajectory
 from dfm_d2.framework import CfgNode, Instances
 
@@ -48,7 +49,7 @@ class FlowPredictor:
         Raises UserError for weights that are missing or of another model; ValueError for a bad batch size.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         self.cfg = cfg.clone()
         self.cfg.defrost()
         self.model, self.class_names = load_detector(self.cfg)

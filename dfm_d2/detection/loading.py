@@ -8,7 +8,7 @@ from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.checkpoint import class_names_of
 from dfm_d2.engine.run import load_for_inference
 from dfm_d2.engine.setup import resolve_device, validate_config
-from dfm_d2.errors import input_errors
+from dfm_d2.errors import UserError, input_errors
 from dfm_d2.framework import CfgNode
 
 
@@ -24,10 +24,10 @@ def load_detector(cfg: CfgNode, explicit_device: bool = False) -> tuple[nn.Modul
         validate_config(DETECTION, cfg)
         resolve_device(cfg, explicit_device)
         if not cfg.MODEL.WEIGHTS:
-            raise ValueError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
+            raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
         classes = class_names_of(cfg.MODEL.WEIGHTS) or _config_classes(cfg)
         if cfg.MODEL.DFM.NUM_CLASSES not in (0, len(classes)):
-            raise ValueError(
+            raise UserError(
                 f"MODEL.DFM.NUM_CLASSES is {cfg.MODEL.DFM.NUM_CLASSES}, but {cfg.MODEL.WEIGHTS} was trained "
                 f"for {len(classes)} classes: set it to 0."
             )
@@ -40,7 +40,7 @@ def _config_classes(cfg: CfgNode) -> Sequence[str]:
     if cfg.DATASETS.CLASSES:
         return list(cfg.DATASETS.CLASSES)
     if cfg.MODEL.DFM.NUM_CLASSES < 1:
-        raise ValueError(
+        raise UserError(
             f"{cfg.MODEL.WEIGHTS} does not say its classes: set DATASETS.CLASSES, or MODEL.DFM.NUM_CLASSES."
         )
     return [str(index) for index in range(cfg.MODEL.DFM.NUM_CLASSES)]

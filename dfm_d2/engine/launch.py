@@ -4,35 +4,51 @@ import argparse
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from dfm_d2.engine.setup import check_run, load_config, setup_run, uses_gpu
+from dfm_d2.engine.task import Task
+from dfm_d2.errors import UserError, report
+from dfm_d2.framework import default_argument_parser
 
-from dfm_d2.engine.setup import uses_gpu
-from dfm_d2.errors import UserError
-from dfm_d2.framework import CfgNode, default_argument_parser
-from dfm_d2.local_update.errors import NonFiniteLossError
-from dfm_d2.local_update.processes import TIMEOUT
+if TYPE_CHECKING:
+    import torch.multiprocessing as mp
 
 Main = Callable[[argparse.Namespace], object]
 
 
-def run_tool(
-    main: Main, load: Callable[[str, list[str]], CfgNode], arguments: list[str] | None = None
-) -> int:
+def run_tool(task: Task, main: Main, arguments: list[str] | None = None) -> int:
     """Run ``main`` with the arguments of ``default_argument_parser`` (None: the command line's).
 
-    load: of a config file and overrides, the config. Returns the exit status, as ``run_processes``.
+    main: a function of a module, which other processes can import, that calls ``run_task`` with the task.
+    Returns the exit status, as ``run_processes``.
     """
     args = default_argument_parser().parse_args(arguments)
     try:
-        on_gpu = uses_gpu(load(args.config_file, args.opts))
+        cfg = load_config(task, args.config_file, args.opts)
+        check_run(task, cfg, args)
     except UserError as error:
-        return _failed(error)
-    return run_processes(main, args, on_gpu)
+        return report(error)
+    return run_processes(main, args, uses_gpu(cfg))
+
+
+def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate, or evaluate only, as the arguments say. Returns the results.
+
+    Raises UserError, one line, for whatever the user can put right.
+    """
+    cfg = load_config(task, args.config_file, args.opts)
+    classes = setup_run(task, cfg, args)
+    from dfm_d2.engine.run import evaluate_only, train
+    from dfm_d2.framework import comm
+
+    if args.eval_only:
+        return evaluate_only(task, cfg, classes, args.resume)
+    results = train(task, cfg, classes, args.resume)
+    if comm.is_main_process():
+        task.after_training(cfg, classes)
+    return results
 
 
 def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
@@ -46,13 +62,15 @@ def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
     try:
         _check(args, on_gpu)
     except UserError as error:
-        return _failed(error)
+        return report(error)
     world = args.num_gpus * args.num_machines
     if world <= 1:
         return _guarded(main, args)
     url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.num_gpus, 1))
+    import torch.multiprocessing as mp
+
     context = mp.start_processes(
         _worker, (main, args, on_gpu, url), nprocs=args.num_gpus, join=False, start_method="spawn"
     )
@@ -65,11 +83,15 @@ def _check(args: argparse.Namespace, on_gpu: bool) -> None:
             f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank "
             f"{args.machine_rank}: give at least one of each, and ranks from 0."
         )
-    if on_gpu and args.num_gpus > torch.cuda.device_count():
-        raise UserError(
-            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs: give as "
-            "many as there are, or MODEL.DEVICE cpu for processes on the CPU."
-        )
+    if on_gpu:
+        import torch
+
+        there = torch.cuda.device_count()
+        if args.num_gpus > there:
+            raise UserError(
+                f"--num-gpus is {args.num_gpus}, but this machine has {there} GPUs: give as many as there "
+                "are, or MODEL.DEVICE cpu for processes on the CPU."
+            )
     if args.num_machines > 1 and args.dist_url in ("", "auto", _default_url()):
         raise UserError(
             "--num-machines needs --dist-url: the address of machine 0, such as tcp://10.0.0.1:29500."
@@ -96,6 +118,11 @@ def _worker(local_rank: int, main: Main, args: argparse.Namespace, on_gpu: bool,
 
 def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int, url: str | None) -> int:
     """Run ``main`` as one process of the group. url: None where torchrun's environment says all."""
+    import torch
+    import torch.distributed as dist
+
+    from dfm_d2.local_update.processes import TIMEOUT
+
     place = {}
     if url is not None:
         rank = args.machine_rank * args.num_gpus + local_rank
@@ -105,8 +132,8 @@ def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int,
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
     except (RuntimeError, ValueError, dist.DistError) as error:
-        place = url or "the address of torchrun"
-        return _failed(UserError(f"the processes could not meet at {place}: {error}"))
+        where = url or "the address of torchrun"
+        return report(UserError(f"the processes could not meet at {where}: {error}"))
     status = _guarded(main, args)
     if status == 0:  # the others of a failed one are stopped, not waited for
         dist.destroy_process_group()
@@ -114,25 +141,26 @@ def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int,
 
 
 def _guarded(main: Main, args: argparse.Namespace) -> int:
-    """Exit status of ``main``; its errors that say all there is to say become a sentence."""
+    """Exit status of ``main``; its errors that say all there is to say become one line."""
+    import torch.distributed as dist
+
+    from dfm_d2.local_update.errors import NonFiniteLossError
+
     try:
         main(args)
     except (UserError, NonFiniteLossError) as error:
-        return _failed(error)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return report(error, f" (process {rank})" if rank else "")
     return 0
 
 
-def _failed(error: Exception) -> int:
-    rank = f" (process {dist.get_rank()})" if dist.is_initialized() and dist.get_rank() else ""
-    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, UserError) else 1
-
-
-def _wait(context: mp.ProcessContext) -> int:
+def _wait(context: "mp.ProcessContext") -> int:
     """Wait for the processes; when one ends badly, stop the others and say which it was."""
+    import torch.multiprocessing as mp
+
     try:
         while not context.join(timeout=1.0):
-            time.sleep(0)
+            pass
     except mp.ProcessExitedException as error:
         if error.signal_name is not None:
             print(

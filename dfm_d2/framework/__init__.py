@@ -51,6 +51,7 @@ TrainerBase = _provider.TrainerBase
 default_argument_parser = _provider.default_argument_parser
 # events
 EventStorage = _provider.EventStorage
+get_event_storage = _provider.get_event_storage
 JSONWriter = _provider.JSONWriter
 TensorboardXWriter = _provider.TensorboardXWriter
 # evaluation
@@ -103,6 +104,7 @@ __all__ = [
     "default_argument_parser",
     "detector_postprocess",
     "get_cfg",
+    "get_event_storage",
     "inference_on_dataset",
     "merge_config_file",
     "merge_config_opts",

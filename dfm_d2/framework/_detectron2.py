@@ -33,6 +33,7 @@ from detectron2.utils.events import (
     EventStorage,
     JSONWriter,
     TensorboardXWriter,
+    get_event_storage,
 )
 from detectron2.utils.file_io import PathManager
 
@@ -69,6 +70,7 @@ __all__ = [
     "default_argument_parser",
     "detector_postprocess",
     "get_cfg",
+    "get_event_storage",
     "inference_on_dataset",
     "seed_all_rng",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from dfm_d2.errors import UserError
 from dfm_d2.visualize.pictures import predictor_color, save_figure
 
 # Keys of evaluations, where they are there.
@@ -26,7 +27,7 @@ def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
     """
     entries = [entry for entry in entries if "iteration" in entry]
     if not entries:
-        raise ValueError("the metrics hold no iteration yet: train first")
+        raise UserError("the metrics hold no iteration yet: train first")
     keys = sorted({key for entry in entries for key in entry})
     kinds = sorted({key.split("/")[0] for key in keys if key.startswith("loss_") and "/" in key})
     panels = [(kind.replace("_", " "), [k for k in keys if k.startswith(f"{kind}/")]) for kind in kinds]

@@ -123,21 +123,6 @@ def test_difficult_objects_and_empty_images(voc, make_cfg):
         build_train_loader(cfg, 0)
 
 
-@pytest.mark.parametrize(
-    "key, value, says",
-    [
-        ("MIN_SIZE_TRAIN", (), "MIN_SIZE_TRAIN is empty"),
-        ("MIN_SIZE_TRAIN_SAMPLING", "range", r"MIN_SIZE_TRAIN is \(8,\)"),
-        ("DETR_CROP", 2.0, "DETR_CROP is 2.0"),
-    ],
-)
-def test_an_augmentation_that_cannot_be_names_its_key(cfg, key, value, says):
-    cfg.INPUT.MIN_SIZE_TRAIN = (8,)
-    cfg.INPUT[key] = value
-    with pytest.raises(UserError, match=f"INPUT.{says}"):
-        build_train_loader(cfg, 0)
-
-
 def test_test_loader_shows_all_in_order_resized_with_original_sizes(cfg):
     cfg.TEST.BATCH_SIZE, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 3, 60, 1000
     loader = build_test_loader(cfg, "voc_root_train")

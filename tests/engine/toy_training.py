@@ -41,7 +41,7 @@ def train_toy(folder: Path, max_iter: int = 60, pause: float = 0.0, loader=toy_l
     cfg = toy_config()
     model = ToyModel(noise=True)
     optimizer = build_block_optimizer(cfg, model)
-    update = build_update("sequential", "accumulate", False)
+    update = build_update("sequential", False)
     trainer = LocalUpdateTrainer(
         model, loader, optimizer, update, contextlib.nullcontext, images_per_step=4, window=4
     )

@@ -37,8 +37,7 @@ image = (torch.arange(3 * 64 * 96) * 7 % 256).reshape(3, 64, 96).to(torch.uint8)
 truth = Instances((64, 96), gt_boxes=Boxes([[8.0, 8.0, 40.0, 50.0]]), gt_classes=torch.tensor([1]))
 batch = [{"image": image, "height": 128, "width": 192, "image_id": "a", "instances": truth}]
 model.train()
-prepared = model.prepare(batch, 0)
-losses = model.all_losses(model.extract_features(prepared), prepared)
+losses = model(batch)
 model.eval()
 with torch.no_grad():
     found = model(batch)[0]["instances"]

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny_classifier import RESNET, TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
+from tiny_classifier import TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
 
 from dfm_d2.classification.loss import EndpointLoss
 from dfm_d2.framework import build_model
-from dfm_d2.local_update.block_optimizer import check_blocks
-from dfm_d2.local_update.updates import sum_losses
+from dfm_d2.local_update import HandOver, check_blocks, sum_losses
 
 COLOUR = ["MODEL.PIXEL_MEAN", "[120.0,120.0,120.0]", "MODEL.PIXEL_STD", "[60.0,60.0,60.0]"]
 BACKBONES = {
@@ -16,16 +15,12 @@ BACKBONES = {
     "vit": (VIT, 8, 1),
     "vit pooled": ([*VIT, "MODEL.CLASSIFIER.POOL", "2"], 8, 1),
     "timm cnn": ([*TIMM_CNN, *COLOUR], 32, 3),
-    "resnet": ([*RESNET, *COLOUR], 32, 3),
-    "resnet in two": ([*RESNET, *COLOUR, "MODEL.CLASSIFIER.BLOCKS", "2"], 32, 3),
 }
 
 
 def stage_losses(model, inputs, iteration=7):
-    losses = {}
-    features = model.extract_features(model.prepare(inputs, iteration), losses.__setitem__)
-    assert features == []
-    return losses
+    items = model.block_losses(model.prepare(inputs, iteration), HandOver())
+    return {item.blocks[0]: item.losses for item in items}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -37,11 +32,11 @@ def test_a_block_s_loss_has_gradients_in_its_own_block_only(name):
     for index in range(model.num_blocks):
         model.zero_grad(set_to_none=True)
         losses = stage_losses(model, inputs)
-        assert list(losses) == [f"b{d}" for d in range(model.num_blocks)]
-        sum_losses(losses[f"b{index}"]).backward()
+        assert list(losses) == [f"block{d}" for d in range(model.num_blocks)]
+        sum_losses(losses[f"block{index}"]).backward()
         for block, named in model.blocks().items():
             touched = {n: p.grad is not None for n, p in named}
-            if block == f"b{index}":
+            if block == f"block{index}":
                 # The output of a ViT's class token is not pooled, its parameters are.
                 assert all(touched.values()), [n for n, t in touched.items() if not t]
             else:
@@ -141,10 +136,10 @@ def test_shuffled_noise_has_the_velocity_of_another_image():
     """The target x_t + (1 - t)(x_1 - x_0') is x_1 only where x_0' = x_0."""
     plain, control = (make_classifier("MODEL.CLASSIFIER.SHUFFLE_X0", str(s)).train() for s in (False, True))
     inputs = class_inputs(4)
-    a, b = (stage_losses(m, inputs)["b0"]["loss_flow/b0"] for m in (plain, control))
+    a, b = (stage_losses(m, inputs)["block0"]["loss_flow/block0"] for m in (plain, control))
     assert b > a
     one = class_inputs(1)  # alone, the other image is itself
-    a, b = (stage_losses(m, one)["b0"]["loss_flow/b0"] for m in (plain, control))
+    a, b = (stage_losses(m, one)["block0"]["loss_flow/block0"] for m in (plain, control))
     torch.testing.assert_close(a, b)
 
 
@@ -152,9 +147,9 @@ def test_learned_embeddings_learn_by_the_read_out_term_alone():
     model = make_classifier("MODEL.CLASSIFIER.EMBEDDING", "learned").train()
     losses = stage_losses(model, class_inputs())
     assert [n for n, _ in model.blocks()["shared"]] == ["label_space.weight"]
-    losses["b1"]["loss_flow/b1"].backward(retain_graph=True)
+    losses["block1"]["loss_flow/block1"].backward(retain_graph=True)
     assert model.label_space.weight.grad is None
-    losses["b1"]["loss_readout/b1"].backward()
+    losses["block1"]["loss_readout/block1"].backward()
     assert model.label_space.weight.grad.norm() > 0
 
 
@@ -207,7 +202,6 @@ def test_the_temperature_is_that_of_greatest_likelihood():
     assert "temperature" in model.state_dict()
 
 
-FPN = ["MODEL.FPN.IN_FEATURES", '["res2","res3","res4","res5"]']
 WRONG = {
     "blocks": (["MODEL.CLASSIFIER.BLOCKS", "9"], "BLOCKS is 9, but the backbone has 3 stages"),
     "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm"),
@@ -220,10 +214,6 @@ WRONG = {
     ),
     "option's value": ([*VIT[:-1], '["img_size=["]'], "has 'img_size=\\['"),
     "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
-    "fpn": (
-        [*RESNET, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", *FPN],
-        "build_resnet_backbone, not",
-    ),
     "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "EMBED_DIM is 2, but 3 orthonormal classes need"),
     "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
     "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),
@@ -249,8 +239,6 @@ def test_inputs_that_do_not_fit_are_named():
         model.eval()([inputs[0], small])
     with pytest.raises(ValueError, match="images have 3 channels"):
         model.eval()(class_inputs(1, channels=3))
-    with pytest.raises(IndexError, match="no predictor 0"):
-        model.block_losses(0, [], None)
 
 
 @pytest.mark.parametrize("what", ["another model", "fewer layers", "empty", "damaged"])

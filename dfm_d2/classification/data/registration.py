@@ -4,6 +4,7 @@ Names: root_<split> (DATASETS.ROOT), digits_{train,test}, cifar10_{train,test}, 
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
     """
     train, decode_up_to = list(cfg.DATASETS.TRAIN), DECODE_UP_TO[cfg.DATASETS.VERIFY_IMAGES]
     reports = {name: ProblemReport(name) for name in [*train, *cfg.DATASETS.TEST]}
-    samples = {name: _read(name, cfg.DATASETS.ROOT) for name in reports}
+    samples = {name: read() for name, read in locate_class_sets(cfg).items()}
     for name, of_set in samples.items():
         if len(of_set) <= decode_up_to:
             samples[name] = reports[name].keep(_decoded, of_set)
@@ -62,16 +63,25 @@ def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
     return reports
 
 
-def _read(name: str, root: str) -> list[ClassSample]:
+def locate_class_sets(cfg: CfgNode) -> dict[str, Callable[[], list[ClassSample]]]:
+    """What reads each data set of a config. Raises UserError for one that is not known or not there."""
+    return {name: _locate(name, cfg.DATASETS.ROOT) for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]}
+
+
+def _locate(name: str, root: str) -> Callable[[], list[ClassSample]]:
     if match := re.fullmatch("root_(.+)", name):
         if not root:
             raise UserError(f"The data set {name} needs DATASETS.ROOT: set it to a folder or a tar.")
-        return read_root(Path(root), match[1])
+        if not Path(root).exists():
+            raise UserError(f"DATASETS.ROOT is {root}, which is missing: point it to the data.")
+        return partial(read_root, Path(root), match[1])
     match = re.fullmatch("(digits|cifar10|cifar100)_(train|test)", name)
     if not match:
         raise UserError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN}.")
     source, split = match.groups()
-    return read_digits(split) if source == "digits" else read_torchvision(source, Path(root or "data"), split)
+    if source == "digits":
+        return partial(read_digits, split)
+    return partial(read_torchvision, source, Path(root or "data"), split)
 
 
 def _decoded(sample: ClassSample) -> ClassSample:

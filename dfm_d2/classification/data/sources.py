@@ -37,12 +37,7 @@ class ClassSample(NamedTuple):
 
 
 def read_root(root: Path, split: str) -> list[ClassSample]:
-    """The samples of a split of a folder, a tar or a folder of idx files.
-
-    Raises UserError, naming what is missing.
-    """
-    if not root.exists():
-        raise UserError(f"DATASETS.ROOT is {root}, which is missing: point it to the data.")
+    """The samples of a split of a folder, a tar or a folder of idx files. Raises UserError."""
     if root.is_file():
         return _tar_samples(root, split)
     if any(root.glob("*idx3-ubyte*")):

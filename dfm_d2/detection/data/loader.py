@@ -33,7 +33,6 @@ def build_train_loader(cfg: CfgNode, start_position: int) -> Iterator[list[dict]
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on: "
             "name a data set with boxes that are not all difficult."
         )
-    _check_augmentation(inputs)
     augmentation = {
         "min_sizes": tuple(inputs.MIN_SIZE_TRAIN),
         "sampling": inputs.MIN_SIZE_TRAIN_SAMPLING,
@@ -45,17 +44,6 @@ def build_train_loader(cfg: CfgNode, start_position: int) -> Iterator[list[dict]
     }
     make = partial(_training_item, image_format=inputs.FORMAT, augmentation=augmentation)
     return train_batches(SampleStream(dicts, max(cfg.SEED, 0), make), cfg, start_position)
-
-
-def _check_augmentation(inputs: CfgNode) -> None:
-    sizes = tuple(inputs.MIN_SIZE_TRAIN)
-    if not sizes or (inputs.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2):
-        raise UserError(
-            f"INPUT.MIN_SIZE_TRAIN is {sizes or 'empty'}: give at least one size, 0 for no resize; "
-            "two, (low, high), with MIN_SIZE_TRAIN_SAMPLING range."
-        )
-    if not 0.0 <= inputs.DETR_CROP <= 1.0:
-        raise UserError(f"INPUT.DETR_CROP is {inputs.DETR_CROP}: it is a probability.")
 
 
 def _usable_annotations(entry: dict) -> list[dict]:

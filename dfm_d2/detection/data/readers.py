@@ -1,7 +1,7 @@
 """Readers of images with boxes: the PASCAL VOC layout and COCO detection json.
 
-Both answer Detectron2's data set dicts, except that an annotation has the name of its class under "category"
-instead of "category_id". What is broken goes to a ProblemReport and is left out.
+Both answer Detectron2's data set dicts, except that an annotation has the name of its class, "category",
+instead of "category_id" and "bbox_mode". What is broken goes to a ProblemReport and is left out.
 
 Boxes are xyxy in pixels, counted from 0, half-open. A VOC file counts pixels from 1 and its xmax, ymax are
 inside the box, so x0 = xmin - 1, y0 = ymin - 1, x1 = xmax, y1 = ymax (as Detectron2 reads it). A VOC box with
@@ -22,7 +22,6 @@ from defusedxml import DefusedXmlException
 from dfm_d2.data.images import ImageError, image_size, read_image
 from dfm_d2.data.problems import Problem, ProblemReport
 from dfm_d2.errors import UserError
-from dfm_d2.framework import BoxMode
 
 CLIP_TOLERANCE = 1.0  # pixels by which a box may pass the border without being a problem (rounding of tools)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
@@ -210,7 +209,7 @@ def _is_finite(value: object) -> bool:
 
 def _annotation(name: str, box: tuple[float, ...], difficult: bool = False, iscrowd: bool = False) -> dict:
     flags = {"difficult": int(difficult), "iscrowd": int(iscrowd)}
-    return {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category": name, **flags}
+    return {"bbox": box, "category": name, **flags}
 
 
 def _entry(path: Path, image_id: str | int, size: tuple[int, int], annotations: list[dict]) -> dict:

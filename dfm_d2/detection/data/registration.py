@@ -61,8 +61,7 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     differ, for a set without any usable image, and for any problem under DATASETS.ON_ERROR "fatal".
     """
     train, test = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
-    # All are located before the first is read, which may take a while.
-    readers = {name: _locate(name, cfg) for name in [*train, *test]}
+    readers = locate_datasets(cfg)
     reports = {name: ProblemReport(name) for name in readers}
     decode_up_to = DECODE_UP_TO[cfg.DATASETS.VERIFY_IMAGES]
     found = {name: read(reports[name], decode_up_to) for name, read in readers.items()}
@@ -78,11 +77,17 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     return reports
 
 
+def locate_datasets(cfg: CfgNode) -> dict[str, Callable[[ProblemReport, int], _Found]]:
+    """What reads each data set of a config. Raises UserError for one that is not known or not there."""
+    return {name: _locate(name, cfg) for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]}
+
+
 def dataset_dict(entry: dict, classes: list[str], report: ProblemReport) -> dict:
     """Detectron2's dict of what a reader answers; an object of an unknown class is reported and left out."""
+    from dfm_d2.framework import BoxMode  # a class of torch, which a missing file should not wait for
 
     def with_index(annotation: dict) -> dict:
-        found = dict(annotation)
+        found = {**annotation, "bbox_mode": BoxMode.XYXY_ABS}
         name = found.pop("category")
         if name not in classes:
             message = f"an object is of the class {name!r}, which is not known"
@@ -107,7 +112,6 @@ def _shared_classes(found: dict[str, _Found]) -> list[str]:
 
 
 def _locate(name: str, cfg: CfgNode) -> Callable[[ProblemReport, int], _Found]:
-    """What reads the data set of a name. Raises UserError, which names a missing path and what to set."""
     keys = cfg.DATASETS
     base = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     variable = "the environment variable DETECTRON2_DATASETS"

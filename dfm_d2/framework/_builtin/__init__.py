@@ -22,6 +22,7 @@ from dfm_d2.framework._builtin.events import (
     EventStorage,
     JSONWriter,
     TensorboardXWriter,
+    get_event_storage,
 )
 from dfm_d2.framework._builtin.file_io import PathManager
 from dfm_d2.framework._builtin.fpn import build_resnet_fpn_backbone  # registers itself
@@ -76,6 +77,7 @@ __all__ = [
     "default_argument_parser",
     "detector_postprocess",
     "get_cfg",
+    "get_event_storage",
     "inference_on_dataset",
     "seed_all_rng",
 ]
