@@ -6,10 +6,9 @@ from pathlib import Path
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.data.problems import ProblemReport
+from dfm_d2.detection.data.readers import read_voc_split
 from dfm_d2.detection.data.registration import dataset_dict
-from dfm_d2.detection.data.shapes import write_shapes
-from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES
-from dfm_d2.detection.data.voc import read_voc_split
+from dfm_d2.detection.data.shapes import SHAPE_CLASSES, write_shapes
 from dfm_d2.detection.evaluation.baseline import constant_box_baseline
 
 

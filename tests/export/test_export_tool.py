@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny_model import spread, tiny_cfg
 
-from dfm_d2.detection.data.shapes import write_shapes
-from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES
+from dfm_d2.detection.data.shapes import SHAPE_CLASSES, write_shapes
 from dfm_d2.engine.run import build_checkpointer
 from dfm_d2.framework import build_model
 
