@@ -51,9 +51,13 @@ KEYS = (
     Key("MODEL.CLASSIFIER.TIMM.OPTIONS", [], of=str),
     # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
     Key("MODEL.CLASSIFIER.TIMM.WEIGHTS", ""),
-    # x_1 of a class: fixed orthonormal, learned (normalised; by the read-out term), or EMBEDDING_FILE's rows.
-    Key("MODEL.CLASSIFIER.EMBEDDING", "orthonormal", choices=("orthonormal", "learned", "given")),
-    Key("MODEL.CLASSIFIER.EMBEDDING_FILE", ""),  # a .npy or a text file of numbers, one row a class
+    # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
+    Key(
+        "MODEL.CLASSIFIER.EMBEDDING",
+        "orthonormal",
+        choices=("orthonormal", "learned"),
+        gone={"given": "it was removed: choose orthonormal or learned"},
+    ),
     Key("MODEL.CLASSIFIER.EMBED_DIM", 0, least=0),  # E; 0: K, but at least 16
     Key("MODEL.CLASSIFIER.RADIUS", 1.0, above=0),  # length of an embedding; noise has length sqrt(E)
     Key("MODEL.CLASSIFIER.HIDDEN_DIM", 128, least=2),  # of a block's predictor
@@ -64,8 +68,6 @@ KEYS = (
     Key("MODEL.CLASSIFIER.TIME_POWER", 3.0, above=0),
     # A control: the velocity target is x_1 - x_0' x_0' the noise of another image: no transport.
     Key("MODEL.CLASSIFIER.SHUFFLE_X0", False),
-    # Weight of the endpoint error at t: min((1 - t)^-2, MODEL.DFM.LOSS.VELOCITY_MAX), or 1.
-    Key("MODEL.CLASSIFIER.LOSS.WEIGHTING", "plain", choices=("velocity", "plain")),
     # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
     Key("MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", 1.0, least=0),
     Key("MODEL.CLASSIFIER.LOSS.READOUT_TEMPERATURE", 0.1, above=0),
@@ -96,10 +98,16 @@ KEYS = (
     Key("MODEL.CLASSIFIER.FF.COPY_WEIGHT", 1.0, least=0),
 )
 
+# Keys of earlier versions: their default, and what replaced them.
+REMOVED = {
+    "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
+    "MODEL.CLASSIFIER.LOSS.WEIGHTING": ("plain", "the endpoint error weighs the same at every t"),
+}
+
 _OF_DETECTORS = (
     "AGGREGATION ASSIGNMENT COUPLING ENDPOINT_NOISE FROM_NOISE GT_REPEAT HEAD.* LOSS.CLS LOSS.CLS_WEIGHT "
-    "LOSS.FOCAL_ALPHA LOSS.FOCAL_GAMMA LOSS.GIOU_WEIGHT LOSS.L1_WEIGHT LOSS.VELOCITY_WEIGHT NUM_PREDICTORS "
-    "NUM_PROPOSALS ON_POLICY SAMPLER.* SIGNAL_SCALE TIME TIME_RATE"
+    "LOSS.FOCAL_ALPHA LOSS.FOCAL_GAMMA LOSS.GIOU_WEIGHT LOSS.L1_WEIGHT LOSS.VELOCITY_MAX "
+    "LOSS.VELOCITY_WEIGHT NUM_PREDICTORS NUM_PROPOSALS ON_POLICY SAMPLER.* SIGNAL_SCALE TIME TIME_RATE"
 )
 # Keys of the detector, which config files of earlier versions hold, too.
 FOREIGN = (

@@ -19,7 +19,7 @@ def _without_pretrained(cfg):
 
 CLASSIFICATION = Task(
     keys=config.KEYS,
-    removed={},
+    removed=config.REMOVED,
     foreign=config.FOREIGN,
     complete=config.choose_method,
     problems=config.problems,
