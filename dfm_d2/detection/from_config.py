@@ -28,10 +28,11 @@ def detector_arguments(cfg) -> dict:
         )
     try:
         backbone = build_backbone(cfg)
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
+        said = f"{error.args[0]!r} is not known" if isinstance(error, KeyError) else error
         raise UserError(
-            f"no backbone can be built: {error.args[0]!r} is not known; see MODEL.BACKBONE.NAME, "
-            "MODEL.RESNETS.NORM and MODEL.FPN.NORM"
+            f"no backbone can be built: {said}; see MODEL.BACKBONE.NAME, MODEL.RESNETS.NORM and "
+            "MODEL.FPN.NORM."
         ) from error
     space = BoxSpace(dfm.SIGNAL_SCALE)
     loss = dfm.LOSS

@@ -154,6 +154,6 @@ def test_a_backbone_without_stages_is_one_sentence():
     cfg = tiny_cfg(BACKBONE_UPDATE="local")
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     cfg.MODEL.DFM.HEAD.IN_FEATURES = ["res2"]
-    cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 64
+    cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 16
     with pytest.raises(ValueError, match="BACKBONE_UPDATE local needs a ResNet with FPN"):
         build_model(cfg)

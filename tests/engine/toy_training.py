@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from toy_model import ToyModel, toy_config, toy_loader  # noqa: E402
 
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer  # noqa: E402
