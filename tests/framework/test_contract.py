@@ -31,7 +31,9 @@ def test_builtin_does_what_detectron2_does(name):
 @pytest.mark.d2
 def test_the_builtin_knows_every_key_of_detectron2():
     wanted = observations.as_json(observations.unused_config_keys(detectron2_provider()))
-    assert unused_keys() == wanted
+    absent = unused_keys().keys() - wanted.keys()
+    assert absent <= observations.LATER_KEYS.keys()
+    assert {key: value for key, value in unused_keys().items() if key not in absent} == wanted
 
 
 @pytest.mark.d2
