@@ -49,9 +49,13 @@ KEYS = (
     Key("MODEL.CLASSIFIER.TIMM.OPTIONS", [], of=str),
     # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
     Key("MODEL.CLASSIFIER.TIMM.WEIGHTS", ""),
-    # x_1 of a class: fixed orthonormal, learned (normalised; by the read-out term), or EMBEDDING_FILE's rows.
-    Key("MODEL.CLASSIFIER.EMBEDDING", "orthonormal", choices=("orthonormal", "learned", "given")),
-    Key("MODEL.CLASSIFIER.EMBEDDING_FILE", ""),  # a .npy or a text file of numbers, one row a class
+    # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
+    Key(
+        "MODEL.CLASSIFIER.EMBEDDING",
+        "orthonormal",
+        choices=("orthonormal", "learned"),
+        gone={"given": "it was removed: choose orthonormal or learned"},
+    ),
     Key("MODEL.CLASSIFIER.EMBED_DIM", 0, least=0),  # E; 0: K, but at least 16
     Key("MODEL.CLASSIFIER.RADIUS", 1.0, above=0),  # length of an embedding; noise has length sqrt(E)
     Key("MODEL.CLASSIFIER.HIDDEN_DIM", 128, least=2),  # of a block's predictor
@@ -62,8 +66,6 @@ KEYS = (
     Key("MODEL.CLASSIFIER.TIME_POWER", 3.0, above=0),
     # A control: the velocity target is x_1 - x_0' x_0' the noise of another image: no transport.
     Key("MODEL.CLASSIFIER.SHUFFLE_X0", False),
-    # Weight of the endpoint error at t: min((1 - t)^-2, MODEL.DFM.LOSS.VELOCITY_MAX), or 1.
-    Key("MODEL.CLASSIFIER.LOSS.WEIGHTING", "plain", choices=("velocity", "plain")),
     # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
     Key("MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", 1.0, least=0),
     Key("MODEL.CLASSIFIER.LOSS.READOUT_TEMPERATURE", 0.1, above=0),
@@ -94,7 +96,7 @@ KEYS = (
     Key("MODEL.CLASSIFIER.FF.COPY_WEIGHT", 1.0, least=0),
 )
 
-# Keys of the detector, which config files of earlier versions have, too.
+# What config files of earlier versions have: {key: (its default, what replaced it)}; "" for the detector's keys.
 _OF_DETECTORS = (
     "DATASETS.COCO_TRAIN_IMAGES DATASETS.COCO_TRAIN_JSON DATASETS.COCO_VAL_IMAGES DATASETS.COCO_VAL_JSON "
     "DATASETS.VOC_ROOT INPUT.CROP_RESIZE INPUT.CROP_SIZE INPUT.DETR_CROP TEST.AP MODEL.DFM.AGGREGATION "
@@ -102,7 +104,10 @@ _OF_DETECTORS = (
     "MODEL.DFM.GT_REPEAT MODEL.DFM.HEAD MODEL.DFM.LOSS MODEL.DFM.NUM_PREDICTORS MODEL.DFM.NUM_PROPOSALS "
     "MODEL.DFM.ON_POLICY MODEL.DFM.SAMPLER MODEL.DFM.SIGNAL_SCALE MODEL.DFM.TIME MODEL.DFM.TIME_RATE"
 )
-REMOVED = {name: ({}, "") for name in _OF_DETECTORS.split()}
+REMOVED = {name: ({}, "") for name in _OF_DETECTORS.split()} | {
+    "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
+    "MODEL.CLASSIFIER.LOSS.WEIGHTING": ("plain", "the endpoint error weighs the same at every t"),
+}
 
 
 def choose_method(cfg: CfgNode) -> None:

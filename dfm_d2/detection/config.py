@@ -81,6 +81,8 @@ KEYS = (
     Key("MODEL.DFM.LOSS.L1_WEIGHT", 5.0, least=0),
     Key("MODEL.DFM.LOSS.GIOU_WEIGHT", 2.0, least=0),
     Key("MODEL.DFM.LOSS.VELOCITY_WEIGHT", 0.0, least=0),
+    # The bound w_max on (1 - t)^-2, by which the error of a velocity weighs that of its endpoint.
+    Key("MODEL.DFM.LOSS.VELOCITY_MAX", 25.0, least=0),
     # ---- the sampler, all of it changeable at test time without retraining
     # Heun's correction divides by 1 - t_next: a small TIME_RATE suits it best.
     Key("MODEL.DFM.SAMPLER.METHOD", "euler", choices=("euler", "heun")),

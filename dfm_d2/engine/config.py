@@ -25,8 +25,6 @@ KEYS = (
     Key("MODEL.DFM.NUM_CLASSES", 0, least=0),
     # What a predictor answers: the endpoint x_1, or the velocity.
     Key("MODEL.DFM.PREDICTION", "endpoint", choices=("endpoint", "velocity")),
-    # The bound w_max on (1 - t)^-2, by which the error of a velocity weighs that of its endpoint.
-    Key("MODEL.DFM.LOSS.VELOCITY_MAX", 25.0, least=0),
     # "triton": the kernels of docs/kernels.md, an error where one cannot run; "auto": for CUDA tensors that
     # they take. With either the detector's sampler is one CUDA graph for each padded shape that comes back.
     # "torch" stays the default until they have been measured on a GPU.

@@ -1,4 +1,4 @@
-"""What a detector scores that answers the same boxes for every image: the floor that a data set has."""
+"""The score of a detector that finds the same boxes in every image: the floor that a data set has."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from dfm_d2.detection.evaluation.evaluator import make_categories
 def constant_box_baseline(
     train: list[dict], test: list[dict], classes: list[str]
 ) -> tuple[str, float, float]:
-    """Best of a few constant answers, made from the training boxes, on the test images.
+    """Best of a few constant sets of boxes, made from the training boxes, on the test images.
 
-    Each answers, for every class, the same boxes in all images (relative to the image's size), with the
+    Each has, for every class, the same boxes in all images (relative to the image's size), with the
     frequency of the class as their score. Returns (which one, AP50, AP) in percent.
     """
     boxes, labels = _relative_boxes(train)
@@ -46,7 +46,7 @@ def constant_box_baseline(
 
 
 def _rules(boxes: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[int], np.ndarray]]:
-    """Named answers: class index -> boxes (M, 4), cxcywh relative to the image."""
+    """Named sets of boxes: class index -> boxes (M, 4), cxcywh relative to the image."""
     mean = boxes.mean(axis=0)
     centres = (np.arange(4) + 0.5) / 4
     grid = np.array([[x, y, mean[2], mean[3]] for y in centres for x in centres])
