@@ -108,7 +108,7 @@ def test_killed_and_resumed_equals_uninterrupted(provider, tmp_path):
 CASES = {
     "UPDATE.METHOD hebb": "UPDATE.METHOD is 'hebb'; choose one of flow, backprop",
     "DATASETS.TRAIN ('imagenet_train',)": "Unknown data set 'imagenet_train'",
-    "DATASETS.TEST ('digits_val',)": "not 'val'",
+    "DATASETS.TEST ('digits_val',)": "Unknown data set 'digits_val'",
     "DATASETS.TRAIN ('root_train',)": "needs DATASETS.ROOT",
     "DATASETS.TRAIN ('root_train',) DATASETS.ROOT /nowhere": "/nowhere, which is missing",
     "INPUT.RANDOM_SHIFT 8": "INPUT.RANDOM_SHIFT is 8, but digits[",
