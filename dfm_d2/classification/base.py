@@ -37,7 +37,7 @@ class Classifier(nn.Module, ABC):
 
     is_local = True
     # Buffers that weights to start a training from do not replace; a resume and an evaluation do.
-    set_by_config = ("temperature", "label_space.weight")
+    set_by_config = ("temperature",)
 
     def __init__(
         self,

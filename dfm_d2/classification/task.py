@@ -19,8 +19,7 @@ def _without_pretrained(cfg):
 
 CLASSIFICATION = Task(
     keys=config.KEYS,
-    removed={},
-    foreign=config.FOREIGN,
+    removed=config.REMOVED,
     complete=config.choose_method,
     problems=config.problems,
     models=tuple(

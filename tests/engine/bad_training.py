@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from dfm_d2.detection.task import DETECTION  # noqa: E402
-from dfm_d2.engine.launch import run_processes, run_task  # noqa: E402
+from dfm_d2.engine.launch import run_processes  # noqa: E402
+from dfm_d2.engine.setup import run_task  # noqa: E402
 from dfm_d2.framework import default_argument_parser  # noqa: E402
 
 
