@@ -20,7 +20,7 @@ ORDER = [
     "classification",
     "config",
     "registry",
-    "demo",
+    "command_line",
     "tools",
     "benchmarks",
 ]
@@ -36,10 +36,7 @@ KNOWN = {
     "dfm_d2/detection/checks.py -> classification",
     "dfm_d2/detection/checks.py -> registry",
     "dfm_d2/detection/task.py -> config",
-    "dfm_d2/export/artefact.py -> detection",
-    "dfm_d2/export/formats.py -> detection",
     "dfm_d2/local_update/updates.py -> flow",
-    "dfm_d2/visualize/record.py -> detection",
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.classification.pictures import write_class_pictures  # noqa: E402
+from dfm_d2.classification.training_pictures import write_class_pictures  # noqa: E402
 from dfm_d2.classification.task import CLASSIFICATION  # noqa: E402
 from dfm_d2.engine.launch import run_tool  # noqa: E402
 from dfm_d2.engine.run import evaluate_only, train  # noqa: E402
