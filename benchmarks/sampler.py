@@ -22,7 +22,7 @@ from timing import launches, measure, peak_mib  # noqa: E402
 
 import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config  # noqa: E402
-from dfm_d2.detection.tensor_detector import with_backend  # noqa: E402
+from dfm_d2.detection.exportable import with_backend  # noqa: E402
 from dfm_d2.framework import build_model, get_cfg  # noqa: E402
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dfm_d2.data.files import write_atomically
-from dfm_d2.visualize.pictures import predictor_color
+from dfm_d2.visualize.figures import predictor_color
 from dfm_d2.visualize.record import FlowRecord
 
 # Shortest side of a frame in pixels, so that small images stay readable.
@@ -27,35 +27,25 @@ def write_gif(path: str | Path, record: FlowRecord, image: np.ndarray, score_thr
     Returns:
         The path written.
     """
-    path = Path(path)
     frames, durations = zip(*_frames(record, image, score_thresh))
+    options = {"append_images": frames[1:], "duration": list(durations), "loop": 0, "optimize": True}
     content = BytesIO()
-    frames[0].save(
-        content,
-        "GIF",
-        save_all=True,
-        append_images=frames[1:],
-        duration=list(durations),
-        loop=0,
-        optimize=True,
-    )
+    frames[0].save(content, "GIF", save_all=True, **options)
     write_atomically(path, lambda file: file.write(content.getvalue()))
-    return path
+    return Path(path)
 
 
 def _frames(record: FlowRecord, image: np.ndarray, score_thresh: float) -> Iterator[tuple[Image.Image, int]]:
     scale = max(1, -(-_SIDE // min(image.shape[:2])))
     base = Image.fromarray(image)
     base = base.resize((base.width * scale, base.height * scale), Image.Resampling.BICUBIC).convert("RGBA")
-    last = len(record.answers) - 1
     for k in range(len(record.answers)):
-        for j in range(_BETWEEN):
-            share = j / _BETWEEN
-            boxes = record.states[k].lerp(record.states[k + 1], share)
-            t = record.times[k] + share * (record.times[k + 1] - record.times[k])
+        for share in np.arange(_BETWEEN) / _BETWEEN:
+            boxes = record.states[k].lerp(record.states[k + 1], float(share))
+            t = record.times[k] + float(share) * (record.times[k + 1] - record.times[k])
             yield _frame(base, record, k, boxes.numpy() * scale, t, score_thresh), _FRAME_MS
     boxes = record.states[-1].numpy() * scale
-    yield _frame(base, record, last, boxes, record.times[-1], score_thresh), _HOLD_MS
+    yield _frame(base, record, k, boxes, record.times[-1], score_thresh), _HOLD_MS
 
 
 def _frame(

@@ -1,5 +1,6 @@
 """curves.png and flow.png of a classifier's training."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from dfm_d2.engine.hooks import loss_by_block
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import load_for_inference
 from dfm_d2.framework import CfgNode, DatasetCatalog
-from dfm_d2.visualize.classes import draw_class_flow, draw_curves
+from dfm_d2.visualize.class_flow import draw_class_flow
+from dfm_d2.visualize.curves import draw_class_curves
 
 # Test images whose flow is drawn.
 _SAMPLES = 40
@@ -25,12 +27,12 @@ _STEPS = 8
 
 
 def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]:
-    """Write what `OUTPUT_DIR` has of a training as pictures; of a FlowClassifier also its flow.
+    """Draw the metrics in `OUTPUT_DIR`, and for a FlowClassifier also its flow; returns the paths.
 
-    The flow is that of `model_final.pth`, for test images that can be read. Returns the paths.
+    The flow is that of `model_final.pth`, for test images that can be read.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    written = [draw_curves(folder / "curves.png", *_curves(cfg, read_metrics(folder / METRICS_FILE)))]
+    written = [draw_class_curves(folder / "curves.png", *_curves(cfg, read_metrics(folder / METRICS_FILE)))]
     if cfg.MODEL.META_ARCHITECTURE == "FlowClassifier" and cfg.DATASETS.TEST:
         trained = cfg.clone()
         trained.defrost()
@@ -58,29 +60,21 @@ def _curves(cfg: CfgNode, lines: list[dict]) -> tuple[dict, dict]:
     return losses, accuracies
 
 
-def _readable(entries: Sequence[dict], cfg: CfgNode) -> list[dict]:
-    """The model's inputs of those that can be decoded; the evaluation has named the others."""
-    items = []
-    for entry in entries:
-        try:
-            items.append(class_item(entry, cfg))
-        except ImageError:
-            continue
-    return items
-
-
 @torch.no_grad()
 def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str], path: Path) -> list[Path]:
     entries = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     # Spread over the set, which may be sorted by class.
     chosen = np.linspace(0, len(entries) - 1, min(_SAMPLES, len(entries))).astype(int)
-    items = _readable([entries[i] for i in chosen], cfg)
+    items = []
+    for i in chosen:
+        with contextlib.suppress(ImageError):  # the evaluation has named it
+            items.append(class_item(entries[i], cfg))
     if not items:
         return []
     images, ids = model.normalised(items), [item["image_id"] for item in items]
-    # The way is what is to be seen: in several steps, of one sample, whatever inference does.
-    way = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1, aggregation="velocity")
-    model.sampler = ClassSampler(way, model.criterion.temperature)
+    # The path is shown: in several steps, of one sample, whatever inference does.
+    settings = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1, aggregation="velocity")
+    model.sampler = ClassSampler(settings, model.criterion.temperature)
     trajectory = model.trajectories(block_outputs(model.backbone, images), ids, keep=True)[0]
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()
     embeddings = model.label_space.embeddings.detach().cpu().numpy()
