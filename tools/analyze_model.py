@@ -51,7 +51,6 @@ def rooms_of(args: argparse.Namespace) -> dict[str, list[RoomCost]]:
         twin += ["MODEL.DFM.UPDATE", "joint"] if architecture == "CascadeDetector" else []
         twin += ["MODEL.DFM.SAMPLER.STEPS", "1"] if architecture == "CascadeDetector" else []
         cfg = load_config(DETECTION, args.config_file, ["MODEL.DEVICE", "cpu", *args.opts, *twin])
-        cfg.MODEL.DFM.KERNELS = "torch"
         cfg.MODEL.DFM.NUM_CLASSES = cfg.MODEL.DFM.NUM_CLASSES or 20
         with input_errors():
             validate_config(DETECTION, cfg)

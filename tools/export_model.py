@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> dict:
     Raises UserError, one sentence.
     """
     cfg = load_config(DETECTION, args.config_file, args.opts)
-    # Files compute in float32, and so does the model that they are compared with.
+    # Files compute in float32 and in plain torch, and so does the model that they are compared with.
     cfg.SOLVER.AMP.ENABLED = False
+    cfg.MODEL.DFM.KERNELS = "torch"
     model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
     with input_errors():
         settings = ExportSettings(args.steps, args.proposals, tuple(args.predictors), args.noise)

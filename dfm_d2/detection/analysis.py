@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dfm_kernels import kernels
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis, parameter_count
 
 from dfm_d2.detection.detector import FlowDetector
@@ -32,13 +33,13 @@ def analyze(model: FlowDetector, image: torch.Tensor) -> list[RoomCost]:
     """The rooms in the order in which an image passes them, then "total".
 
     Args:
-        model: in evaluation mode, its ops on the backend "torch". image: `(3, H, W)`.
+        model: in evaluation mode. image: `(3, H, W)`.
     """
     adapter = TracingAdapter(model, [{"image": image, "image_id": 0}], allow_non_tensor=True)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with kernels("torch"), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             flops = FlopCountAnalysis(adapter, adapter.flattened_inputs)
             flops.set_op_handle("aten::embedding_bag", _embedding_bag)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dfm_kernels.dispatch import BACKENDS
+from dfm_kernels import BACKENDS
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.classification.checks import CLASSIFIER_CHOICES, CLASSIFIER_LEAST, classifier_problems

@@ -3,9 +3,7 @@
 Shapes: B images, N noise boxes of all passes, L detections of an image at most.
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +13,6 @@ from dfm_d2.detection.postprocess import padded_detections
 
 # The id that stands for every image where the noise is a constant of the file.
 CONSTANT_ID = "export"
-
-
-def with_backend(model: FlowDetector, backend: str) -> FlowDetector:
-    """A copy whose ops run on `backend`, one of dfm_kernels.dispatch.BACKENDS."""
-    model = copy.deepcopy(model)
-    model.flow = replace(model.flow, backend=backend)
-    for module in model.predictors.modules():
-        if hasattr(module, "backend"):
-            module.backend = backend
-    return model
 
 
 def constant_noise(model: FlowDetector) -> Tensor:
@@ -48,7 +36,7 @@ class TensorDetector(nn.Module):
     """`forward(images, image_sizes, x_0)`, or without `x_0` where the noise is a constant.
 
     Args:
-        model: in evaluation mode, its ops on the backend "torch".
+        model: in evaluation mode.
         constant: whether the noise is a constant.
     """
 

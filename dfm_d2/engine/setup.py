@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import torch
-from dfm_kernels.dispatch import use_triton
+from dfm_kernels import kernels, use_triton
 
 from dfm_d2 import __version__
 from dfm_d2.engine.log import start_log
@@ -51,9 +51,8 @@ def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     with input_errors():
         validate_config(task, cfg)
         resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
-        use_triton(
-            "MODEL.DFM.KERNELS", cfg.MODEL.DFM.KERNELS, torch.empty(0, device=torch.device(cfg.MODEL.DEVICE))
-        )
+        with kernels(cfg.MODEL.DFM.KERNELS):
+            use_triton("MODEL.DFM.KERNELS", torch.empty(0, device=torch.device(cfg.MODEL.DEVICE)))
         resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE))
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     start_log(cfg.OUTPUT_DIR, comm.is_main_process())

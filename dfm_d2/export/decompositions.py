@@ -20,7 +20,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The bags of RoIAlign (dfm_kernels.reference.multilevel_roi_align): all of one size, weighted sums.
+    """The bags of RoIAlign (dfm_kernels/multilevel_roi_align/reference.py): all of one size, weighted sums.
 
     Entry by entry: one gather of all entries would hold S times the answer in memory, and the exporter's own
     translation loops over the bags.

@@ -3,6 +3,7 @@
 Shapes: B images, N noise boxes of all passes.
 """
 
+import copy
 import importlib.util
 import json
 import logging
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dfm_kernels import kernels
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dfm_d2.data.files import write_atomically
 from dfm_d2.detection.detector import FlowDetector
-from dfm_d2.detection.tensor_detector import TensorDetector, with_backend
+from dfm_d2.detection.tensor_detector import TensorDetector
 from dfm_d2.export.aoti import require_compiler, write_package
 from dfm_d2.export.decompositions import onnx_decompositions
 from dfm_d2.framework import TracingAdapter
@@ -87,12 +89,12 @@ class Preparation:
 
 
 def prepared_model(model: FlowDetector, settings: ExportSettings) -> FlowDetector:
-    """A copy in evaluation mode on the ops' references, with the sampler of `settings`.
+    """A copy in evaluation mode with the sampler of `settings`.
 
     Raises:
         ValueError: a sampler that cannot be a file of its own, or predictors that are not there.
     """
-    model = with_backend(model, "torch").eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     changes: dict[str, Any] = {"predictors": tuple(settings.predictors)} if settings.predictors else {}
     if settings.steps is not None:
         # An explicit grid has its own number of steps.
@@ -167,11 +169,11 @@ def _contract(model: FlowDetector, settings: ExportSettings, format: str) -> dic
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Attention as its parts, which every format knows; and without the exporters' warnings."""
+    """The ops' references, and attention as its parts, which every format knows; no warnings of exporters."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with kernels("torch"), torch.no_grad(), warnings.catch_warnings():
             for category in (torch.jit.TracerWarning, FutureWarning, DeprecationWarning, UserWarning):
                 warnings.simplefilter("ignore", category)
             yield

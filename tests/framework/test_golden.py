@@ -44,7 +44,7 @@ def test_backbone(name):
 @pytest.mark.parametrize("name", sorted(pooler_cases.CASES))
 def test_pooler(name):
     """Our reference pools as Detectron2's ROIPooler does."""
-    from dfm_kernels.reference import multilevel_roi_align
+    from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 
     output_size, sampling_ratio = pooler_cases.CASES[name]
     pooled = multilevel_roi_align(
