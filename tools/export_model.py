@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> None:
     from dfm_d2.errors import UserError, input_errors
 
     cfg = load_config(DETECTION, args.config_file, args.opts)
-    # Files compute in float32, and so does the model that they are compared with.
+    # Files compute in float32 and in plain torch, and so does the model that they are compared with.
     cfg.SOLVER.AMP.ENABLED = False
+    cfg.MODEL.DFM.KERNELS = "torch"
     model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
     pixels = np.full((480, 640, 3), 127, dtype=np.uint8)
     with input_errors():
