@@ -93,7 +93,7 @@ def test_a_sampler_on_kernels_never_waits_for_the_device(
     flow = model._flow(features, sizes)
     x_0 = torch.randn(1, 5, 4, device=kernel_device)
     with NoSynchronisation():
-        model.sampler._integrate(flow, x_0, sizes, [0], False)
+        model.sampler._integrate(flow, x_0, sizes)
 
 
 def double(x):
