@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the generated VOC-format set and print what a detector that never looks at the image would score."""
+"""Write the generated set of the demo, in VOC layout."""
 
 import argparse
 import sys
@@ -22,28 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dfm_d2.data.files import write_text_atomically
-    from dfm_d2.data.problems import ProblemReport
-    from dfm_d2.detection.data.readers import read_voc_split
-    from dfm_d2.detection.data.registration import dataset_dict
-    from dfm_d2.detection.data.shapes import SHAPE_CLASSES, write_shapes
-    from dfm_d2.detection.evaluation.baseline import constant_box_baseline
+    from dfm_d2.detection.data.shapes import write_shapes
     from dfm_d2.errors import input_errors
 
     with input_errors():
         wrote = write_shapes(args.out, args.train, args.val, args.size, args.seed)
     done = "wrote" if wrote else "already complete, nothing to do:"
     print(f"{done} {args.out} ({args.train} train, {args.val} val, {args.size} px, seed {args.seed})")
-    baseline, names, sets = args.out / "baseline.txt", list(SHAPE_CLASSES), []
-    if wrote or not baseline.is_file():
-        for split in ("train", "val"):
-            report = ProblemReport(f"shapes {split}")
-            records = read_voc_split(args.out, split, report, decode_up_to=0)
-            sets.append([dataset_dict(record, names, report) for record in records])
-        name, ap50, ap = constant_box_baseline(*sets, names)
-        line = f"constant-box baseline on val, best of a few ({name}): AP50 {ap50:.2f}, AP {ap:.2f}"
-        write_text_atomically(baseline, line + "\n")
-    print(baseline.read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 r"""Draw what a trained detector finds, how its boxes flow there, and how it was trained.
 
-Writes predictions.png, flow.png, flow.gif, a page that needs no network (NAME.html), and curves.png of the
-metrics.json in OUTPUT_DIR where there is one.
+Writes predictions.png, flow.png, a page that needs no network (NAME.html), and curves.png of the metrics.json
+in OUTPUT_DIR where there is one.
 
 python tools/visualize_flow.py --config-file output/demo/config.yaml MODEL.WEIGHTS output/demo/model_final.pth
 python tools/visualize_flow.py --config-file output/demo/config.yaml --image a.jpg b.jpg --out pictures \

@@ -1,4 +1,4 @@
-"""Pictures of a detector: predictions, and the flow as strip, animation and page; of a data set or of files.
+"""Pictures of a detector: predictions, and the flow as strip and page; of a data set or of files.
 
 Shapes: N proposals, K solver steps, M field points.
 """
@@ -19,7 +19,6 @@ from dfm_d2.engine.precision import inference_autocast
 from dfm_d2.flow import Trajectory
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.visualize import KINDS
-from dfm_d2.visualize.animation import write_gif
 from dfm_d2.visualize.boxes import draw_flow, draw_predictions
 from dfm_d2.visualize.page import write_page
 from dfm_d2.visualize.record import Answer, FlowRecord
@@ -42,8 +41,8 @@ def write_pictures(
 ) -> list[Path]:
     """Write pictures of `number` images.
 
-    predictions: predictions.png of all. strip, gif: flow.png and flow.gif of the one with the most objects
-    among them. html: a page of each file in `image_files`, or else of that one.
+    predictions: predictions.png of all. strip: flow.png of the one with the most objects among them.
+    html: a page of each file in `image_files`, or else of that one.
 
     Args:
         image_files: draw these; empty: the first images of the first set in DATASETS.TEST.
@@ -73,15 +72,12 @@ def write_pictures(
     busiest = max(range(len(entries)), key=lambda i: (len(truths[i]), len(found[i])))
     pages = (range(len(entries)) if image_files else [busiest]) if "html" in kinds else []
     page_files = paths_by_stem([entry["file_name"] for entry in entries], folder, ".html")
-    of_flow = {"strip", "gif"} & set(kinds)
-    for index in sorted({*pages, *([busiest] if of_flow else [])}):
+    for index in sorted({*pages, *([busiest] if "strip" in kinds else [])}):
         with inference_autocast(cfg):
             record = record_flow(model, items[index], with_field=index in pages)
         if index == busiest and "strip" in kinds:
             path = folder / "flow.png"
             paths.append(draw_flow(path, record, images[index], class_names, score_thresh, color_by))
-        if index == busiest and "gif" in kinds:
-            paths.append(write_gif(folder / "flow.gif", record, images[index], score_thresh))
         if index in pages:
             name = Path(entries[index]["file_name"]).name
             paths.append(write_page(page_files[index], record, images[index], class_names, name))

@@ -92,7 +92,6 @@ def sampler_settings(cfg) -> SamplerSettings:
         num_proposals=sampler.NUM_PROPOSALS or dfm.NUM_PROPOSALS,
         steps=sampler.STEPS or (dfm.NUM_PREDICTORS if partitioned else 1),
         method=sampler.METHOD,
-        time_grid=tuple(sampler.TIME_GRID),
         predictors=tuple(sampler.PREDICTORS),
         seed=sampler.SEED,
         noise_passes=sampler.NOISE_PASSES,
