@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
+# One process a core, each of one thread: a file's tests stay together, with what they share.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # The tests that compare with the real Detectron2, which lies in a folder of its own: the environment stays without it.
 test-detectron2: $(D2)/.installed

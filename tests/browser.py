@@ -47,9 +47,10 @@ class Page:
             self.errors.append(str(message["params"]["exceptionDetails"]))
 
     def open(self, path: Path) -> None:
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        address = path.resolve().as_uri()
+        self.call("Page.navigate", url=address)
         for _ in range(100):
-            if self.run("document.readyState") == "complete":
+            if self.run("document.readyState + location.href") == f"complete{address}":
                 return
             time.sleep(0.05)
         raise TimeoutError(f"{path} did not load")

@@ -1,45 +1,59 @@
 """The page of a flow in a real browser: the slider, the toggles, tooltips, and that nothing is fetched."""
 
+import copy
 import json
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from browser import open_browser
 from PIL import Image
+from tiny_model import spread, tiny_cfg
 
-from dfm_d2.visualize import record_flow, write_page
+from dfm_d2.detection.flow_pictures import record_flow
+from dfm_d2.framework import build_model
+from dfm_d2.visualize.page import write_page
 
 BOXES = "document.querySelectorAll('svg rect.box').length"
-
-
 CLASSES = ("circle", "square", "star")
 
 
-@pytest.fixture
-def record(make_model, make_input):
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with open_browser(tmp_path_factory.mktemp("browser")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def recorded():
     """Three steps by three predictors."""
-    return record_flow(make_model().eval(), make_input())
-
-
-@contextmanager
-def opened(folder, record, class_names=CLASSES, title="cells.jpg"):
-    image = np.full((96, 128, 3), 240, dtype=np.uint8)
-    path = write_page(folder / "flow.html", record, image, class_names, title)
-    with open_browser(folder) as page:
-        page.open(path)
-        yield page
-        assert not page.errors
-        fetched = [url for url in page.requests if not url.startswith(("file:", "data:"))]
-        assert not fetched, "the page must not use the network"
+    torch.manual_seed(0)
+    model = spread(build_model(tiny_cfg())).eval()
+    pixels = torch.randint(0, 256, (3, 48, 64), generator=torch.Generator().manual_seed(97))
+    return record_flow(model, {"image": pixels, "image_id": "a", "height": 96, "width": 128})
 
 
 @pytest.fixture
-def page(tmp_path, record):
-    with opened(tmp_path, record) as page:
-        yield page
+def record(recorded):
+    return copy.deepcopy(recorded)
+
+
+@pytest.fixture
+def open_page(browser, tmp_path, record):
+    """Shows the page of the record; at the end nothing may have failed or been fetched."""
+
+    def opened(class_names=CLASSES, title="cells.jpg"):
+        image = np.full((96, 128, 3), 240, dtype=np.uint8)
+        browser.open(write_page(tmp_path / "flow.html", record, image, class_names, title))
+        return browser
+
+    browser.errors.clear()
+    browser.requests.clear()
+    yield opened
+    assert not browser.errors
+    fetched = [url for url in browser.requests if not url.startswith(("file:", "data:"))]
+    assert not fetched, "the page must not use the network"
 
 
 def set_value(page, name, value):
@@ -49,7 +63,8 @@ def set_value(page, name, value):
     )
 
 
-def test_slider_toggles_and_tooltips(page, tmp_path):
+def test_slider_toggles_and_tooltips(open_page, tmp_path):
+    page = open_page()
     now = "document.getElementById('now').textContent"
     assert page.run("document.title") == "cells.jpg"
     assert page.run(now).startswith("t = 0.0000 \u00b7 step 0 of 3 \u00b7 ") and page.run(BOXES) == 12
@@ -115,47 +130,45 @@ def test_slider_toggles_and_tooltips(page, tmp_path):
     assert page.run("document.getElementById('tip').textContent").split("\n")[0]
 
 
-def test_boxes_stay_in_the_frame_of_the_image(tmp_path, record):
+def test_boxes_stay_in_the_frame_of_the_image(open_page, record):
     record.states[0][:] = torch.tensor([-500.0, -500.0, 700.0, 700.0])
-    with opened(tmp_path, record) as page:
-        names = json.loads(
-            page.run(
-                "(() => { const at = document.getElementById('view').getBoundingClientRect();"
-                "const image = document.querySelector('svg image').getBoundingClientRect();"
-                "const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || 'box';"
-                "return JSON.stringify([image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),"
-                "name((image.right + at.right) / 2), name(image.x + 5)]); })()"
-            )
+    names = json.loads(
+        open_page().run(
+            "(() => { const at = document.getElementById('view').getBoundingClientRect();"
+            "const image = document.querySelector('svg image').getBoundingClientRect();"
+            "const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || 'box';"
+            "return JSON.stringify([image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),"
+            "name((image.right + at.right) / 2), name(image.x + 5)]); })()"
         )
+    )
     left, right, *found = names
     assert left > 10 and right > 10, "no margin beside the image: this shows nothing"
     assert found == ["view", "view", "box"]
 
 
-def test_names_are_text_whatever_they_hold(tmp_path, record):
+def test_names_are_text_whatever_they_hold(open_page):
     names = ("<!--<script>", "</script><script>throw 1</script>", '<b>"red cell"</b> & \u2028 \u00e9')
     title = "<img src=x onerror='throw 2'>.jpg"
-    with opened(tmp_path, record, names, title) as page:
-        assert page.run("document.title") == title
-        assert page.run("document.getElementById('title').textContent") == title
-        page.click("#show-detections")
-        set_value(page, "score", 0)
-        shown = [
-            page.run(f"document.getElementById('class-{k}').parentElement.textContent") for k in range(3)
-        ]
-        assert all(text.startswith(name) for text, name in zip(shown, names))
-        assert page.run(BOXES) > 0
+    page = open_page(names, title)
+    assert page.run("document.title") == title
+    assert page.run("document.getElementById('title').textContent") == title
+    page.click("#show-detections")
+    set_value(page, "score", 0)
+    shown = [page.run(f"document.getElementById('class-{k}').parentElement.textContent") for k in range(3)]
+    assert all(text.startswith(name) for text, name in zip(shown, names))
+    assert page.run(BOXES) > 0
 
 
-def test_a_page_without_detections(tmp_path, record):
+def test_a_page_without_detections(open_page, record):
     record.detections = record.detections[:0]
-    with opened(tmp_path, record) as page:
-        page.click("#show-detections")
-        assert page.run("document.getElementById('show-detections-count').textContent") == "0"
-        assert page.run(BOXES) == 12
+    page = open_page()
+    page.click("#show-detections")
+    assert page.run("document.getElementById('show-detections-count').textContent") == "0"
+    assert page.run(BOXES) == 12
 
 
-def test_it_plays_to_the_end(page, tmp_path):
+def test_it_plays_to_the_end(open_page, tmp_path):
+    page = open_page()
     page.click("#play")
     for _ in range(100):
         if page.run("document.getElementById('step').value") == "3":
@@ -163,10 +176,6 @@ def test_it_plays_to_the_end(page, tmp_path):
         time.sleep(0.1)
     assert page.run("document.getElementById('play').textContent") == "Play"
     assert "step 3 of 3" in page.run("document.getElementById('now').textContent")
-    pixels = np.asarray(Image.open(_screenshot(page, tmp_path)).convert("RGB")).astype(int)
-    assert (pixels.max(2) - pixels.min(2) > 80).sum() > 500, "no coloured box is to be seen"
-
-
-def _screenshot(page, tmp_path):
     page.screenshot(tmp_path / "end.png")
-    return tmp_path / "end.png"
+    pixels = np.asarray(Image.open(tmp_path / "end.png").convert("RGB")).astype(int)
+    assert (pixels.max(2) - pixels.min(2) > 80).sum() > 500, "no coloured box is to be seen"

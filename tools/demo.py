@@ -4,6 +4,7 @@
 python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_r18.yaml, OUTPUT_DIR among them
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -11,13 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
-import make_shapes  # noqa: E402
-import train_net  # noqa: E402
-import visualize_flow  # noqa: E402
-
-from dfm_d2.detection.task import DETECTION  # noqa: E402
-from dfm_d2.engine.setup import load_config  # noqa: E402
-from dfm_d2.errors import UserError  # noqa: E402
+from dfm_d2.command_line import exit_status, parser_of  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
 SHAPES = ROOT / "data" / "shapes"
@@ -25,32 +20,39 @@ OUTPUT = ROOT / "output" / "demo"
 NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 2000, 300, 128
 
 
-def main(overrides: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
+    return exit_status(run, parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
     """Exit status of the first part that failed, else 0."""
+    import make_shapes
+    import train_net
+    import visualize_flow
+
+    from dfm_d2.detection.task import DETECTION
+    from dfm_d2.engine.setup import load_config
+
     started = time.perf_counter()
-    opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *overrides]
-    try:
-        cfg = load_config(DETECTION, CONFIG, opts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *args.opts]
+    cfg = load_config(DETECTION, CONFIG, opts)
     output = Path(cfg.OUTPUT_DIR)
-    shapes = ["--out", cfg.DATASETS.VOC_ROOT, "--train", str(NUM_TRAIN), "--val", str(NUM_VAL)]
-    shapes += ["--size", str(IMAGE_SIZE)]
-    weights = str(output / "model_final.pth")
+    numbers = ["--train", str(NUM_TRAIN), "--val", str(NUM_VAL), "--size", str(IMAGE_SIZE)]
+    command = ["--config-file", CONFIG, *opts]
     status = (
-        make_shapes.main(shapes)
-        or train_net.run_command(["--config-file", CONFIG, *opts])
-        or visualize_flow.main(["--config-file", CONFIG, *opts, "MODEL.WEIGHTS", weights])
+        make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *numbers])
+        or train_net.run_command(command)
+        or visualize_flow.main([*command, "MODEL.WEIGHTS", str(output / "model_final.pth")])
     )
     if status == 0:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")
-        names = ["model_final.pth", "metrics.json", "*.png", "*.gif", "*.html", "events.out.tfevents.*"]
-        for name in names:
-            for path in sorted(output.glob(name)):
-                print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+        names = ["model_final.pth", "metrics.json", "*.png", "*.html", "events.out.tfevents.*"]
+        for path in (path for name in names for path in sorted(output.glob(name))):
+            print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -96,7 +96,7 @@ KEYS = (
     Key("MODEL.CLASSIFIER.FF.COPY_WEIGHT", 1.0, least=0),
 )
 
-# What config files of earlier versions have: {key: (its default, what replaced it)}; "": a detector has it.
+# Of earlier config files: {key: (its default, what replaced it)}; "" for the keys of the detector.
 _OF_DETECTORS = (
     "DATASETS.COCO_TRAIN_IMAGES DATASETS.COCO_TRAIN_JSON DATASETS.COCO_VAL_IMAGES DATASETS.COCO_VAL_JSON "
     "DATASETS.VOC_ROOT INPUT.CROP_RESIZE INPUT.CROP_SIZE INPUT.DETR_CROP TEST.AP MODEL.DFM.AGGREGATION "

@@ -4,17 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from detections import CLASSES
 from tiny_model import spread, tiny_cfg
 
 from dfm_d2.data.images import read_image
 from dfm_d2.detection.data.loader import resized_item
-from dfm_d2.engine.run import build_checkpointer
-from dfm_d2.export import ExportSettings, export_model, load_artefact
-from dfm_d2.export.formats import Preparation
+from dfm_d2.detection.exportable import export_detector
+from dfm_d2.detection.exported_detector import ExportedDetector
 from dfm_d2.framework import build_model
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-CLASSES = ("RBC", "WBC", "Platelets")
 # Photograph: its shortest side before the detector. Three sizes and both orientations.
 PHOTOGRAPHS = {
     "bccd/JPEGImages/BloodImage_00007.jpg": 192,
@@ -23,10 +22,14 @@ PHOTOGRAPHS = {
 }
 
 
-def export_cfg():
+@pytest.fixture(scope="session")
+def cfg():
+    """Two stages of the backbone, of a third of its graph."""
     cfg = tiny_cfg(
         NUM_PREDICTORS=2, NUM_PROPOSALS=24, SAMPLER__SCORE_THRESH=0.05, HEAD__POOLER_SAMPLING_RATIO=1
     )
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3"]
+    cfg.MODEL.DFM.HEAD.IN_FEATURES = ["p2", "p3"]
     cfg.INPUT.FORMAT = "RGB"
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 192, 640
     cfg.TEST.DETECTIONS_PER_IMAGE = 20
@@ -34,14 +37,9 @@ def export_cfg():
 
 
 @pytest.fixture(scope="session")
-def detector():
-    torch.manual_seed(0)
-    return spread(build_model(export_cfg())).eval()
-
-
-@pytest.fixture(scope="session")
-def preparation(detector):
-    return Preparation.from_config(export_cfg(), detector, CLASSES)
+def detector(cfg):
+    torch.manual_seed(1)  # one whose detections are many
+    return spread(build_model(cfg)).eval()
 
 
 class _Made(dict):
@@ -57,37 +55,24 @@ class _Made(dict):
 
 
 @pytest.fixture(scope="session")
-def files(detector, preparation, tmp_path_factory):
+def files(detector, cfg, tmp_path_factory):
     """{format: path}, the noise an input."""
-    folder = tmp_path_factory.mktemp("exported")
-    sample = torch.zeros(3, 96, 128)
-    return _Made(lambda name: export_model(detector, name, folder, preparation, ExportSettings(), sample))
+    folder, image = tmp_path_factory.mktemp("exported"), torch.zeros(3, 96, 128)
+    return _Made(lambda name: export_detector(detector, name, folder, cfg, CLASSES, image))
 
 
 @pytest.fixture(scope="session")
 def runs(files):
     """{format: the detector of its file}"""
-    return _Made(lambda name: load_artefact(files[name]))
+    return _Made(lambda name: ExportedDetector(files[name]))
 
 
 @pytest.fixture(scope="session")
-def photographs():
+def photographs(cfg):
     if not SHARED.is_dir():
         pytest.skip("needs the photographs of ../shared/data")
-    items = []
-    for name, side in PHOTOGRAPHS.items():
-        cfg = export_cfg()
-        cfg.INPUT.MIN_SIZE_TEST = side
+    items, sized = [], cfg.clone()
+    for name, sized.INPUT.MIN_SIZE_TEST in PHOTOGRAPHS.items():
         entry = {"file_name": str(SHARED / name), "image_id": name}
-        items.append(resized_item(entry, read_image(entry["file_name"], "RGB"), cfg))
+        items.append(resized_item(entry, read_image(entry["file_name"], "RGB"), sized))
     return items
-
-
-@pytest.fixture
-def checkpoint(detector, tmp_path):
-    """A weight file as training writes it, and its config file."""
-    cfg = export_cfg()
-    cfg.OUTPUT_DIR = str(tmp_path)
-    build_checkpointer(cfg, detector, CLASSES).save("model_final")
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    return tmp_path / "config.yaml", tmp_path / "model_final.pth"

@@ -5,6 +5,8 @@ import torch
 
 from dfm_d2.export import FORMATS
 
+CLASSES = ("RBC", "WBC", "Platelets")
+
 # AOTInductor's compilation takes minutes.
 EVERY_FORMAT = [pytest.param(name, marks=[pytest.mark.slow] * (name == "aoti")) for name in FORMATS]
 BATCHED = [param for param in EVERY_FORMAT if param.values[0] != "torchscript"]

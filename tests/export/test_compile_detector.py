@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfm_d2.detection.tensor_detector import TensorDetector
+from dfm_d2.detection.exportable import TensorDetector
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def inputs():
 
 
 def test_the_whole_detector_is_one_graph(make_model, inputs):
-    detector = TensorDetector(make_model(NUM_PREDICTORS=2).eval(), constant=False)
+    detector = TensorDetector(make_model(NUM_PREDICTORS=2).eval(), constant_noise=False)
     with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(detector, fullgraph=True, backend="eager")
         for found, wanted in zip(compiled(*inputs), detector(*inputs), strict=True):
@@ -25,8 +25,7 @@ def test_the_whole_detector_is_one_graph(make_model, inputs):
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
-        ("FlowDetector", {"TIME": "shared"}),
-        ("FlowDetector", {"SAMPLER__METHOD": "heun", "SAMPLER__STEPS": 2}),
+        ("FlowDetector", {"TIME": "shared", "SAMPLER__METHOD": "heun", "SAMPLER__STEPS": 2}),
         ("CascadeDetector", {}),
     ],
 )
