@@ -83,7 +83,6 @@ METRICS = ("AP50", "AP", "VOC07_AP50")
 def run_one(config: str, opts: list[str], out: str, samplers: list[str]) -> None:
     """The child: train (or continue), evaluate with every sampler, write result.json."""
     import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
-
     from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.run import evaluate, load_for_inference, train
     from dfm_d2.engine.setup import load_config, setup_run

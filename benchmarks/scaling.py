@@ -80,7 +80,6 @@ def measure(args: argparse.Namespace) -> list[Row]:
 def volumes() -> None:
     """The table of docs/scaling.md."""
     import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
-
     from dfm_d2.config import add_dfm_config
     from dfm_d2.framework import build_model, get_cfg
 
@@ -96,7 +95,7 @@ def volumes() -> None:
         cfg.MODEL.DFM.NUM_CLASSES, cfg.MODEL.DFM.NUM_PREDICTORS = 20, count
         blocks = build_model(cfg).blocks()
         size = {name: 4 * sum(p.numel() for _, p in block) for name, block in blocks.items()}
-        shared, head = size["shared"], size["p0"]
+        shared, head = size["shared"], size["predictor0"]
         for world in (8, 64):
             for group in (2, 4, 8):
                 if group > count:

@@ -1,12 +1,15 @@
-"""The errors that a user is meant to read: each message is one sentence that says what to do."""
+"""The errors that a user is meant to read: each message is one line that says what to do."""
 
 import errno
+import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserError(Exception):
-    """Something that the user gave is wrong; tools print it as one sentence and exit with status 2."""
+class UserError(ValueError):
+    """Something that the user gave is wrong; tools print it as one line and exit with status 2."""
 
 
 class CheckpointError(UserError):
@@ -15,6 +18,17 @@ class CheckpointError(UserError):
 
 class UnsafeFileError(CheckpointError):
     """A file asks for code to be run when it is loaded. Nothing of it was run."""
+
+
+def report(error: Exception, who: str = "") -> int:
+    """Print an error that says all there is to say; with DFM_DEBUG=1 its traceback, too.
+
+    who: which of several processes it was. Returns the exit status: 2 for a UserError, else 1.
+    """
+    if os.environ.get("DFM_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"error{who}: {error}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UserError) else 1
 
 
 # What a disk says that takes no more.
@@ -37,8 +51,10 @@ def output_errors() -> Iterator[None]:
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """Around code that reads what the user gave: its ValueError and OSError become a UserError."""
+    """Around code that reads or makes what the user named: an OSError with a file becomes a UserError."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}.") from error

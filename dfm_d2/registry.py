@@ -1,7 +1,9 @@
-"""Registers the meta-architectures of both verticals in META_ARCH_REGISTRY."""
+"""Registers the meta-architectures of both verticals, for programs that build models without a Task."""
 
-import dfm_d2.classification.backprop
-import dfm_d2.classification.flow_classifier
-import dfm_d2.classification.forward_forward
-import dfm_d2.classification.stochastic_forward_forward
-import dfm_d2.detection.cascade  # noqa: F401
+from importlib import import_module
+
+from dfm_d2.classification.task import CLASSIFICATION
+from dfm_d2.detection.task import DETECTION
+
+for _module in (*DETECTION.models, *CLASSIFICATION.models):
+    import_module(_module)

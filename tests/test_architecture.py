@@ -20,7 +20,6 @@ ORDER = [
     "classification",
     "config",
     "registry",
-    "command_line",
     "tools",
     "benchmarks",
 ]
@@ -31,11 +30,6 @@ MAY_KNOW = {"dfm_kernels": set(), "local_update": set(), "flow": {"dfm_kernels"}
 CONFIG_MODULES = ("yacs", "fvcore.common.config", "omegaconf")
 # To be emptied.
 KNOWN = {
-    "dfm_d2/classification/task.py -> config",
-    "dfm_d2/classification/task.py -> detection",
-    "dfm_d2/detection/checks.py -> classification",
-    "dfm_d2/detection/checks.py -> registry",
-    "dfm_d2/detection/task.py -> config",
     "dfm_d2/local_update/updates.py -> flow",
 }
 

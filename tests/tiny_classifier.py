@@ -3,7 +3,7 @@
 import torch
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
-from dfm_d2.classification.checks import choose_method
+from dfm_d2.classification.config import choose_method
 from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import build_model, get_cfg, merge_config_opts
 
@@ -12,11 +12,6 @@ VIT = (
     '["img_size=8","patch_size=4","embed_dim=16","depth=3","num_heads=2"]'
 ).split()
 TIMM_CNN = "MODEL.CLASSIFIER.BACKBONE timm MODEL.CLASSIFIER.TIMM.NAME test_convnext2".split()
-RESNET = (
-    "MODEL.CLASSIFIER.BACKBONE resnet MODEL.BACKBONE.NAME build_resnet_backbone MODEL.BACKBONE.FREEZE_AT 0 "
-    "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.RESNETS.NORM BN "
-    'MODEL.RESNETS.OUT_FEATURES ["res2","res3","res4","res5"]'
-).split()
 
 
 def classifier_cfg(*opts: str, method: str = "flow"):

@@ -8,15 +8,19 @@ from dfm_d2.framework import get_cfg
 
 
 def tiny_cfg(**dfm):
-    """A ResNet-18 FPN detector of 16 channels; keyword arguments are keys of MODEL.DFM (dots as __)."""
+    """A ResNet FPN detector of 16 channels; keyword arguments are keys of MODEL.DFM (dots as __).
+
+    Of the bottleneck kind, as only its channels may be chosen: a ResNet-18 has 11 million parameters.
+    """
     cfg = get_cfg()
     add_dfm_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.META_ARCHITECTURE = "FlowDetector"
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.DEPTH = 50
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]

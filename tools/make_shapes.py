@@ -8,39 +8,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.command_line import exit_status, parser_of  # noqa: E402
+from dfm_d2.errors import UserError, input_errors, report  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of(__doc__)
+    """Exit status: 0 done, 2 something that the user can put right."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder to write, for example data/shapes")
     parser.add_argument("--train", type=int, default=1500, help="number of training images")
     parser.add_argument("--val", type=int, default=300, help="number of validation images")
     parser.add_argument("--size", type=int, default=128, help="side of the square images in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    return exit_status(run, parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    try:
+        with input_errors():
+            run(args)
+    except UserError as error:
+        return report(error)
+    return 0
 
 
 def run(args: argparse.Namespace) -> None:
     from dfm_d2.data.files import write_text_atomically
     from dfm_d2.data.problems import ProblemReport
+    from dfm_d2.detection.data.readers import read_voc_split
     from dfm_d2.detection.data.registration import dataset_dict
-    from dfm_d2.detection.data.shapes import write_shapes
-    from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES
-    from dfm_d2.detection.data.voc import read_voc_split
+    from dfm_d2.detection.data.shapes import SHAPE_CLASSES, write_shapes
     from dfm_d2.detection.evaluation.baseline import constant_box_baseline
-    from dfm_d2.errors import input_errors
 
-    with input_errors():
-        wrote = write_shapes(args.out, args.train, args.val, args.size, args.seed)
+    wrote = write_shapes(args.out, args.train, args.val, args.size, args.seed)
     done = "wrote" if wrote else "already complete, nothing to do:"
     print(f"{done} {args.out} ({args.train} train, {args.val} val, {args.size} px, seed {args.seed})")
     baseline, names, sets = args.out / "baseline.txt", list(SHAPE_CLASSES), []
     if wrote or not baseline.is_file():
         for split in ("train", "val"):
-            report = ProblemReport(f"shapes {split}")
-            records = read_voc_split(args.out, split, report, decode_up_to=0)
-            sets.append([dataset_dict(record, names, report) for record in records])
+            problems = ProblemReport(f"shapes {split}")
+            records = read_voc_split(args.out, split, problems, decode_up_to=0)
+            sets.append([dataset_dict(record, names, problems) for record in records])
         name, ap50, ap = constant_box_baseline(*sets, names)
         line = f"constant-box baseline on val, best of a few ({name}): AP50 {ap50:.2f}, AP {ap:.2f}"
         write_text_atomically(baseline, line + "\n")

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
 from dfm_d2.classification.timm_files import check_timm_weights, read_timm_weights, timm_options
-from dfm_d2.framework import build_backbone
+from dfm_d2.errors import UserError
 
-BACKBONES = ("cnn", "resnet", "timm")
 _GROUP_CHANNELS = 8  # of a group norm
 
 
@@ -48,7 +47,7 @@ class SplitBackbone(nn.Module, ABC):
         """The block that the parameter of this name belongs to."""
 
     def check_images(self, images: Tensor) -> None:
-        """ValueError for images `(B, C, H, W)` of a size that the backbone does not take."""
+        """UserError for images `(B, C, H, W)` of a size that the backbone does not take."""
 
     def pooled(self, x: Tensor) -> Tensor:
         """A block's output averaged to P x P cells: `(B, C P^2)`."""
@@ -94,7 +93,7 @@ class ViTBackbone(SplitBackbone):
     def check_images(self, images: Tensor) -> None:
         size, wanted = tuple(images.shape[-2:]), tuple(self.model.patch_embed.img_size)
         if size != wanted:
-            raise ValueError(
+            raise UserError(
                 f"images are {size[0]} x {size[1]} pixels, but the vision transformer wants {wanted[0]} x "
                 f"{wanted[1]}: set INPUT.IMAGE_SIZE {wanted[0]}, or img_size={size[0]} in "
                 "MODEL.CLASSIFIER.TIMM.OPTIONS."
@@ -142,7 +141,7 @@ def _norm(name: str, channels: int) -> nn.Module:
     if name == "BN":
         return nn.BatchNorm2d(channels)
     if channels % _GROUP_CHANNELS:
-        raise ValueError(f"MODEL.CLASSIFIER.CNN.NORM GN needs channels in groups of {_GROUP_CHANNELS}.")
+        raise UserError(f"MODEL.CLASSIFIER.CNN.NORM GN needs channels in groups of {_GROUP_CHANNELS}.")
     return nn.GroupNorm(channels // _GROUP_CHANNELS, channels)
 
 
@@ -150,19 +149,21 @@ def build_split_backbone(cfg) -> SplitBackbone:
     """The backbone of `MODEL.CLASSIFIER`.
 
     Raises:
-        ValueError: it cannot be built or not be split so; the sentence names the key.
+        UserError: it cannot be built or not be split so; the sentence names the key.
     """
     classifier = cfg.MODEL.CLASSIFIER
     if classifier.BACKBONE == "timm":
         return _timm_backbone(classifier, len(cfg.MODEL.PIXEL_MEAN))
-    stages, channels = _resnet(cfg) if classifier.BACKBONE == "resnet" else _cnn(cfg)
-    return _staged(stages, channels, classifier)
+    cnn = classifier.CNN
+    channels = [len(cfg.MODEL.PIXEL_MEAN), *cnn.CHANNELS]
+    pairs = zip(channels, cnn.CHANNELS, cnn.STRIDES)
+    return _staged([[ResidualPair(*pair, cnn.NORM)] for pair in pairs], cnn.CHANNELS, classifier)
 
 
 def _groups(number: int, blocks: int) -> list[list[int]]:
     """`number` stages in `blocks` groups of about one size; 0: one each."""
     if blocks > number:
-        raise ValueError(
+        raise UserError(
             f"MODEL.CLASSIFIER.BLOCKS is {blocks}, but the backbone has {number} stages: set it to at most "
             f"{number}."
         )
@@ -175,38 +176,6 @@ def _staged(stages: list[list[nn.Module]], channels: Sequence[int], classifier) 
     return StagedBackbone(merged, [channels[group[-1]] for group in groups], classifier.POOL)
 
 
-def _cnn(cfg) -> tuple[list[list[nn.Module]], list[int]]:
-    cnn = cfg.MODEL.CLASSIFIER.CNN
-    channels = [len(cfg.MODEL.PIXEL_MEAN), *cnn.CHANNELS]
-    pairs = zip(channels, cnn.CHANNELS, cnn.STRIDES)
-    return [[ResidualPair(*pair, cnn.NORM)] for pair in pairs], list(cnn.CHANNELS)
-
-
-def _resnet(cfg) -> tuple[list[list[nn.Module]], list[int]]:
-    """The stages of Detectron2's ResNet; its stem belongs to the first."""
-    try:
-        backbone = build_backbone(cfg)
-    except KeyError as error:
-        raise ValueError(
-            f"no backbone can be built: {error.args[0]!r} is not known; see MODEL.BACKBONE.NAME and "
-            "MODEL.RESNETS.NORM"
-        ) from error
-    children = dict(backbone.named_children())
-    names = [name for name in ("res2", "res3", "res4", "res5") if name in children]
-    if "stem" not in children or not names or set(children) - {"stem", *names}:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.BACKBONE resnet needs MODEL.BACKBONE.NAME build_resnet_backbone, not "
-            f"{cfg.MODEL.BACKBONE.NAME}."
-        )
-    shapes = backbone.output_shape()
-    missing = [name for name in names if name not in shapes]
-    if missing:
-        raise ValueError(f"MODEL.RESNETS.OUT_FEATURES lacks {missing}: name {names}.")
-    stages = [[children[name]] for name in names]
-    stages[0].insert(0, children["stem"])
-    return stages, [shapes[name].channels for name in names]
-
-
 def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
     import timm
     from timm.layers import Format
@@ -215,7 +184,7 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
     name, weights = classifier.TIMM.NAME, classifier.TIMM.WEIGHTS
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=5)
-        raise ValueError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm; such are {close}.")
+        raise UserError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm; such are {close}.")
     options = timm_options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
     given = {}
     if weights and weights != "hub":
@@ -227,7 +196,7 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
             name, **options, **({"num_classes": 0} if is_vit else {"features_only": True})
         )
     except (TypeError, RuntimeError, AssertionError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"timm cannot build {name} with MODEL.CLASSIFIER.TIMM.OPTIONS {list(classifier.TIMM.OPTIONS)} "
             f"and WEIGHTS {weights!r}: {error}"
         ) from error
@@ -236,7 +205,7 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
         return ViTBackbone(model, _groups(len(model.blocks), classifier.BLOCKS), classifier.POOL)
     # Of others than CNNs, such as Swin, maps come with their channels last.
     if not isinstance(model, FeatureListNet) or model.output_fmt != Format.NCHW:
-        raise ValueError(
+        raise UserError(
             f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages with "
             "maps (C, H, W): take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
         )

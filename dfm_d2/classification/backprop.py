@@ -3,7 +3,7 @@
 Shapes: B images, C channels of the pooled features, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -12,6 +12,7 @@ from dfm_d2.classification.backbone import block_outputs, build_split_backbone
 from dfm_d2.classification.base import Classifier, PreparedImages, classifier_arguments
 from dfm_d2.flow import at_least_float32
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
+from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
 
 @META_ARCH_REGISTRY.register()
@@ -31,19 +32,17 @@ class BackpropClassifier(Classifier):
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """One block, "shared": gradients pass through everything."""
-        return {"shared": [(name, p) for name, p in self.named_parameters() if p.requires_grad]}
+        return {SHARED_BLOCK: [(name, p) for name, p in self.named_parameters() if p.requires_grad]}
 
-    def extract_features(self, prepared: PreparedImages, on_stage=None) -> list[Tensor]:
-        """The pooled output `(B, C)` of the last block."""
+    def block_losses(self, prepared: PreparedImages, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """One item, of everything."""
         x = prepared.images
         for index in range(self.num_blocks):
             x = self.backbone.forward_block(index, x)
-        return [self.backbone.pooled(x)]
-
-    def all_losses(self, features: Sequence[Tensor], prepared: PreparedImages) -> dict[str, Tensor]:
-        logits = at_least_float32(self.head(features[0]))
+        logits = at_least_float32(self.head(self.backbone.pooled(x)))
         right = (logits.detach().argmax(-1) == prepared.labels).to(logits.dtype).mean()
-        return {"loss_readout/head": cross_entropy(logits, prepared.labels), "right/head": right}
+        losses = {"loss_readout/head": cross_entropy(logits, prepared.labels), "right/head": right}
+        yield BlockLosses((SHARED_BLOCK,), losses)
 
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
         return self.head(block_outputs(self.backbone, images)[-1])[:, None]

@@ -4,7 +4,7 @@ Shapes: B images, S answers an image (noise samples, blocks), K classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,9 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from dfm_d2.classification.backbone import SplitBackbone
+from dfm_d2.errors import UserError
 from dfm_d2.flow import stream_key
+from dfm_d2.local_update import BlockLosses, HandOver
 
 
 class PreparedImages(NamedTuple):
@@ -33,13 +35,9 @@ class Classifier(nn.Module, ABC):
         pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
     """
 
-    # Which data, evaluation and pictures go with the model, see dfm_d2.engine.task.
-    task = "classification"
     is_local = True
     # Buffers that weights to start a training from do not replace; a resume and an evaluation do.
-    set_by_config = ("temperature", "label_space.weight")
-    # There are no predictors besides those of the blocks.
-    num_predictors = 0
+    set_by_config = ("temperature",)
 
     def __init__(
         self,
@@ -68,7 +66,7 @@ class Classifier(nn.Module, ABC):
         return self.backbone.num_blocks
 
     def backbone_blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters, by full name, of each block of the backbone, "b0", "b1", ..."""
+        """Trainable parameters, by full name, of each block of the backbone, "block0", ..."""
         blocks: dict[str, list] = {block_name(index): [] for index in range(self.num_blocks)}
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad:
@@ -79,6 +77,10 @@ class Classifier(nn.Module, ABC):
     @abstractmethod
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
         """Logits `(B, S, K)` at temperature 1 of normalised images `(B, C, H, W)`."""
+
+    @abstractmethod
+    def block_losses(self, prepared, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """Block after block, see dfm_d2.local_update.LocallyTrainable."""
 
     def forward(self, batched_inputs: Sequence[dict]) -> list[dict]:
         """Class probabilities `[{"probs": (K,)}]`, which depend on nothing but image, image_id and seed.
@@ -129,7 +131,7 @@ class Classifier(nn.Module, ABC):
         """
         for item in batched_inputs:
             if not 0 <= item.get("label", -1) < self.num_classes:
-                raise ValueError(
+                raise UserError(
                     f"training input {item.get('file_name')!r} has the label {item.get('label')}, not one of "
                     f"[0, {self.num_classes}): see MODEL.DFM.NUM_CLASSES"
                 )
@@ -143,34 +145,22 @@ class Classifier(nn.Module, ABC):
         images = [item["image"] for item in batched_inputs]
         for item in batched_inputs:
             if item["image"].shape != images[0].shape:
-                raise ValueError(
+                raise UserError(
                     f"{item.get('file_name')} has the shape {tuple(item['image'].shape)}, another image of "
                     f"its batch {tuple(images[0].shape)}: set INPUT.IMAGE_SIZE."
                 )
         stacked = torch.stack(images).to(self.device)
         if stacked.shape[1] != self.pixel_mean.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"images have {stacked.shape[1]} channels, MODEL.PIXEL_MEAN {self.pixel_mean.shape[0]}"
             )
         self.backbone.check_images(stacked)
         return (stacked.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
 
-    def block_losses(self, index: int, features: Sequence[Tensor], prepared: PreparedImages) -> dict:
-        """There are no predictors besides those of the blocks: IndexError."""
-        raise IndexError(f"{type(self).__name__} has no predictor {index}: its blocks learn as features pass")
-
-    def all_losses(self, features: Sequence[Tensor], prepared: PreparedImages) -> dict[str, Tensor]:
-        """Losses besides those of the blocks: none, but where the features themselves are trained."""
-        return {}
-
-    def all_losses_together(self, features: Sequence[Tensor], prepared: PreparedImages) -> dict[str, Tensor]:
-        """As all_losses."""
-        return self.all_losses(features, prepared)
-
 
 def block_name(index: int) -> str:
-    """The name of a block: b0, b1, ..."""
-    return f"b{index}"
+    """The name of a block: block0, block1, ..."""
+    return f"block{index}"
 
 
 def classifier_arguments(cfg, backbone: SplitBackbone) -> dict:
@@ -180,7 +170,7 @@ def classifier_arguments(cfg, backbone: SplitBackbone) -> dict:
         ValueError: MODEL.DFM.NUM_CLASSES is not filled in.
     """
     if cfg.MODEL.DFM.NUM_CLASSES < 2:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DFM.NUM_CLASSES must be at least 2 for a classifier, got {cfg.MODEL.DFM.NUM_CLASSES} "
             "(0 is filled in by tools/train_classifier.py): check the classes of the training set."
         )

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from dfm_d2.data.files import write_text_atomically
+from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetEvaluator, MetadataCatalog, comm
 
-# Bins of the calibration error.
-_BINS = 15
+_BINS = 15  # of the calibration error
 
 
 class ClassificationEvaluator(DatasetEvaluator):
@@ -32,12 +32,12 @@ class ClassificationEvaluator(DatasetEvaluator):
     def process(self, inputs: Iterable[dict], outputs: Iterable[dict]) -> None:
         """Take the model's outputs, {"probs": (K,)} an image.
 
-        Raises ValueError for probabilities that are not finite.
+        Raises UserError for probabilities that are not finite.
         """
         for source, output in zip(inputs, outputs):
             probs = output["probs"].detach().double().cpu().numpy()
             if not np.isfinite(probs).all():
-                raise ValueError(f"{source['file_name']} has class probabilities that are not finite.")
+                raise UserError(f"{source['file_name']} has class probabilities that are not finite.")
             self._found.append(
                 {"image_id": source["image_id"], "label": source["label"], "probs": probs.tolist()}
             )
@@ -45,7 +45,7 @@ class ClassificationEvaluator(DatasetEvaluator):
     def evaluate(self) -> OrderedDict:
         """accuracy (percent), nll (nats), ece (percent) and accuracy-<class>; {} on processes but the main.
 
-        Raises ValueError where not one image could be read.
+        Raises UserError where not one image could be read.
         """
         comm.synchronize()
         gathered = comm.gather(self._found, dst=0)
@@ -53,7 +53,7 @@ class ClassificationEvaluator(DatasetEvaluator):
             return OrderedDict()
         found = [item for share in gathered for item in share]
         if not found:
-            raise ValueError("Not one image of the test set could be read: check the files of DATASETS.TEST.")
+            raise UserError("Not one image of the test set could be read: check the files of DATASETS.TEST.")
         if self._output_dir is not None:
             lines = "".join(json.dumps(item) + "\n" for item in found)
             write_text_atomically(self._output_dir / "predictions.json", lines)

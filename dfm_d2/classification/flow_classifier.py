@@ -3,28 +3,89 @@
 Shapes: B images, S points of the path an image, M noise samples, D blocks, E embedding dimensions, K classes.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, silu
 
 from dfm_d2.classification.backbone import block_outputs, build_split_backbone
 from dfm_d2.classification.base import Classifier, block_name, classifier_arguments
-from dfm_d2.classification.endpoint_predictor import ClassPredictor
-from dfm_d2.classification.loss import EndpointLoss
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
+from dfm_d2.errors import UserError
 from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_STAGE_TIME
+from dfm_d2.flow.time_embedding import TimeEmbedding
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
+from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
-# Takes the name and the losses of a block as soon as they are there.
-OnStage = Callable[[str, dict[str, Tensor]], None]
 
-EMBEDDINGS = ("orthonormal", "learned", "given")
-PREDICTIONS = ("endpoint", "velocity")
+class ClassPredictor(nn.Module):
+    """Two residual layers, the second modulated by the time.
+
+    Args:
+        in_channels: C. embed_dim: E. hidden_dim: width, even.
+    """
+
+    def __init__(self, *, in_channels: int, embed_dim: int, hidden_dim: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(in_channels)
+        self.features = nn.Linear(in_channels, hidden_dim)
+        self.state = nn.Linear(embed_dim, hidden_dim)
+        self.time_embedding = TimeEmbedding(hidden_dim)
+        self.time_modulation = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.norm_hidden, self.hidden = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        self.norm_out, self.answer = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, embed_dim)
+        nn.init.zeros_(self.time_modulation.weight)  # begin as a predictor that ignores the time
+        nn.init.zeros_(self.time_modulation.bias)
+        # Begin near the middle of the classes: an answer of the length of noise is wrong, and sure of it.
+        nn.init.normal_(self.answer.weight, std=0.01)
+        nn.init.zeros_(self.answer.bias)
+
+    def forward(self, features: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The raw answer `(B, S, E)`.
+
+        Args:
+            features: `(B, C)`. x_t: `(B, S, E)`. t: `(B, S)` in [0, 1].
+        """
+        dtype = self.features.weight.dtype
+        seen = self.features(gelu(self.norm_in(features.to(dtype))))
+        stream = seen[:, None] + self.state(x_t.to(dtype))
+        time = self.time_embedding(t.reshape(-1)).view(*t.shape, -1)
+        scale, shift = self.time_modulation(silu(time)).chunk(2, dim=-1)
+        stream = stream + gelu(self.hidden(self.norm_hidden(stream) * (1 + scale) + shift))
+        return self.answer(self.norm_out(stream))
+
+
+@dataclass(frozen=True)
+class EndpointLoss:
+    """`mean |x_1_hat - x_1|^2 + w_r CE(<x_1_hat, e_k> / T)` (docs/classification.md, equation 3).
+
+    Args:
+        readout_weight: w_r; 0 leaves the term out. temperature: T.
+    """
+
+    readout_weight: float = 1.0
+    temperature: float = 0.1
+
+    def __call__(
+        self, x_1_hat: Tensor, target: Tensor, embeddings: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted scalars "flow" and "readout".
+
+        Args:
+            x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`. labels: `(B,)`.
+        """
+        # Detached: learned embeddings must not come to their endpoints, where all would be one.
+        losses = {"flow": (x_1_hat - target.detach()).square().sum(-1).mean()}
+        if self.readout_weight > 0:
+            logits = x_1_hat @ embeddings.T / self.temperature
+            repeated = labels[:, None].expand(-1, x_1_hat.shape[1])
+            term = cross_entropy(logits.flatten(0, 1), repeated.flatten())
+            losses["readout"] = self.readout_weight * term
+        return losses
 
 
 class PreparedFlow(NamedTuple):
@@ -61,8 +122,6 @@ class FlowClassifier(Classifier):
         **common,
     ):
         super().__init__(temperature=criterion.temperature, **common)
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {prediction!r}")
         sampler.blocks_of(self.num_blocks)  # before training, not after it
         self.label_space = label_space
         self.criterion = criterion
@@ -86,8 +145,6 @@ class FlowClassifier(Classifier):
             "label_space": build_label_space(c, common["num_classes"]),
             "hidden_dim": c.HIDDEN_DIM,
             "criterion": EndpointLoss(
-                weighting=c.LOSS.WEIGHTING,
-                velocity_max=cfg.MODEL.DFM.LOSS.VELOCITY_MAX,
                 readout_weight=c.LOSS.READOUT_WEIGHT,
                 temperature=c.LOSS.READOUT_TEMPERATURE,
             ),
@@ -99,14 +156,14 @@ class FlowClassifier(Classifier):
         }
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters of each block, "b0", "b1", ...; learned embeddings are "shared"."""
+        """Trainable parameters of each block, "block0", ...; learned embeddings are "shared"."""
         blocks = self.backbone_blocks()
         for name, parameter in self.block_predictors.named_parameters():
             blocks[block_name(int(name.split(".")[0]))].append((f"block_predictors.{name}", parameter))
         learned = [
             (f"label_space.{name}", parameter) for name, parameter in self.label_space.named_parameters()
         ]
-        return blocks | ({"shared": learned} if learned else {})
+        return blocks | ({SHARED_BLOCK: learned} if learned else {})
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedFlow:
@@ -126,15 +183,15 @@ class FlowClassifier(Classifier):
         ]
         return PreparedFlow(images, labels, samples)
 
-    def extract_features(self, prepared: PreparedFlow, on_stage: OnStage | None = None) -> list[Tensor]:
-        """Forward of all blocks, each given with its losses to `on_stage`; there is nothing else to train."""
+    def block_losses(self, prepared: PreparedFlow, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """Block after block, each on the detached output of the one before."""
         x = prepared.images
         for index in range(self.num_blocks):
             x = self.backbone.forward_block(index, x)
-            if on_stage is not None:
-                on_stage(block_name(index), self._losses(index, self.backbone.pooled(x), prepared))
+            losses = self._losses(index, self.backbone.pooled(x), prepared)
             x = x.detach()
-        return []
+            yield BlockLosses((block_name(index),), losses)
+            del losses
 
     def _losses(self, index: int, pooled: Tensor, prepared: PreparedFlow) -> dict[str, Tensor]:
         """The local loss of a block, and the share of its points that it reads out right."""
@@ -147,7 +204,7 @@ class FlowClassifier(Classifier):
             wrong = (sample.x_1 - sample.x_0.unflatten(0, shape).roll(1, 0).flatten(0, 1)).unflatten(0, shape)
             target = x_t + (1 - t)[..., None] * wrong
         embeddings = self.label_space.embeddings.to(x_1_hat.dtype)
-        losses = self.criterion(x_1_hat, target, t, embeddings, prepared.labels)
+        losses = self.criterion(x_1_hat, target, embeddings, prepared.labels)
         name = block_name(index)
         right = self.label_space.decode(x_1_hat.detach()) == prepared.labels[:, None]
         found = {f"loss_{key}/{name}": value for key, value in losses.items()}
@@ -202,43 +259,16 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
     """The class embeddings of a node MODEL.CLASSIFIER.
 
     Raises:
-        ValueError: an unknown kind, a dimension below K, or a file that does not have K rows of numbers.
+        UserError: orthonormal embeddings of a dimension below K.
     """
     dim = classifier.EMBED_DIM or max(num_classes, 16)
     if classifier.EMBEDDING == "orthonormal":
         if dim < num_classes:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
                 "dimensions or more: set it to 0, or EMBEDDING to learned."
             )
         return LabelSpace.orthonormal(num_classes, dim, radius=classifier.RADIUS)
-    if classifier.EMBEDDING == "learned":
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(num_classes, dim, generator=generator)
-        return LabelSpace(start, learned=True, radius=classifier.RADIUS)
-    if classifier.EMBEDDING != "given":
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING is {classifier.EMBEDDING!r}; choose one of {', '.join(EMBEDDINGS)}."
-        )
-    path = Path(classifier.EMBEDDING_FILE)
-    try:
-        matrix = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
-        if matrix.dtype.kind not in "fiu":
-            raise ValueError(f"its entries are of the type {matrix.dtype}")
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} is no matrix of numbers: {error}"
-        ) from error
-    if matrix.ndim != 2 or len(matrix) != num_classes:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has the shape {matrix.shape}: give one row for each of "
-            f"the {num_classes} classes, in their order."
-        )
-    if len(np.unique(matrix, axis=0)) < num_classes:
-        raise ValueError(
-            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has equal rows: their classes cannot be told apart."
-        )
-    try:
-        return LabelSpace(torch.as_tensor(matrix, dtype=torch.float32), radius=classifier.RADIUS)
-    except ValueError as error:
-        raise ValueError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path}: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(num_classes, dim, generator=generator)
+    return LabelSpace(start, learned=True, radius=classifier.RADIUS)

@@ -6,7 +6,7 @@ Shapes: B images, C channels, H x W pixels, K classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from dfm_d2.classification.base import Classifier, block_name, classifier_argume
 from dfm_d2.flow import at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_NEGATIVE
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
+from dfm_d2.local_update import BlockLosses, HandOver
 
 # Of the waves, in pixels, in turns.
 _WAVELENGTHS = (3.0, 6.0)
@@ -52,7 +53,7 @@ class ForwardForwardClassifier(Classifier):
         }
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters of each block, "b0", "b1", ..."""
+        """Trainable parameters of each block, "block0", ..."""
         return self.backbone_blocks()
 
     @torch.no_grad()
@@ -75,12 +76,10 @@ class ForwardForwardClassifier(Classifier):
         waves = math.sqrt(2) * torch.sin(frequency[:, None, None] * across)
         return images + self.label_scale * waves[:, None]
 
-    def extract_features(self, prepared: PreparedPair, on_stage=None) -> list[Tensor]:
-        """Forward of all blocks, each given with its losses to `on_stage`."""
+    def block_losses(self, prepared: PreparedPair, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """Block after block, each on the detached output of the one before."""
         for index, goodness in enumerate(self._goodness(prepared.images)):
-            if on_stage is not None:
-                on_stage(block_name(index), self._losses(index, goodness))
-        return []
+            yield BlockLosses((block_name(index),), self._losses(index, goodness))
 
     def _losses(self, index: int, goodness: Tensor) -> dict[str, Tensor]:
         own, wrong = (self.sharpness * (g - self.threshold) for g in goodness.chunk(2))
@@ -92,8 +91,10 @@ class ForwardForwardClassifier(Classifier):
         """The goodness `(B,)` of block after block."""
         for index in range(self.num_blocks):
             x = self.backbone.forward_block(index, x)
-            yield at_least_float32(self.backbone.pooled(x)).square().mean(1)
-            x = unit_square(x.detach())
+            goodness = at_least_float32(self.backbone.pooled(x)).square().mean(1)
+            x = x.detach()
+            yield goodness
+            x = unit_square(x)
 
     @torch.no_grad()
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dfm_d2.errors import UserError
 from dfm_d2.flow import (
     LabelSpace,
     ODESolver,
@@ -19,9 +20,6 @@ from dfm_d2.flow import (
     warped_grid,
 )
 from dfm_d2.flow.noise import STREAM_NOISE
-
-SAMPLER_AGGREGATIONS = ("velocity", "probability")
-WEIGHTS = ("uniform", "confidence")
 
 # Of (block, x_t `(B, M, E)`, t `(B, M)`): the endpoint `(B, M, E)`.
 Endpoint = Callable[[int, Tensor, Tensor], Tensor]
@@ -42,21 +40,9 @@ class ClassSamplerSettings:
 
 
 class ClassSampler:
-    """Carries noise to endpoints by the blocks that `settings` names.
-
-    Raises:
-        ValueError: an unknown aggregation or weighting, no step, or no sample.
-    """
+    """Carries noise to endpoints by the blocks that `settings` names."""
 
     def __init__(self, settings: ClassSamplerSettings, readout_temperature: float):
-        if settings.aggregation not in SAMPLER_AGGREGATIONS:
-            raise ValueError(
-                f"aggregation must be one of {SAMPLER_AGGREGATIONS}, got {settings.aggregation!r}"
-            )
-        if settings.weights not in WEIGHTS:
-            raise ValueError(f"weights must be one of {WEIGHTS}, got {settings.weights!r}")
-        if settings.samples < 1:
-            raise ValueError(f"at least one noise sample is needed, got {settings.samples}")
         self.settings = settings
         self.readout_temperature = readout_temperature
         self.grid = warped_grid(settings.steps)
@@ -71,14 +57,14 @@ class ClassSampler:
         """The indices of the blocks that answer, from 0.
 
         Raises:
-            ValueError: a block that is not there, or that is named twice.
+            UserError: a block that is not there, or that is named twice.
         """
         named = list(self.settings.blocks) or list(range(num_blocks))
         if not all(-num_blocks <= block < num_blocks for block in named):
-            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {named}, there are {num_blocks} blocks.")
+            raise UserError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {named}, there are {num_blocks} blocks.")
         blocks = [block % num_blocks for block in named]
         if len(set(blocks)) < len(blocks):
-            raise ValueError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS {named} names a block of {num_blocks} twice.")
+            raise UserError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS {named} names a block of {num_blocks} twice.")
         return blocks
 
     def sample(
@@ -90,7 +76,7 @@ class ClassSampler:
             keep: their states and steps, too.
 
         Raises:
-            ValueError: see blocks_of.
+            UserError: see blocks_of.
         """
         blocks = self.blocks_of(num_blocks)
         groups = [blocks] if self.settings.aggregation == "velocity" else [[block] for block in blocks]

@@ -6,7 +6,7 @@ squared answers. The objective and the read-out are the paper's; the noise's pla
 Shapes: B images, R noisy copies, C channels of the pooled output, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dfm_d2.classification.sampler import normals
 from dfm_d2.flow import at_least_float32, stream_key
 from dfm_d2.flow.noise import STREAM_COPIES
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
+from dfm_d2.local_update import BlockLosses, HandOver
 
 
 @META_ARCH_REGISTRY.register()
@@ -55,12 +56,10 @@ class StochasticForwardForwardClassifier(Classifier):
             blocks[block_name(int(name.split(".")[0]))].append((f"heads.{name}", parameter))
         return blocks
 
-    def extract_features(self, prepared: PreparedImages, on_stage=None) -> list[Tensor]:
-        """Forward of all blocks, each given with its losses to `on_stage`."""
+    def block_losses(self, prepared: PreparedImages, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """Block after block, each on the detached output of the one before."""
         for index, answers in enumerate(self._answers(prepared.images, prepared.keys)):
-            if on_stage is not None:
-                on_stage(block_name(index), self._losses(index, answers, prepared.labels))
-        return []
+            yield BlockLosses((block_name(index),), self._losses(index, answers, prepared.labels))
 
     def _losses(self, index: int, answers: Tensor, labels: Tensor) -> dict[str, Tensor]:
         name, energy = block_name(index), answers.detach().square().mean(1)

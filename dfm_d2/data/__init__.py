@@ -1,1 +1,1 @@
-"""Data: readers that report what is broken, deterministic sample streams, the generated shapes set."""
+"""What both verticals need of data: reports of what is broken, sample streams, files, images."""

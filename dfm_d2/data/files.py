@@ -33,7 +33,12 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         if isinstance(cause, OSError) and cause.errno is not None:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
-    _sync_folder(path.parent)
+    if os.name != "nt":  # which cannot open a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:
@@ -45,17 +50,6 @@ def remove_partial_files(folder: str | os.PathLike) -> None:
     """Remove what killed writers left in ``folder``."""
     for path in Path(folder).glob(f"*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the folder's entries on the disk; systems that cannot open a folder do without."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def paths_by_stem(files: Sequence[str | os.PathLike], folder: Path, ending: str) -> list[Path]:

@@ -7,21 +7,23 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from dfm_d2.errors import UserError
+
 _ORIENTATION_TAG = 0x0112
 # What Pillow is known to raise on files that are damaged, cut short or absurdly large.
-_DECODE_ERRORS = (
+_DAMAGED = (
     OSError,
     SyntaxError,
     ValueError,
     TypeError,
-    IndexError,
+    LookupError,
     EOFError,
     struct.error,
     Image.DecompressionBombError,
 )
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image file that cannot be read; the message names it."""
 
 
@@ -34,7 +36,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             sideways = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
-    except _DECODE_ERRORS as error:
+    except _DAMAGED as error:
         raise ImageError(f"{path} is not a readable image ({_reason(error)})") from error
     return (height, width) if sideways else (width, height)
 
@@ -45,12 +47,10 @@ def read_image(path: str | Path | BinaryIO, image_format: str = "RGB", name: str
     name: of an open file, for the message.
     Raises ImageError if the file is missing, damaged or cut short.
     """
-    if image_format not in ("RGB", "BGR"):
-        raise ValueError(f'INPUT.FORMAT is {image_format!r}: set it to "RGB" or "BGR".')
     try:
         with Image.open(path) as image:
             pixels = np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
-    except _DECODE_ERRORS as error:
+    except _DAMAGED as error:
         raise ImageError(f"{name or path} cannot be decoded ({_reason(error)})") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if image_format == "BGR" else pixels
 

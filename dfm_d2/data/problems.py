@@ -3,89 +3,77 @@
 import logging
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-# DATASETS.VERIFY_IMAGES: every image of sets up to this size is decoded, of larger ones the header is read
-_DECODE_UP_TO = {"auto": 2000, "always": sys.maxsize, "never": 0}
-SHOWN = 10  # problems that the summary names one by one
+from dfm_d2.errors import UserError
+
+# DATASETS.VERIFY_IMAGES: every image of sets up to this size is decoded, of larger ones the header is read.
+DECODE_UP_TO = {"auto": 2000, "always": sys.maxsize, "never": 0}
+SHOWN = 10  # problems that the log names one by one
+
+Item, Made = TypeVar("Item"), TypeVar("Made")
+logger = logging.getLogger(__name__)
 
 
-class DataProblemError(ValueError):
+class DataProblemError(UserError):
     """A data set has problems and DATASETS.ON_ERROR is "fatal"."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One broken thing: the file it is in, its kind (a short constant word) and one sentence about it."""
+class Problem(Exception):
+    """One broken thing: the file it is in, its kind (a short constant word) and what is wrong."""
 
-    file: str
-    kind: str
-    message: str
+    def __init__(self, file: str, kind: str, message: str) -> None:
+        super().__init__(file, kind, message)
+        self.file, self.kind = file, kind
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.message} [{self.kind}]"
+        return "{0}: {2} [{1}]".format(*self.args)
 
 
-@dataclass
 class ProblemReport:
     """All problems of one data set, in the order in which they were found."""
 
-    dataset: str
-    problems: list[Problem] = field(default_factory=list)
+    def __init__(self, dataset: str) -> None:
+        self.dataset = dataset
+        self.problems: list[Problem] = []
 
     def add(self, file: str, kind: str, message: str) -> None:
-        self.problems.append(Problem(str(file), kind, message))
+        self.problems.append(Problem(file, kind, message))
 
-    def __len__(self) -> int:
-        return len(self.problems)
+    def keep(self, make: Callable[[Item], Made], items: Iterable[Item]) -> list[Made]:
+        """`make(item)` of each item; one for which it raises a Problem is reported and left out."""
+        made = []
+        for item in items:
+            try:
+                made.append(make(item))
+            except Problem as problem:
+                self.add(*problem.args)  # a new one: a traceback would keep what was being read in memory
+        return made
 
     def counts(self) -> dict[str, int]:
         """Number of problems of each kind, most frequent first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
 
-    def files(self, kind: str | None = None) -> list[str]:
-        """Files with a problem (of that kind), in the order found, each once."""
-        return list(dict.fromkeys(p.file for p in self.problems if kind in (None, p.kind)))
+    def conclude(self, usable: int, on_error: str) -> None:
+        """Log what was found, if anything: counts by kind, then the first problems, one a line.
 
-    def summary(self) -> str:
-        """Counts by kind on the first line, then the first problems, one a line."""
-        counts = ", ".join(f"{number} {kind}" for kind, number in self.counts().items())
-        lines = [f"data set {self.dataset}: {_count(len(self))} ({counts})"]
-        lines += [f"  {problem}" for problem in self.problems[:SHOWN]]
-        if len(self) > SHOWN:
-            lines.append(f"  ... and {len(self) - SHOWN} more")
-        return "\n".join(lines)
-
-    def conclude(self, on_error: str, logger: logging.Logger) -> None:
-        """Log the summary, or raise DataProblemError if `on_error` is "fatal"; nothing if all is well."""
-        if not self.problems:
-            return
-        if on_error == "fatal":
-            named = "; ".join(str(problem) for problem in self.problems[:3])
-            more = "; ..." if len(self) > 3 else ""
+        usable: number of images that are left. on_error: the value of DATASETS.ON_ERROR.
+        Raises DataProblemError for any problem if `on_error` is "fatal", UserError if no image is left.
+        """
+        number = len(self.problems)
+        found = "1 problem" if number == 1 else f"{number} problems"
+        if number and on_error == "fatal":
+            named = "; ".join(map(str, self.problems[:3])) + ("; ..." if number > 3 else "")
             raise DataProblemError(
-                f"Data set {self.dataset} has {_count(len(self))}: {named}{more}. "
+                f"Data set {self.dataset} has {found}: {named}. "
                 'Repair the files, or set DATASETS.ON_ERROR to "skip" to go on without them.'
             )
-        logger.warning("%s\nThey are skipped (DATASETS.ON_ERROR skip).", self.summary())
-
-
-def _count(number: int) -> str:
-    return "1 problem" if number == 1 else f"{number} problems"
-
-
-def check_on_error(value: str) -> str:
-    """Return `value` if DATASETS.ON_ERROR may have it, else raise ValueError."""
-    if value not in ("skip", "fatal"):
-        raise ValueError(f'DATASETS.ON_ERROR is {value!r}: set it to "skip" or "fatal".')
-    return value
-
-
-def decode_limit(verify: str) -> int:
-    """The size up to which every image of a set is decoded, for a value of DATASETS.VERIFY_IMAGES.
-
-    Raises ValueError for a value that is not known.
-    """
-    if verify not in _DECODE_UP_TO:
-        raise ValueError(f"DATASETS.VERIFY_IMAGES is {verify!r}: set it to one of {tuple(_DECODE_UP_TO)}.")
-    return _DECODE_UP_TO[verify]
+        if number:
+            counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
+            lines = [f"data set {self.dataset}: {found} ({counts})"]
+            lines += [f"  {problem}" for problem in self.problems[:SHOWN]]
+            lines += [f"  ... and {number - SHOWN} more"] if number > SHOWN else []
+            logger.warning("\n".join([*lines, "They are skipped (DATASETS.ON_ERROR skip)."]))
+        if not usable:
+            raise UserError(f"The data set {self.dataset} has no usable image: check its files.")

@@ -5,129 +5,49 @@ Position p of training shows image permutation(seed, p // n)[p % n], augmented b
 """
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dfm_d2.data.images import ImageError
-from dfm_d2.data.problems import DataProblemError, check_on_error
+from dfm_d2.data.problems import DataProblemError
+from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode, comm
 
 logger = logging.getLogger(__name__)
 
 _ORDER_KEY, _AUGMENT_KEY = 1, 2  # keep the two random streams of a seed apart
 
-
-@dataclass
-class _Sample:
-    """What crosses from a worker: the item, or None, and the images that could not be read on the way."""
-
-    item: dict | None
-    failures: list[tuple[str, str]]
-
-
-def train_batches(dataset: "SampleStream", cfg: CfgNode, start_position: int) -> Iterator[list[dict]]:
-    """The endless batches of a stream from a position on."""
-    batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if batch < 1 or batch % world:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH is {batch}: it must be a positive multiple of {world}.")
-    share = batch // world
-    positions = _PositionBatches(start_position + comm.get_rank() * share, share, batch)
-    loader = DataLoader(dataset, batch_sampler=positions, **_worker_options(cfg))
-    return _good_items(loader, cfg.DATASETS.ON_ERROR)
-
-
-def ordered_loader(dataset: "TestImages", number: int, cfg: CfgNode) -> "TestLoader":
-    """The share of this rank of a data set of `number` images."""
-    if cfg.TEST.BATCH_SIZE < 1:
-        raise ValueError(f"TEST.BATCH_SIZE is {cfg.TEST.BATCH_SIZE}: it must be at least 1.")
-    indices = np.array_split(np.arange(number), comm.get_world_size())[comm.get_rank()].tolist()
-    size = cfg.TEST.BATCH_SIZE
-    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-    loader = DataLoader(dataset, batch_sampler=batches, **_worker_options(cfg))
-    return TestLoader(loader, len(batches), cfg.DATASETS.ON_ERROR)
-
-
-class TestLoader:
-    """Iterable of list[dict] with a length, as Detectron2's inference_on_dataset wants it."""
-
-    __test__ = False  # pytest: not a test
-
-    def __init__(self, loader: DataLoader, length: int, on_error: str) -> None:
-        self._loader, self._length, self._on_error = loader, length, check_on_error(on_error)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[list[dict]]:
-        return _good_items(self._loader, self._on_error)
+# What crosses from a worker: the item, or None; (file name, message) of each image that it could not read.
+Sample = tuple[dict | None, list[tuple[str, str]]]
 
 
 class SampleStream(Dataset):
-    """A training stream as a function of the position; see the head of this file."""
+    """A training stream as a function of the position; see the head of this file.
 
-    def __init__(self, dicts: list[dict], seed: int) -> None:
-        self._dicts, self._seed = dicts, seed
+    make: returns the model's input dict of an entry, augmented by the generator; raises ImageError.
+    """
 
-    def read(self, entry: dict) -> np.ndarray:
-        """The pixels of an entry; raises ImageError."""
-        raise NotImplementedError
+    def __init__(
+        self, dicts: list[dict], seed: int, make: Callable[[dict, np.random.Generator], dict]
+    ) -> None:
+        self._dicts, self._seed, self._make = dicts, seed, make
 
-    def make(self, entry: dict, image: np.ndarray, rng: np.random.Generator) -> dict:
-        """The model's input dict, augmented by `rng`."""
-        raise NotImplementedError
-
-    def __getitem__(self, position: int) -> _Sample:
+    def __getitem__(self, position: int) -> Sample:
         failures = []
-        for offset in range(len(self._dicts)):
-            entry = self._dicts[self.index_at(position + offset)]
+        number = len(self._dicts)
+        for place in range(position, position + number):  # the next good one stands in for an unreadable one
+            entry = self._dicts[_permutation(number, self._seed, place // number)[place % number]]
             try:
-                image = self.read(entry)
+                rng = np.random.default_rng([self._seed, _AUGMENT_KEY, position])
+                return self._make(entry, rng), failures
             except ImageError as error:
                 failures.append((entry["file_name"], str(error)))
-                continue
-            rng = np.random.default_rng([self._seed, _AUGMENT_KEY, position])
-            return _Sample(self.make(entry, image, rng), failures)
-        return _Sample(None, failures)
-
-    def index_at(self, position: int) -> int:
-        """Index of the image that the order puts at this position."""
-        epoch, place = divmod(position, len(self._dicts))
-        return int(_permutation(len(self._dicts), self._seed, epoch)[place])
-
-
-class TestImages(Dataset):
-    """The images of a set in order; `make_item` answers the model's input dict of an entry."""
-
-    __test__ = False  # pytest: not a test
-
-    def __init__(self, dicts: list[dict], make_item: Callable[[dict], dict]) -> None:
-        self._dicts, self._make_item = dicts, make_item
-
-    def __getitem__(self, index: int) -> _Sample:
-        entry = self._dicts[index]
-        try:
-            return _Sample(self._make_item(entry), [])
-        except ImageError as error:
-            return _Sample(None, [(entry["file_name"], str(error))])
-
-
-class _PositionBatches:
-    """Endless batches of `share` positions from `start`, `stride` apart."""
-
-    def __init__(self, start: int, share: int, stride: int) -> None:
-        self._start, self._share, self._stride = start, share, stride
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = self._start
-        while True:
-            yield list(range(position, position + self._share))
-            position += self._stride
+        return None, failures
 
 
 @functools.lru_cache(maxsize=2)  # two: a batch may cross from one epoch to the next
@@ -135,31 +55,73 @@ def _permutation(number: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER_KEY, epoch]).permutation(number)
 
 
+def train_batches(stream: SampleStream, cfg: CfgNode, start_position: int) -> Iterator[list[dict]]:
+    """The endless batches of a stream from a position on, this rank's share of each.
+
+    Raises UserError for a batch size that the ranks cannot share.
+    """
+    batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if batch < 1 or batch % world:
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch}: it must be a positive multiple of {world}.")
+    share = batch // world
+    first = start_position + comm.get_rank() * share
+    positions = (range(start, start + share) for start in itertools.count(first, batch))
+    loader = DataLoader(stream, batch_sampler=positions, **_worker_options(cfg))
+    return _good_items(loader, cfg.DATASETS.ON_ERROR, training=True)
+
+
+class _TestImages(Dataset):
+    def __init__(self, dicts: list[dict], make: Callable[[dict], dict]) -> None:
+        self._dicts, self._make = dicts, make
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self._dicts[index]
+        try:
+            return self._make(entry), []
+        except ImageError as error:
+            return None, [(entry["file_name"], str(error))]
+
+
+class TestLoader(DataLoader):
+    """Batches of a set in order, with a length, as Detectron2's inference_on_dataset wants it.
+
+    make: returns the model's input dict of an entry; raises ImageError. Each rank gets a contiguous share.
+    """
+
+    __test__ = False  # pytest: not a test
+
+    def __init__(self, dicts: list[dict], make: Callable[[dict], dict], cfg: CfgNode) -> None:
+        size, self._on_error = cfg.TEST.BATCH_SIZE, cfg.DATASETS.ON_ERROR
+        share = np.array_split(np.arange(len(dicts)), comm.get_world_size())[comm.get_rank()].tolist()
+        batches = [share[start : start + size] for start in range(0, len(share), size)]
+        super().__init__(_TestImages(dicts, make), batch_sampler=batches, **_worker_options(cfg))
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return _good_items(super().__iter__(), self._on_error, training=False)
+
+
 def _worker_options(cfg: CfgNode) -> dict:
     return {
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "collate_fn": _as_is,
+        "collate_fn": list,
         "worker_init_fn": _start_worker,
         # DataLoader draws a seed for its workers: not from the global generator, which a checkpoint keeps.
         "generator": torch.Generator().manual_seed(0),
     }
 
 
-def _as_is(samples: list[_Sample]) -> list[_Sample]:
-    return samples
-
-
 def _start_worker(_worker: int) -> None:
+    import cv2
+
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
 
-def _good_items(loader: DataLoader, on_error: str) -> Iterator[list[dict]]:
-    """The batches of a loader without what failed; each failure is reported once, in this process."""
-    check_on_error(on_error)
+def _good_items(batches: Iterable[list[Sample]], on_error: str, training: bool) -> Iterator[list[dict]]:
+    """The batches without what failed; each failure is reported once, in this process."""
     reported = set()
-    for samples in loader:
-        for file_name, message in (failure for sample in samples for failure in sample.failures):
+    for samples in batches:
+        for file_name, message in itertools.chain.from_iterable(failures for _, failures in samples):
             if on_error == "fatal":
                 raise DataProblemError(
                     f'{message}: repair the file, or set DATASETS.ON_ERROR to "skip" to go on without it.'
@@ -167,10 +129,10 @@ def _good_items(loader: DataLoader, on_error: str) -> Iterator[list[dict]]:
             if file_name not in reported:
                 reported.add(file_name)
                 logger.warning("%s: left out (%d unreadable images so far)", message, len(reported))
-        items = [sample.item for sample in samples if sample.item is not None]
+        items = [item for item, _ in samples if item is not None]
         if items:
             yield items
-        elif isinstance(loader.dataset, SampleStream):
+        elif training:
             raise DataProblemError(
                 "Not one training image can be decoded: check the files of DATASETS.TRAIN."
             )

@@ -14,8 +14,6 @@ from torch import Tensor
 from dfm_d2.detection.ground_truth import GroundTruth
 from dfm_d2.flow import at_least_float32
 
-ASSIGNMENTS = ("dynamic_k", "path")
-
 
 def assigned_targets(ground_truth: GroundTruth, gt_index: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Class targets `(B, N)` (K for background) and box targets `(B, N, 4)` signal of an assignment."""

@@ -16,33 +16,29 @@ from dfm_d2.detection.head import HeadAnswer
 from dfm_d2.detection.sampler import Flow
 from dfm_d2.detection.training import Prepared
 from dfm_d2.flow import keyed_uniform, time_like
-from dfm_d2.flow.noise import STREAM_FROM_NOISE
 from dfm_d2.framework import META_ARCH_REGISTRY
+from dfm_d2.local_update import BlockLosses, HandOver, predictor_block
 
 
 @META_ARCH_REGISTRY.register()
 class CascadeDetector(FlowDetector):
-    """As FlowDetector, with heads in a row instead of predictors side by side. UPDATE must be "joint"."""
+    """As FlowDetector, with heads in a row instead of predictors side by side: gradients cross them all."""
 
     is_local = False
 
-    def block_losses(self, index: int, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
-        raise RuntimeError(
-            "the heads of CascadeDetector depend on each other and have no local losses: "
-            "set MODEL.DFM.UPDATE to 'joint', or MODEL.META_ARCHITECTURE to 'FlowDetector'"
-        )
-
-    def all_losses(self, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
-        """The losses of every head on its own refined boxes (deep supervision)."""
+    def _predictor_losses(
+        self, features: Sequence[Tensor], prepared: Prepared, hand_over: HandOver
+    ) -> Iterator[BlockLosses]:
+        """One item: the losses of every head on its own refined boxes (deep supervision)."""
         sample, losses = prepared.samples[0], {}
-        for index, (x, answer) in enumerate(
-            self._stages(features, sample.x_t, sample.t, prepared.image_sizes)
-        ):
+        names = tuple(predictor_block(d) for d in range(self.num_predictors))
+        stages = self._stages(features, sample.x_t, sample.t, prepared.image_sizes)
+        for name, (x, answer) in zip(names, stages):
             terms, _ = self._losses(
                 answer.class_logits, answer.boxes, x, sample.t, prepared, prepared.gt_index
             )
-            losses |= {f"loss_{name}/p{index}": value for name, value in terms.items()}
-        return losses
+            losses |= {f"loss_{key}/{name}": value for key, value in terms.items()}
+        yield BlockLosses(names, losses)
 
     def _stages(
         self, features: Sequence[Tensor], x: Tensor, t: Tensor, image_sizes: Tensor
@@ -74,8 +70,5 @@ class CascadeDetector(FlowDetector):
         return flow
 
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        """One t for all heads, in [0, 1) as DiffusionDet trains, or 0 for images from noise."""
-        t = keyed_uniform(keys, 1, device=self.device)[:, 0]
-        return [
-            t.masked_fill(self._drawn(keys, STREAM_FROM_NOISE, self.from_noise), 0.0)
-        ] * self.num_predictors
+        """One t for all heads, in [0, 1) as DiffusionDet trains."""
+        return [keyed_uniform(keys, 1, device=self.device)[:, 0]] * self.num_predictors

@@ -13,7 +13,6 @@ from torch import Tensor
 from dfm_d2.detection.ground_truth import GroundTruth
 from dfm_d2.flow.noise import (
     STREAM_BACKGROUND,
-    STREAM_ENDPOINT,
     STREAM_PERMUTATION,
     keyed_normal,
     keyed_uniform,
@@ -79,23 +78,3 @@ def couple(x_0: Tensor, slots: Slots, method: str, keys: Sequence[int]) -> Slots
     else:
         raise ValueError(f"coupling must be one of {COUPLINGS}, got {method!r}")
     return Slots(slots.x_1.gather(1, order[..., None].expand_as(slots.x_1)), slots.gt_index.gather(1, order))
-
-
-def noisy_endpoints(x_1: Tensor, sigma: float, keys: Sequence[int], signal_scale: float) -> Tensor:
-    """`x_1 + sigma (w, h, w, h) xi`, `xi ~ N(0, I)`: endpoints as an earlier predictor would miss them.
-
-    At inference `x_t` lies on the path to a predicted endpoint. A predictor that in training only saw the
-    path to the exact one trusts its input and corrects nothing (exposure bias, as in arXiv 2301.11706).
-
-    Args:
-        x_1: `(B, N, 4)` signal. sigma: as a share of each box's side. keys: one an image.
-
-    Returns:
-        `(B, N, 4)` signal, `x_1` itself for sigma 0.
-    """
-    if sigma == 0:
-        return x_1
-    xi = keyed_normal(keys, x_1.shape[1], STREAM_ENDPOINT, x_1.device).to(x_1.dtype)
-    # A side of b is 2 s b in signal units.
-    side = x_1[..., 2:] + signal_scale
-    return x_1 + sigma * side.repeat(1, 1, 2) * xi

@@ -3,47 +3,42 @@
 Shapes: B images, N proposals, D predictors, C channels, K classes, G ground-truth boxes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dfm_d2.detection.assignment import DynamicK, assigned_targets
-from dfm_d2.detection.coupling import build_slots, couple, noisy_endpoints
+from dfm_d2.detection.coupling import build_slots, couple
 from dfm_d2.detection.from_config import detector_arguments, owners_in_bottom_up
 from dfm_d2.detection.inference import BoxFlowModel
 from dfm_d2.detection.loss import BlockLoss
-from dfm_d2.detection.stage import StagePredictor
+from dfm_d2.detection.stage import StagePredictor, given_features
 from dfm_d2.detection.training import Prepared, disagreement, of_common_size, pad_ground_truth
-from dfm_d2.flow import (
-    CondOTPath,
-    keyed_normal,
-    keyed_uniform,
-    stream_key,
-    warped_time,
+from dfm_d2.flow import CondOTPath, keyed_normal, keyed_uniform, stream_key, warped_time
+from dfm_d2.flow.noise import STREAM_POLICY, STREAM_STAGE_TIME
+from dfm_d2.framework import META_ARCH_REGISTRY, configurable, get_event_storage
+from dfm_d2.local_update import (
+    SHARED_BLOCK,
+    BlockLosses,
+    HandOver,
+    attached_losses,
+    predictor_block,
 )
-from dfm_d2.flow.noise import STREAM_FROM_NOISE, STREAM_POLICY, STREAM_STAGE_TIME
-from dfm_d2.framework import META_ARCH_REGISTRY, configurable
-
-# Takes the name and the losses of a backbone stage as soon as they are there.
-OnStage = Callable[[str, dict[str, Tensor]], None]
 
 
 @META_ARCH_REGISTRY.register()
 class FlowDetector(BoxFlowModel):
     """The multi-predictor flow detector.
 
-    In training, `engine.local_update` calls `prepare`, `extract_features` and `block_losses` block by block.
-    In evaluation, `forward` returns Detectron2's list of {"instances": Instances}.
+    `forward` is Detectron2's: a dict of losses in training mode, else a list of {"instances": Instances}.
+    The update modes of dfm_d2.local_update drive `block_losses`.
 
     Args (besides those of BoxFlowModel):
         stage_predictors: of the backbone's stages that are blocks of their own, by name.
         criterion, assigner: loss of a block, dynamic_k.
-        num_proposals: N in training. gt_repeat: see losses.coupling.build_slots.
-        endpoint_noise: see losses.coupling.noisy_endpoints.
+        num_proposals: N in training. gt_repeat: see coupling.build_slots.
         on_policy: share of the images whose later predictors train where the earlier ones lead.
-        from_noise: share of the images that start at t = 0, as inference does.
         coupling, assignment: see the config keys of those names.
         seed: of noise and t in training.
         freeze_backbone: the backbone neither learns nor moves its running statistics.
@@ -61,9 +56,7 @@ class FlowDetector(BoxFlowModel):
         assigner: DynamicK,
         num_proposals: int,
         gt_repeat: int,
-        endpoint_noise: float,
         on_policy: float,
-        from_noise: float,
         coupling: str,
         assignment: str,
         seed: int,
@@ -76,9 +69,7 @@ class FlowDetector(BoxFlowModel):
         self.assigner = assigner
         self.num_proposals = num_proposals
         self.gt_repeat = gt_repeat
-        self.endpoint_noise = endpoint_noise
         self.on_policy = on_policy
-        self.from_noise = from_noise
         self.coupling = coupling
         self.assignment = assignment
         self.seed = seed
@@ -86,6 +77,7 @@ class FlowDetector(BoxFlowModel):
         if freeze_backbone:
             self.backbone.requires_grad_(False)
         self.path = CondOTPath()
+        self._steps = 0  # of forward in training mode where no event storage counts them
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -98,15 +90,31 @@ class FlowDetector(BoxFlowModel):
             self.backbone.eval()
         return self
 
+    def forward(self, batched_inputs: Sequence[dict]) -> dict[str, Tensor] | list[dict]:
+        """Detections `[{"instances": Instances}]`, in original image coordinates; in training mode the losses
+        of all blocks, whose sum is the loss of UPDATE "joint".
+
+        The noise of a training step depends on its iteration: the event storage's, else counted.
+        """
+        if not self.training:
+            return self.inference(batched_inputs)
+        try:
+            iteration = get_event_storage().iter
+        except AssertionError:  # there is none
+            iteration = self._steps
+        self._steps += 1
+        terms = attached_losses(self, self.prepare(batched_inputs, iteration))
+        return {key: value for key, value in terms.items() if key.startswith("loss")}
+
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters, by full name, of each block: "shared" (backbone and FPN), "p0", "p1", ...
+        """Trainable parameters, by full name, of each block: "shared" (backbone and FPN), "predictor0", ...
 
         "shared" is empty where the backbone is frozen. With stage predictors each of their stages is a block,
         "res2", ..., and "shared" is the FPN.
         """
-        blocks: dict[str, list[tuple[str, nn.Parameter]]] = {stage: [] for stage in self.stage_predictors}
-        blocks |= {"shared": []} | {f"p{d}": [] for d in range(self.num_predictors)}
         stages = list(self.stage_predictors)
+        names = [*stages, SHARED_BLOCK, *(predictor_block(d) for d in range(self.num_predictors))]
+        blocks: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in names}
         owner = owners_in_bottom_up(self.backbone.bottom_up, stages) if stages else {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -116,12 +124,11 @@ class FlowDetector(BoxFlowModel):
     @staticmethod
     def _block_of(name: Sequence[str], stages: Mapping[str, str]) -> str:
         if name[0] == "predictors":
-            return f"p{name[1]}"
+            return predictor_block(int(name[1]))
         if name[0] == "stage_predictors":
             return name[1]
-        return stages.get(name[2], "shared") if name[:2] == ["backbone", "bottom_up"] else "shared"
-
-    # ---------------------------------------------------------------- training
+        in_bottom_up = name[:2] == ["backbone", "bottom_up"]
+        return stages.get(name[2], SHARED_BLOCK) if in_bottom_up else SHARED_BLOCK
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> Prepared:
@@ -137,8 +144,7 @@ class FlowDetector(BoxFlowModel):
         x_0 = keyed_normal(keys, self.num_proposals, device=self.device).to(ground_truth.x_1.dtype)
         slots = build_slots(ground_truth, self.num_proposals, self.gt_repeat, keys, self.space.signal_scale)
         slots = couple(x_0, slots, self.coupling, keys)
-        x_1 = noisy_endpoints(slots.x_1, self.endpoint_noise, keys, self.space.signal_scale)
-        samples = [self.path.sample(x_0, x_1, t) for t in self._times(keys)]
+        samples = [self.path.sample(x_0, slots.x_1, t) for t in self._times(keys)]
         if self.assignment == "path":
             gt_index = slots.gt_index
         elif self.predictors.time == "shared":
@@ -146,39 +152,45 @@ class FlowDetector(BoxFlowModel):
             gt_index = self.assigner(ground_truth, samples[0].x_t)
         else:
             gt_index = None
-        inputs = [sample.x_t for sample in samples]
-        on_policy = self._drawn(keys, STREAM_POLICY, self.on_policy)
+        on_policy = keyed_uniform(keys, 1, STREAM_POLICY, self.device)[:, 0] < self.on_policy
         stages = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
         times = warped_time(stages, self.predictors.rate).unbind(1)
-        stage_samples = [self.path.sample(x_0, x_1, t) for t in times]
-        return Prepared(
-            images, image_sizes, ground_truth, samples, inputs, on_policy, gt_index, stage_samples
-        )
+        stage_samples = [self.path.sample(x_0, slots.x_1, t) for t in times]
+        return Prepared(images, image_sizes, ground_truth, samples, on_policy, gt_index, stage_samples)
 
-    def extract_features(self, prepared: Prepared, on_stage: OnStage | None = None) -> list[Tensor]:
-        """The shared block: L maps `(B, C, H_l, W_l)`, float32 or more: gradients of blocks add up in them.
+    def block_losses(self, prepared: Prepared, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """Of stages that are blocks, predictors and the shared block: scalars `loss_cls/predictor0`, ...
 
-        Args:
-            on_stage: called with each stage that is a block and its losses `loss_cls/res2`, ...; the next
-                stage and the FPN get the stage's output detached.
+        With dynamic_k in shared time also the metric `disagreement/predictor0`, see training.disagreement.
         """
-        with ExitStack() as hooks:
-            for index, name in enumerate(self.stage_predictors):
+        own = hand_over.own(prepared)
+        features = yield from self._stage_losses(own)
+        if features is None:
+            with torch.set_grad_enabled(not self.freeze_backbone and torch.is_grad_enabled()):
+                features = self._features(own.images.tensor)
+        features = hand_over.open(features)
+        yield from self._predictor_losses(features, prepared, hand_over)
+        del features
+        yield from hand_over.close()
 
-                def end_block(
-                    _module, _inputs, output: Tensor, index: int = index, name: str = name
-                ) -> Tensor:
-                    if on_stage is not None:
-                        on_stage(name, self._stage_losses(index, name, output, prepared))
-                    return output.detach()
-
-                handle = getattr(self.backbone.bottom_up, name).register_forward_hook(end_block)
-                hooks.callback(handle.remove)
+    def _stage_losses(self, prepared: Prepared) -> Iterator[BlockLosses]:
+        """The local losses of backbone stages, each by its own predictor; returns the features, L maps
+        `(B, C, H_l, W_l)`, None without such stages."""
+        if not self.stage_predictors:
+            return None
+        bottom_up = self.backbone.bottom_up
+        x, outputs = prepared.images.tensor, {}
+        for child, stage in bottom_up.named_children():
+            x = stage(x)
+            if child in self.stage_predictors:
+                yield BlockLosses((child,), self._losses_of_stage(child, x, prepared))
+                x = x.detach()
+            outputs[child] = x
+        with given_features(bottom_up, {name: outputs[name] for name in bottom_up.output_shape()}):
             return self._features(prepared.images.tensor)
 
-    def _stage_losses(self, index: int, name: str, feature: Tensor, prepared: Prepared) -> dict[str, Tensor]:
-        """The local loss of a backbone stage, by its own predictor."""
-        sample = prepared.stage_samples[index]
+    def _losses_of_stage(self, name: str, feature: Tensor, prepared: Prepared) -> dict[str, Tensor]:
+        sample = prepared.stage_samples[list(self.stage_predictors).index(name)]
         boxes_xyxy = self.space.proposals(sample.x_t, prepared.image_sizes)
         answer = self.stage_predictors[name](feature, boxes_xyxy, sample.x_t, sample.t)
         # Stages are never averaged: with dynamic_k each assigns for itself.
@@ -186,76 +198,81 @@ class FlowDetector(BoxFlowModel):
         losses, _ = self._losses(answer.class_logits, answer.boxes, sample.x_t, sample.t, prepared, gt_index)
         return {f"loss_{key}/{name}": value for key, value in losses.items()}
 
-    def chained_inputs(self, prepared: Prepared) -> list[Tensor] | None:
-        """`x_t` `(B, N, 4)` of every predictor where each makes that of the next; None where none needs
-        another's."""
-        return prepared.inputs if self._is_chained else None
+    def _predictor_losses(
+        self, features: Sequence[Tensor], prepared: Prepared, hand_over: HandOver
+    ) -> Iterator[BlockLosses]:
+        """Predictor by predictor. Where an image is on-policy, the detached answer of one takes the place of
+        the path in the input of the next: one solver step, as at inference."""
+        if hand_over.together:
+            yield self._losses_together(features, prepared)
+            return
+        chained, x_t = self._is_chained, prepared.samples[0].x_t
+        for index, sample in enumerate(prepared.samples):
+            if not hand_over.owns(predictor_block(index)):
+                continue
+            if not chained:
+                x_t = sample.x_t
+            elif index > 0:
+                x_t = hand_over.receive(index, x_t)
+            answer = self._answer(index, features, x_t, sample.t, prepared)
+            with hand_over.among_owners():
+                terms, x_1_hat = self._block_terms(index, x_t, *answer, prepared)
+            if chained and index + 1 < self.num_predictors:
+                x_t = self._next_input(index, x_t, x_1_hat, prepared)
+                hand_over.send(index + 1, x_t)
+            del answer, x_1_hat  # only what is yielded holds the graph
+            yield BlockLosses((predictor_block(index),), terms)
+            del terms
 
     @property
     def _is_chained(self) -> bool:
+        """Whether a predictor's answers are an input of the next."""
         return self.on_policy > 0 and self.predictors.time == "partitioned"
 
-    def block_losses(self, index: int, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
-        """The local loss of predictor `index`: weighted scalars `loss_cls/p0`, ...
-
-        With dynamic_k in shared time also the metric `disagreement/p0`, see modeling.training.disagreement.
-
-        Where an image is on-policy, the detached answer then takes the place of the path in the input of the
-        next predictor: one solver step, as at inference.
-        """
-        x_t, t = prepared.inputs[index], prepared.samples[index].t
+    def _answer(
+        self, index: int, features: Sequence[Tensor], x_t: Tensor, t: Tensor, prepared: Prepared
+    ) -> tuple[Tensor, Tensor]:
+        """Class logits `(B, N, K)` and raw box answer `(B, N, 4)` of a predictor."""
         boxes_xyxy = self.space.proposals(x_t, prepared.image_sizes)
         answer = self.predictors[index](features, boxes_xyxy, x_t, t)
-        terms, x_1_hat = self._block_terms(index, answer.class_logits, answer.boxes, prepared)
-        if self._is_chained and index + 1 < self.num_predictors:
-            following = prepared.samples[index + 1]
-            x_next = self.path.step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
-            prepared.inputs[index + 1] = torch.where(prepared.on_policy[:, None, None], x_next, following.x_t)
-        return terms
+        return answer.class_logits, answer.boxes
 
-    def all_losses(self, features: Sequence[Tensor], prepared: Prepared) -> dict[str, Tensor]:
-        """The losses of all predictors, for the joint update."""
-        losses: dict[str, Tensor] = {}
-        for index in range(self.num_predictors):
-            losses |= self.block_losses(index, features, prepared)
-        return losses
+    def _next_input(self, index: int, x_t: Tensor, x_1_hat: Tensor, prepared: Prepared) -> Tensor:
+        """x_t `(B, N, 4)` of predictor `index + 1` by the endpoint of predictor `index`, detached."""
+        t, following = prepared.samples[index].t, prepared.samples[index + 1]
+        x_next = self.path.step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
+        return torch.where(prepared.on_policy[:, None, None], x_next, following.x_t)
 
-    def all_losses_together(
-        self, features: Sequence[Tensor], prepared: Prepared, batched: bool | None = None
-    ) -> dict[str, Tensor]:
-        """As all_losses, the predictors evaluated as one batched computation.
-
-        Where they train on-policy, each needs the answers before it: these are then found first, one by one
-        and without gradients.
-
-        Args:
-            batched: None: on a GPU only; a CPU is slower at many small products than at few large ones
-                (docs/memory.md), and takes the predictors one by one.
-        """
-        if not (self.device.type == "cuda" if batched is None else batched):
-            return self.all_losses(features, prepared)
+    def _losses_together(self, features: Sequence[Tensor], prepared: Prepared) -> BlockLosses:
+        """All predictors as one batched computation; if they train on-policy, after a pass without gradients
+        that finds their inputs."""
+        samples = prepared.samples
+        inputs = [sample.x_t for sample in samples]
         if self._is_chained:
             with torch.no_grad():
                 for index in range(self.num_predictors - 1):
-                    self.block_losses(index, features, prepared)
-        x_t = torch.stack(prepared.inputs)
-        t = torch.stack([sample.t for sample in prepared.samples])
-        boxes_xyxy = torch.stack([self.space.proposals(x, prepared.image_sizes) for x in prepared.inputs])
-        boxes, class_logits = self.predictors.answer_together(features, boxes_xyxy, x_t, t)
+                    x_t, t = inputs[index], samples[index].t
+                    _, boxes = self._answer(index, features, x_t, t, prepared)
+                    inputs[index + 1] = self._next_input(
+                        index, x_t, self.flow.endpoint(x_t, boxes, t), prepared
+                    )
+        t = torch.stack([sample.t for sample in samples])
+        boxes_xyxy = torch.stack([self.space.proposals(x_t, prepared.image_sizes) for x_t in inputs])
+        boxes, class_logits = self.predictors.answer_together(features, boxes_xyxy, torch.stack(inputs), t)
         terms: dict[str, Tensor] = {}
-        for index in range(self.num_predictors):
-            terms |= self._block_terms(index, class_logits[index], boxes[index], prepared)[0]
-        return terms
+        for index, x_t in enumerate(inputs):
+            terms |= self._block_terms(index, x_t, class_logits[index], boxes[index], prepared)[0]
+        return BlockLosses(tuple(predictor_block(d) for d in range(self.num_predictors)), terms)
 
     def _block_terms(
-        self, index: int, class_logits: Tensor, boxes: Tensor, prepared: Prepared
+        self, index: int, x_t: Tensor, class_logits: Tensor, boxes: Tensor, prepared: Prepared
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses and metrics of the raw answer of predictor `index`, and its endpoint `(B, N, 4)`."""
-        x_t, t = prepared.inputs[index], prepared.samples[index].t
+        name, t = predictor_block(index), prepared.samples[index].t
         losses, x_1_hat = self._losses(class_logits, boxes, x_t, t, prepared, prepared.gt_index)
-        terms = {f"loss_{name}/p{index}": value for name, value in losses.items()}
+        terms = {f"loss_{key}/{name}": value for key, value in losses.items()}
         if self.assignment == "dynamic_k" and prepared.gt_index is not None:
-            terms[f"disagreement/p{index}"] = disagreement(self.assigner, prepared, class_logits, x_1_hat)
+            terms[f"disagreement/{name}"] = disagreement(self.assigner, prepared, class_logits, x_1_hat)
         return terms, x_1_hat
 
     def _losses(
@@ -269,14 +286,9 @@ class FlowDetector(BoxFlowModel):
         classes, target_x_1 = assigned_targets(prepared.ground_truth, gt_index, self.num_classes)
         return self.criterion(class_logits, x_1_hat, classes, target_x_1, t), x_1_hat
 
-    def _drawn(self, keys: Sequence[int], stream: int, share: float) -> Tensor:
-        """`(B,)` bool, true for a share of the images."""
-        return keyed_uniform(keys, 1, stream, self.device)[:, 0] < share
-
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        """t `(B,)` of every predictor; of images from noise, the beginning of its interval."""
+        """t `(B,)` of every predictor, uniform in its interval of the warped time."""
         uniform = keyed_uniform(keys, self.num_predictors, device=self.device)
-        uniform = uniform.masked_fill(self._drawn(keys, STREAM_FROM_NOISE, self.from_noise)[:, None], 0.0)
         if self.predictors.time == "shared":
             return [uniform[:, 0]] * self.num_predictors
         return [self.predictors.training_time(d, uniform[:, d]) for d in range(self.num_predictors)]

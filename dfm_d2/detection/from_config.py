@@ -9,6 +9,7 @@ from dfm_d2.detection.pooling import FeaturePooler
 from dfm_d2.detection.sampler import BoxSampler, SamplerSettings
 from dfm_d2.detection.stack import PredictorStack
 from dfm_d2.detection.stage import StagePredictor
+from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxFlow, BoxSpace
 from dfm_d2.framework import build_backbone
 
@@ -17,20 +18,21 @@ def detector_arguments(cfg) -> dict:
     """Arguments of FlowDetector and CascadeDetector.
 
     Raises:
-        ValueError: a key has a value that cannot be built; the sentence names it.
+        UserError: a key has a value that cannot be built; the sentence names it.
     """
     dfm = cfg.MODEL.DFM
     if dfm.NUM_CLASSES < 1:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DFM.NUM_CLASSES must be at least 1, got {dfm.NUM_CLASSES} "
             "(0 is filled in from the data set by tools/train_net.py)"
         )
     try:
         backbone = build_backbone(cfg)
-    except KeyError as error:
-        raise ValueError(
-            f"no backbone can be built: {error.args[0]!r} is not known; see MODEL.BACKBONE.NAME, "
-            "MODEL.RESNETS.NORM and MODEL.FPN.NORM"
+    except (KeyError, ValueError) as error:
+        said = f"{error.args[0]!r} is not known" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"no backbone can be built: {said}; see MODEL.BACKBONE.NAME, MODEL.RESNETS.NORM and "
+            "MODEL.FPN.NORM."
         ) from error
     space = BoxSpace(dfm.SIGNAL_SCALE)
     loss = dfm.LOSS
@@ -71,9 +73,7 @@ def detector_arguments(cfg) -> dict:
         ),
         "num_proposals": dfm.NUM_PROPOSALS,
         "gt_repeat": dfm.GT_REPEAT,
-        "endpoint_noise": dfm.ENDPOINT_NOISE,
         "on_policy": dfm.ON_POLICY,
-        "from_noise": dfm.FROM_NOISE,
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
@@ -94,9 +94,7 @@ def sampler_settings(cfg) -> SamplerSettings:
         time_grid=tuple(sampler.TIME_GRID),
         predictors=tuple(sampler.PREDICTORS),
         seed=sampler.SEED,
-        ensemble_steps=sampler.ENSEMBLE_STEPS,
         noise_passes=sampler.NOISE_PASSES,
-        renewal_thresh=sampler.RENEWAL_THRESH,
         score_thresh=sampler.SCORE_THRESH,
         nms_thresh=sampler.NMS_THRESH,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -109,16 +107,16 @@ def _predictors(cfg, backbone) -> PredictorStack:
     shapes = backbone.output_shape()
     missing = [name for name in head.IN_FEATURES if name not in shapes]
     if missing:
-        raise ValueError(f"MODEL.DFM.HEAD.IN_FEATURES names {missing}, the backbone has {sorted(shapes)}")
+        raise UserError(f"MODEL.DFM.HEAD.IN_FEATURES names {missing}, the backbone has {sorted(shapes)}")
     strides = [shapes[name].stride for name in head.IN_FEATURES]
     if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
-        raise ValueError(
+        raise UserError(
             f"MODEL.DFM.HEAD.IN_FEATURES is {list(head.IN_FEATURES)} with the strides {strides}; pooling "
             "needs levels from fine to coarse, each stride twice the one before."
         )
     channels = {shapes[name].channels for name in head.IN_FEATURES}
     if channels != {head.HIDDEN_DIM}:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
@@ -134,7 +132,7 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
     shapes = {} if bottom_up is None else bottom_up.output_shape()
     stages = [name for name in shapes if name != "stem" and hasattr(bottom_up, name)]
     if not stages:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DFM.BACKBONE_UPDATE local needs a ResNet with FPN, which MODEL.BACKBONE.NAME "
             f"{cfg.MODEL.BACKBONE.NAME} does not build: set it to accumulate."
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dfm_d2.detection.pooling import FeaturePooler
 from dfm_d2.flow.time_embedding import TimeEmbedding
 
-INTERACTIONS = ("dynamic_conv", "cross_attention", "grid_linear")
+INTERACTIONS = ("dynamic_conv", "grid_linear")
 # Probability that every class starts with, so that thousands of background terms do not drown the rest
 # (arXiv 1708.02002, section 4.1).
 _PRIOR = 0.01
@@ -59,21 +59,6 @@ class DynamicConv(nn.Module):
         # The grid itself goes along: the dynamic weights of a young head mean nothing yet, and the backbone
         # would wait for them.
         return torch.relu(self.norm(self.out((roi + mixed).flatten(1))))
-
-
-class GridCrossAttention(nn.Module):
-    """Interaction by attention of each query over its RoI grid, with learned positions of the cells."""
-
-    def __init__(self, dim: int, num_heads: int, num_cells: int):
-        super().__init__()
-        self.position = nn.Parameter(torch.zeros(num_cells, dim))
-        nn.init.trunc_normal_(self.position, std=0.02)
-        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-
-    def forward(self, queries: Tensor, roi: Tensor) -> Tensor:
-        """Queries `(M, C)` and RoI features `(M, P^2, C)` to `(M, C)`."""
-        keys = roi + self.position
-        return self.attention(queries[:, None], keys, roi, need_weights=False)[0][:, 0]
 
 
 class GridLinear(nn.Module):
@@ -129,8 +114,6 @@ class FlowHead(nn.Module):
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         if interaction == "dynamic_conv":
             self.interaction: nn.Module = DynamicConv(dim, dynamic_dim, num_cells, pooler.backend)
-        elif interaction == "cross_attention":
-            self.interaction = GridCrossAttention(dim, num_heads, num_cells)
         elif interaction == "grid_linear":
             self.interaction = GridLinear(dim, num_cells)
         else:

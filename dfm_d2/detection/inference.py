@@ -60,24 +60,9 @@ class BoxFlowModel(nn.Module):
         """D."""
         return len(self.predictors)
 
-    def forward(self, batched_inputs: Sequence[dict]) -> list[dict]:
-        """Detections `[{"instances": Instances}]`, in original image coordinates.
-
-        In training mode use `engine.local_update`, or `prepare`, `extract_features` and `all_losses`.
-
-        Raises:
-            RuntimeError: in training mode, which needs an iteration to key its noise.
-        """
-        if self.training:
-            raise RuntimeError(
-                f"{type(self).__name__}.forward is inference: train through dfm_d2.engine (or call prepare, "
-                "extract_features and all_losses), or call eval() first"
-            )
-        return self.inference(batched_inputs)
-
     @torch.no_grad()
     def inference(self, batched_inputs: Sequence[dict], x_0: Tensor | None = None) -> list[dict]:
-        """As forward in evaluation mode, whatever the mode.
+        """Detections `[{"instances": Instances}]`, in original image coordinates.
 
         Args:
             x_0: the noise, see `candidates`.

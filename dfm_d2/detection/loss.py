@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dfm_d2.local_update.processes import mean_over_processes, world_size
 
-CLASS_LOSSES = ("focal", "quality_focal")
-
 
 @dataclass(frozen=True)
 class BlockLoss:

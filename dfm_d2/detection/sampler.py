@@ -12,9 +12,8 @@ from dfm_kernels.reference import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.detection.captured import GraphCache
-from dfm_d2.detection.coupling import BACKGROUND_STD
+from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, ODESolver, SolverStep, Trajectory, keyed_normal, stream_key
-from dfm_d2.flow.noise import STREAM_BACKGROUND
 from dfm_d2.flow.solver import check_grid, warped_grid
 
 # (x_t (B, N, 4), boxes_xyxy (B, N, 4), t, t_next) -> one step of the flow on the features of these images.
@@ -31,9 +30,7 @@ class SamplerSettings:
     time_grid: Sequence[float] = ()
     predictors: Sequence[int] = ()
     seed: int = 0
-    ensemble_steps: bool = False
     noise_passes: int = 1
-    renewal_thresh: float = 0.0
     score_thresh: float = 0.0
     nms_thresh: float = 0.6
     detections_per_image: int = 100
@@ -42,7 +39,7 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
             if getattr(self, name) < 1:
-                raise ValueError(f"the sampler's {name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"the sampler's {name} must be at least 1, got {getattr(self, name)}")
         if self.time_grid:
             check_grid(self.time_grid)
             if self.time_grid[0] != 0 or self.time_grid[-1] != 1:
@@ -60,12 +57,15 @@ def initial_noise(
     image_ids: Sequence[int | str], seed: int, num_proposals: int, noise_passes: int = 1, device=None
 ) -> Tensor:
     """`x_0` `(B, P N, 4)` float32 of P noise passes, one after the other: of (seed, image id, pass) alone."""
-    passes = [_noise_keys(image_ids, seed, noise_pass) for noise_pass in range(noise_passes)]
-    return torch.cat([keyed_normal(keys, num_proposals, device=device) for keys in passes], dim=1)
-
-
-def _noise_keys(image_ids: Sequence[int | str], seed: int, noise_pass: int) -> list[int]:
-    return [stream_key("sampler", seed, image_id, noise_pass) for image_id in image_ids]
+    passes = [
+        keyed_normal(
+            [stream_key("sampler", seed, image_id, noise_pass) for image_id in image_ids],
+            num_proposals,
+            device=device,
+        )
+        for noise_pass in range(noise_passes)
+    ]
+    return torch.cat(passes, dim=1)
 
 
 class Candidates(NamedTuple):
@@ -102,36 +102,26 @@ class BoxSampler:
         owner: Hashable | None = None,
         x_0: Tensor | None = None,
     ) -> Candidates:
-        """Candidates of all noise passes (and, with `ensemble_steps`, of all steps), concatenated.
+        """Candidates of all noise passes, concatenated.
 
         Args:
             make_flow: of features (L maps) and image sizes `(B, 2)` height, width.
             image_ids: what the noise depends on; with `x_0` they are not used.
             owner: what the flow depends on besides, see GraphCache; None: not to be captured.
             x_0: the noise of all passes, as `noise` makes it.
-
-        Raises:
-            ValueError: `x_0` with renewal, whose noise is made of the ids.
         """
         settings = self.settings
-        if x_0 is not None and settings.renewal_thresh > 0:
-            raise ValueError("noise that is given goes without renewal: set SAMPLER.RENEWAL_THRESH to 0")
         if x_0 is None:
             x_0 = self.noise(image_ids, image_sizes.device)
 
         def run(x_0: Tensor, image_sizes: Tensor, *features: Tensor) -> Candidates:
-            flow = make_flow(features, image_sizes)
-            trajectory = self._integrate(flow, x_0, image_sizes, keys, settings.ensemble_steps)
-            steps = trajectory.steps if settings.ensemble_steps else [trajectory.last]
-            found = [(step.x_1_hat, step.info.class_probs) for step in steps]
-            return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found)))
+            last = self._integrate(make_flow(features, image_sizes), x_0, image_sizes).last
+            return Candidates(last.x_1_hat, last.info.class_probs)
 
         found = []
-        for noise_pass, noise in enumerate(x_0.chunk(settings.noise_passes, dim=1)):
-            keys = self._keys(image_ids, noise_pass)
+        for noise in x_0.chunk(settings.noise_passes, dim=1):
             inputs = (noise, image_sizes, *features)
-            # Renewal's noise is made on the host for these very images.
-            if owner is None or settings.renewal_thresh > 0:
+            if owner is None:
                 found.append(run(*inputs))
             else:
                 found.append(Candidates(*self.graphs((owner, repr(settings)), run, inputs)))
@@ -142,33 +132,27 @@ class BoxSampler:
         flow: Flow,
         image_sizes: Tensor,
         image_ids: Sequence[int | str],
-        noise_pass: int = 0,
         return_intermediates: bool = False,
     ) -> Trajectory:
-        """One pass from noise to boxes; the noise depends on (seed, image id, pass) alone.
+        """The first noise pass from noise to boxes.
 
         Args:
             image_sizes: `(B, 2)` height, width.
-            return_intermediates: keep states and steps; `ensemble_steps` keeps them too.
+            return_intermediates: keep states and steps.
         """
-        keys = self._keys(image_ids, noise_pass)
-        x_0 = keyed_normal(keys, self.settings.num_proposals, device=image_sizes.device)
-        return self._integrate(
-            flow, x_0, image_sizes, keys, return_intermediates or self.settings.ensemble_steps
+        x_0 = initial_noise(
+            image_ids, self.settings.seed, self.settings.num_proposals, device=image_sizes.device
         )
+        return self._integrate(flow, x_0, image_sizes, return_intermediates)
 
     def noise(self, image_ids: Sequence[int | str], device: torch.device) -> Tensor:
         """`initial_noise` of these settings."""
         settings = self.settings
         return initial_noise(image_ids, settings.seed, settings.num_proposals, settings.noise_passes, device)
 
-    def _keys(self, image_ids: Sequence[int | str], noise_pass: int) -> list[int]:
-        return _noise_keys(image_ids, self.settings.seed, noise_pass)
-
     def _integrate(
-        self, flow: Flow, x_0: Tensor, image_sizes: Tensor, keys: Sequence[int], return_intermediates: bool
+        self, flow: Flow, x_0: Tensor, image_sizes: Tensor, return_intermediates: bool = False
     ) -> Trajectory:
-        settings = self.settings
         last: list[SolverStep] = []
 
         def velocity_field(x_t: Tensor, t: float, t_next: float) -> SolverStep:
@@ -182,24 +166,7 @@ class BoxSampler:
             last[:] = [SolverStep(update.x_next, update.x_1_hat, update.velocity, info)]
             return last[0]
 
-        def renew(x: Tensor, step: SolverStep, t_next: float) -> Tensor:
-            return self._renew(x, step.info.class_probs, t_next, keys)
-
+        settings = self.settings
         return ODESolver(settings.method).sample(
-            velocity_field,
-            x_0,
-            settings.grid,
-            return_intermediates=return_intermediates,
-            after_step=renew if settings.renewal_thresh > 0 else None,
+            velocity_field, x_0, settings.grid, return_intermediates=return_intermediates
         )
-
-    def _renew(self, x: Tensor, class_probs: Tensor, t_next: float, keys: Sequence[int]) -> Tensor:
-        """Put proposals that found nothing back where training has its background: on the path from fresh
-        noise to a random box, at `t_next`."""
-        count, scale = x.shape[1], self.space.signal_scale
-        fresh = [stream_key("renewal", key, repr(t_next)) for key in keys]
-        noise = keyed_normal(fresh, count, device=x.device)
-        background = keyed_normal(fresh, count, STREAM_BACKGROUND, x.device) * (2 * BACKGROUND_STD * scale)
-        renewed = (1 - t_next) * noise + t_next * self.space.clamp(background)
-        empty = class_probs.amax(-1, keepdim=True) < self.settings.renewal_thresh
-        return torch.where(empty, renewed, x)

@@ -8,9 +8,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfm_d2.detection.head import FlowHead
+from dfm_d2.errors import UserError
 from dfm_d2.flow import unwarped_time, warped_time
-
-TIMES = ("partitioned", "shared")
 
 
 class PredictorStack(nn.ModuleList):
@@ -22,19 +21,10 @@ class PredictorStack(nn.ModuleList):
         time: "partitioned" (predictor `floor(u D)` answers at `t(u)` and is trained on
             its own interval) or "shared" (every predictor answers at, and is trained on, all of [0, 1]).
         rate: of t(u), see dfm_d2.flow.warped_time.
-
-    Raises:
-        ValueError: no predictor, or an unknown `time`.
     """
 
     def __init__(self, make_head: Callable[[], FlowHead], num_predictors: int, time: str, rate: float = 0.0):
-        if num_predictors < 1:
-            raise ValueError(f"at least one predictor is needed, got {num_predictors}")
-        if time not in TIMES:
-            raise ValueError(f"time must be one of {TIMES}, got {time!r}")
         super().__init__(make_head() for _ in range(num_predictors))
-        if not rate >= 0:
-            raise ValueError(f"the rate of partitioned time must be at least 0, got {rate}")
         self.time = time
         self.rate = rate
 
@@ -56,7 +46,7 @@ class PredictorStack(nn.ModuleList):
         """
         if self.time == "partitioned":
             if chosen:
-                raise ValueError(
+                raise UserError(
                     "MODEL.DFM.SAMPLER.PREDICTORS must be empty with TIME 'partitioned': "
                     "no other predictor was trained on the interval of a dropped one"
                 )
@@ -65,7 +55,7 @@ class PredictorStack(nn.ModuleList):
             return [min(int(u * len(self) + 1e-6), len(self) - 1)]
         wrong = [d for d in chosen if not 0 <= d < len(self)]
         if wrong:
-            raise ValueError(f"MODEL.DFM.SAMPLER.PREDICTORS names {wrong}, there are {len(self)} predictors")
+            raise UserError(f"MODEL.DFM.SAMPLER.PREDICTORS names {wrong}, there are {len(self)} predictors")
         return list(chosen) or list(range(len(self)))
 
     def answer_together(

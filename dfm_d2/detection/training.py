@@ -17,11 +17,11 @@ from dfm_d2.local_update.processes import max_over_processes, world_size
 
 
 class Prepared(NamedTuple):
-    """All that one training step needs, without gradients.
+    """All that one training step needs, without gradients; nothing changes it.
 
     images: padded, normalised. image_sizes: `(B, 2)` height, width. ground_truth: padded.
-    samples: the path sample of every predictor. inputs: `x_t` `(B, N, 4)` of every predictor: the path's or,
-    where `on_policy` `(B,)`, where the predictor before leads (FlowDetector.block_losses puts it there).
+    samples: the path sample of every predictor. on_policy: `(B,)` bool, the images on which a predictor
+    trains where the one before it leads, in place of its path sample.
     gt_index: the coupled (or, for TIME "shared" with dynamic_k, the predictor-independent) assignment
     `(B, N)`; None where each predictor assigns.
     stage_samples: the path sample of every backbone stage that is a block; there are none but with
@@ -32,7 +32,6 @@ class Prepared(NamedTuple):
     image_sizes: Tensor
     ground_truth: GroundTruth
     samples: list[PathSample]
-    inputs: list[Tensor]
     on_policy: Tensor
     gt_index: Tensor | None
     stage_samples: list[PathSample]
@@ -48,7 +47,6 @@ class Prepared(NamedTuple):
             self.image_sizes[images],
             GroundTruth(*(value[images] for value in self.ground_truth)),
             [rows(sample) for sample in self.samples],
-            [x_t[images] for x_t in self.inputs],
             self.on_policy[images],
             None if self.gt_index is None else self.gt_index[images],
             [rows(sample) for sample in self.stage_samples],

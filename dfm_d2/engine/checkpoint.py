@@ -21,7 +21,7 @@ from dfm_d2.engine.weights import (
     load_numpy_pickle,
     load_tensors,
 )
-from dfm_d2.errors import CheckpointError, input_errors
+from dfm_d2.errors import CheckpointError, UserError
 from dfm_d2.framework import PROVIDER, DetectionCheckpointer, PathManager, PeriodicCheckpointer
 
 # The entry of a checkpoint that says what made it: version, provider, class names, config.
@@ -118,8 +118,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         local = _fetch(path) if path else ""
         self._strict, self._path = strict, path
         try:
-            with input_errors():
-                return super().load(local, checkpointables)
+            return super().load(local, checkpointables)
+        except UserError:
+            raise
+        except ValueError as error:  # what a part of the run says of a state that is not its own
+            raise CheckpointError(f"{path}: {error}") from error
         finally:
             # Detectron2 asserts at the next load that this one came to its end.
             self._parsed_url_during_load = None

@@ -16,6 +16,7 @@ from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.framework import EvalHook, HookBase
+from dfm_d2.local_update import predictor_index
 
 _logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class ProgressBar(HookBase):
             self._bar = None
 
     def describe(self) -> str:
-        """Such as ``total 9.12  p0 2.31  p1 2.28  lr 2.5e-04``."""
+        """Such as ``total 9.12  predictor0 2.31  predictor1 2.28  lr 2.5e-04``."""
         storage = self.trainer.storage
         values = {name: value for name, (value, _) in storage.latest_with_smoothing_hint(self.period).items()}
         parts = [f"total {values['total_loss']:.3f}"] if "total_loss" in values else []
@@ -149,15 +150,16 @@ class ProgressBar(HookBase):
 
 
 def loss_by_block(metrics: dict[str, float]) -> dict[str, float]:
-    """Sum of the losses of each block: ``{"loss_cls/p0": 1, "loss_l1/p0": 2}`` is ``{"p0": 3}``."""
+    """Sum of the losses of each block: ``{"loss_cls/predictor0": 1, "loss_l1/predictor0": 2}`` is
+    ``{"predictor0": 3}``."""
     totals: dict[str, float] = {}
     for key, value in metrics.items():
         match = re.fullmatch(r"loss.*/(\w+)", key)
         if match:
             totals[match[1]] = totals.get(match[1], 0.0) + value
 
-    def order(block: str) -> tuple:  # p2 before p10, stages of the backbone after the predictors
-        number = re.fullmatch(r"p(\d+)", block)
-        return (0, int(number[1]), "") if number else (1, 0, block)
+    def order(block: str) -> tuple:  # predictor2 before predictor10, stages of the backbone after them
+        index = predictor_index(block)
+        return (1, 0, block) if index is None else (0, index, "")
 
     return {block: totals[block] for block in sorted(totals, key=order)}

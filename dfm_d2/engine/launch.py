@@ -4,35 +4,18 @@ import argparse
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dfm_d2.engine.setup import uses_gpu
-from dfm_d2.errors import UserError
-from dfm_d2.framework import CfgNode, default_argument_parser
+from dfm_d2.errors import UserError, report
+from dfm_d2.framework import default_argument_parser
 from dfm_d2.local_update.errors import NonFiniteLossError
 from dfm_d2.local_update.processes import TIMEOUT
 
 Main = Callable[[argparse.Namespace], object]
-
-
-def run_tool(
-    main: Main, load: Callable[[str, list[str]], CfgNode], arguments: list[str] | None = None
-) -> int:
-    """Run ``main`` with the arguments of ``default_argument_parser`` (None: the command line's).
-
-    load: of a config file and overrides, the config. Returns the exit status, as ``run_processes``.
-    """
-    args = default_argument_parser().parse_args(arguments)
-    try:
-        on_gpu = uses_gpu(load(args.config_file, args.opts))
-    except UserError as error:
-        return _failed(error)
-    return run_processes(main, args, on_gpu)
 
 
 def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
@@ -46,7 +29,7 @@ def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
     try:
         _check(args, on_gpu)
     except UserError as error:
-        return _failed(error)
+        return report(error)
     world = args.num_gpus * args.num_machines
     if world <= 1:
         return _guarded(main, args)
@@ -105,8 +88,8 @@ def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int,
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
     except (RuntimeError, ValueError, dist.DistError) as error:
-        place = url or "the address of torchrun"
-        return _failed(UserError(f"the processes could not meet at {place}: {error}"))
+        where = url or "the address of torchrun"
+        return report(UserError(f"the processes could not meet at {where}: {error}"))
     status = _guarded(main, args)
     if status == 0:  # the others of a failed one are stopped, not waited for
         dist.destroy_process_group()
@@ -114,25 +97,20 @@ def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int,
 
 
 def _guarded(main: Main, args: argparse.Namespace) -> int:
-    """Exit status of ``main``; its errors that say all there is to say become a sentence."""
+    """Exit status of ``main``; its errors that say all there is to say become one line."""
     try:
         main(args)
     except (UserError, NonFiniteLossError) as error:
-        return _failed(error)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return report(error, f" (process {rank})" if rank else "")
     return 0
-
-
-def _failed(error: Exception) -> int:
-    rank = f" (process {dist.get_rank()})" if dist.is_initialized() and dist.get_rank() else ""
-    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, UserError) else 1
 
 
 def _wait(context: mp.ProcessContext) -> int:
     """Wait for the processes; when one ends badly, stop the others and say which it was."""
     try:
         while not context.join(timeout=1.0):
-            time.sleep(0)
+            pass
     except mp.ProcessExitedException as error:
         if error.signal_name is not None:
             print(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfm_d2.data.files import write_text_atomically
+from dfm_d2.errors import UserError
 
 METRICS_FILE = "metrics.json"
 
@@ -29,7 +30,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if all(not later.strip() for later in lines[number:]):
                 break
-            raise ValueError(f"{path}: line {number} is damaged; move the file away.") from error
+            raise UserError(f"{path}: line {number} is damaged; move the file away.") from error
         entries.append(entry)
     return entries
 

@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from dfm_d2.framework import CfgNode
-from dfm_d2.local_update.block_optimizer import BlockOptimizer, check_blocks
-from dfm_d2.local_update.process_grid import ProcessGrid
+from dfm_d2.local_update import BlockOptimizer, ProcessGrid, check_blocks
 
-OPTIMIZERS = ("adamw", "sgd")
 BACKBONE_PREFIX = "backbone.bottom_up"
 
 # Parameters of these are not weight-decayed by SOLVER.WEIGHT_DECAY but by SOLVER.WEIGHT_DECAY_NORM.
@@ -35,8 +33,6 @@ def build_block_optimizer(
     by ``SOLVER.BACKBONE_MULTIPLIER`` and that of biases by ``SOLVER.BIAS_LR_FACTOR``.
     """
     solver = cfg.SOLVER
-    if solver.OPTIMIZER not in OPTIMIZERS:
-        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; choose one of {', '.join(OPTIMIZERS)}.")
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = model.blocks()
     check_blocks(blocks, trainable)

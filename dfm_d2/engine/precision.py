@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode
-
-AMP_DTYPES = ("auto", "bfloat16", "float16")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -22,19 +21,15 @@ def resolve_amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.d
     """The dtype of autocast, or None for plain float32.
 
     ``name`` is "auto" (bfloat16 where ``has_fast_bfloat16``), "bfloat16" or "float16" (CUDA only).
-    Raises ValueError for another name, or for float16 on a CPU.
+    Raises UserError for float16 on a CPU.
     """
     if not enabled:
         return None
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else None
-    if name == "bfloat16":
-        return torch.bfloat16
-    if name == "float16":
-        if device.type != "cuda":
-            raise ValueError("SOLVER.AMP.DTYPE float16 needs a CUDA device; use auto or bfloat16 on a CPU.")
-        return torch.float16
-    raise ValueError(f"SOLVER.AMP.DTYPE is {name!r}; choose one of {', '.join(AMP_DTYPES)}.")
+    if name == "float16" and device.type != "cuda":
+        raise UserError("SOLVER.AMP.DTYPE float16 needs a CUDA device; use auto or bfloat16 on a CPU.")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def autocast_factory(device: torch.device, dtype: torch.dtype | None) -> Callable[[], AbstractContextManager]:

@@ -8,9 +8,7 @@ from torch import nn
 
 from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.framework import HookBase
-from dfm_d2.local_update.block_optimizer import BlockOptimizer
-from dfm_d2.local_update.blocks import predictor_block
-from dfm_d2.local_update.process_grid import ProcessGrid
+from dfm_d2.local_update import BlockOptimizer, ProcessGrid, predictor_index
 from dfm_d2.local_update.processes import mean_over_processes
 
 
@@ -72,9 +70,12 @@ class GatherBlocks(Gathering):
         """Parameters (and averages) go to all of the row, the optimizer's state to the first process."""
         grid, state = self.grid, self.optimizer.state_by_name()
         owned: dict[str, dict] = {}
-        for index in range(self.trainer.model.num_predictors):
+        for block, named in self.trainer.model.blocks().items():
+            index = predictor_index(block)
+            if index is None:
+                continue
             owner = grid.owner(index)
-            for name, parameter in self.trainer.model.blocks()[predictor_block(index)]:
+            for name, parameter in named:
                 averages = [] if self.ema is None else [self.ema.weights[name]]
                 for tensor in (parameter.data, *averages):
                     dist.broadcast(tensor, grid.first + owner, group=grid.row)

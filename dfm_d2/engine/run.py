@@ -20,7 +20,7 @@ from dfm_d2.engine.progress import evaluation_bar
 from dfm_d2.engine.task import Task
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.engine.weights import Preprocessing
-from dfm_d2.errors import input_errors, output_errors
+from dfm_d2.errors import UserError, input_errors, output_errors
 from dfm_d2.framework import (
     CfgNode,
     EventStorage,
@@ -30,14 +30,11 @@ from dfm_d2.framework import (
     PeriodicWriter,
     TensorboardXWriter,
     build_lr_scheduler,
-    build_model,
     comm,
     inference_on_dataset,
 )
-from dfm_d2.local_update.data_parallel import broadcast_model
-from dfm_d2.local_update.predictor_parallel import PredictorParallelUpdate, Shareable
-from dfm_d2.local_update.process_grid import ProcessGrid
-from dfm_d2.local_update.updates import Update, build_update
+from dfm_d2.local_update import ProcessGrid, RanksUpdate, Update, build_update
+from dfm_d2.local_update.processes import broadcast_model
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     """
     has_checkpoint = resume and (Path(cfg.OUTPUT_DIR) / LAST).exists()
     with input_errors():
-        model = build_model(task.without_pretrained(cfg) if has_checkpoint else cfg)
+        model = task.build_model(task.without_pretrained(cfg) if has_checkpoint else cfg)
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     trainer = build_trainer(task, cfg, model)
     trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
@@ -59,7 +56,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     periods = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
     if comm.get_world_size() > 1:
         trainer.register_hooks([MeanStatistics(periods, ema)])
-    if isinstance(trainer.update, PredictorParallelUpdate):
+    if isinstance(trainer.update, RanksUpdate):
         trainer.register_hooks([GatherBlocks(trainer.update.grid, trainer.optimizer, periods, ema)])
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
     start = _load_start(task, cfg, checkpointer, trainer, resume)
@@ -124,18 +121,17 @@ def _load_trained(
 ) -> tuple[nn.Module, ModelEMA | None, int]:
     """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
     with input_errors():
-        model = build_model(task.without_pretrained(cfg))
+        model = task.build_model(task.without_pretrained(cfg))
     ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     checkpointer = build_checkpointer(cfg, model, class_names, ema)
     path = (
         checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
     )
-    with input_errors():
-        if not path:
-            raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
-        extra = checkpointer.load(path, strict=True)
-        if ema is not None and ema.updates == 0:
-            raise ValueError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
+    if not path:
+        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
+    extra = checkpointer.load(path, strict=True)
+    if ema is not None and ema.updates == 0:
+        raise UserError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
     return model, ema, extra.get("iteration", -1) + 1
 
 
@@ -167,35 +163,36 @@ def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrai
     dtype = resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
     _logger.info("precision: %s", "float32" if dtype is None else f"autocast to {dtype}")
     scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
-    with input_errors():
-        grid = ProcessGrid.build(cfg.MODEL.DFM.PREDICTOR_RANKS, cfg.MODEL.DFM.NUM_PREDICTORS)
-        trainer = LocalUpdateTrainer(
-            model,
-            lambda position: task.train_loader(cfg, position),
-            build_block_optimizer(cfg, model, scaler, grid),
-            _build_update(cfg, model, grid, dtype),
-            autocast_factory(device, dtype),
-            images_per_step=cfg.SOLVER.IMS_PER_BATCH,
-            window=cfg.SOLVER.LOG_PERIOD,
+    ranks, world = cfg.MODEL.DFM.PREDICTOR_RANKS, comm.get_world_size()
+    if world % ranks:
+        raise UserError(
+            f"MODEL.DFM.PREDICTOR_RANKS is {ranks}: it must divide the number of processes, {world} "
+            "(--num-gpus)."
         )
+    grid = ProcessGrid.build(ranks, getattr(model, "num_predictors", 0))  # a classifier has none
+    trainer = LocalUpdateTrainer(
+        model,
+        lambda position: task.train_loader(cfg, position),
+        build_block_optimizer(cfg, model, scaler, grid),
+        _build_update(cfg, grid, dtype),
+        autocast_factory(device, dtype),
+        images_per_step=cfg.SOLVER.IMS_PER_BATCH,
+        window=cfg.SOLVER.LOG_PERIOD,
+    )
     trainer.scheduler = build_lr_scheduler(cfg, trainer.optimizer)
     return trainer
 
 
-def _build_update(cfg: CfgNode, model: nn.Module, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
+def _build_update(cfg: CfgNode, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
     dfm = cfg.MODEL.DFM
     if grid.members == 1:
-        return build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+        return build_update(dfm.UPDATE, dfm.STEP_IN_BACKWARD)
     if dtype == torch.float16:
-        raise ValueError(
+        raise UserError(
             "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
             "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
         )
-    if not isinstance(model, Shareable):
-        raise ValueError(
-            f"{type(model).__name__} cannot share out its predictors: set MODEL.DFM.PREDICTOR_RANKS 1."
-        )
-    return PredictorParallelUpdate(grid, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+    return RanksUpdate(grid, dfm.STEP_IN_BACKWARD)
 
 
 def build_checkpointer(
@@ -225,8 +222,7 @@ def _load_start(
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         return trainer.iter + 1
-    with input_errors():
-        task.check_start(cfg)
+    task.check_start(cfg)
     model = trainer.model
     set_by_config = getattr(model, "set_by_config", ())
     own = {name: value.clone() for name, value in model.named_buffers() if name in set_by_config}

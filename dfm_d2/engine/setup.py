@@ -1,62 +1,129 @@
-"""From a command line to a run that is ready: config, device, folder, log, seed, data sets, classes."""
+"""From a command line to a run that is ready: config, device, folder, log, seed, data sets, classes.
+
+Torch is imported once the config and what it names have been looked at: a mistake is an error at once.
+"""
 
 import argparse
 import logging
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from dfm_kernels.dispatch import use_triton
+from typing import Any
 
 from dfm_d2 import __version__
-from dfm_d2.engine.log import start_log
-from dfm_d2.engine.precision import resolve_amp_dtype
+from dfm_d2.engine import config
+from dfm_d2.engine.keys import add_keys, problems_of
 from dfm_d2.engine.task import Task
-from dfm_d2.errors import input_errors
+from dfm_d2.errors import CheckpointError, UserError, input_errors, report
 from dfm_d2.framework import (
     PROVIDER,
     CfgNode,
-    MetadataCatalog,
-    comm,
+    default_argument_parser,
     get_cfg,
     merge_config_file,
     merge_config_opts,
-    seed_all_rng,
 )
-from dfm_d2.local_update.updates import build_update
 
 _logger = logging.getLogger(__name__)
 
 
+def run_tool(task: Task, main: Callable[[argparse.Namespace], Any], words: list[str] | None = None) -> int:
+    """Run ``main``, in each process, with the arguments of a command line (None: this one's).
+
+    main: a function of a module, which other processes can import, that calls ``run_task`` with the task.
+    Returns the exit status, as ``run_processes``.
+    """
+    args = default_argument_parser().parse_args(words)
+    try:
+        cfg = load_config(task, args.config_file, args.opts)
+        check_run(task, cfg, args)
+    except UserError as error:
+        return report(error)
+    from dfm_d2.engine.launch import run_processes
+
+    return run_processes(main, args, uses_gpu(cfg))
+
+
+def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate, or evaluate only, as the arguments say. Returns the results. Raises UserError."""
+    from dfm_d2.engine.run import evaluate_only, train
+    from dfm_d2.framework import comm
+
+    cfg = load_config(task, args.config_file, args.opts)
+    classes = setup_run(task, cfg, args)
+    if args.eval_only:
+        return evaluate_only(task, cfg, classes, args.resume)
+    results = train(task, cfg, classes, args.resume)
+    if comm.is_main_process():
+        task.after_training(cfg, classes)
+    return results
+
+
 def load_config(task: Task, config_file: str, opts: list[str]) -> CfgNode:
-    """Detectron2's defaults, the task's keys, the file and the KEY VALUE overrides, in this order.
+    """Detectron2's defaults, the keys of any training and of the task, the file and the KEY VALUE overrides.
 
     Runs no code from the file. Raises UserError naming the file and the key that is wrong.
     """
     cfg = get_cfg()
-    task.add_config(cfg)
-    with input_errors():
-        if config_file:
-            merge_config_file(cfg, config_file)
-        merge_config_opts(cfg, opts)
-        task.complete(cfg)
+    add_keys(cfg, (*config.KEYS, *task.keys))
+    try:
+        with input_errors():
+            if config_file:
+                merge_config_file(cfg, config_file, task.removed)
+            merge_config_opts(cfg, opts, task.removed)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    task.complete(cfg)
     return cfg
+
+
+def validate_config(task: Task, cfg: CfgNode) -> None:
+    """UserError for the first value that cannot work: the message names the key and the choices."""
+    for message in problems_of(cfg, (*config.KEYS, *task.keys)):
+        raise UserError(message)
+    for problems in (config.problems, task.problems):  # which expect allowed values
+        for message in problems(cfg):
+            raise UserError(message)
+
+
+def check_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> None:
+    """UserError for what is wrong with a run, as far as that can be seen without torch and the data."""
+    validate_config(task, cfg)
+    task.find_data(cfg)
+    if args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists():
+        return
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only and not weights:
+        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
+    if weights and "://" not in weights and not Path(weights).is_file():
+        raise CheckpointError(
+            f"There is no weight file {weights}: set MODEL.WEIGHTS to a local .pth or .pkl file."
+        )
 
 
 def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """Make ready what a training or an evaluation needs; ``cfg`` is completed in place, then frozen.
 
-    Returns the class names in the order of their indices. Raises UserError, one sentence, for bad values and
+    Returns the class names in the order of their indices. Raises UserError for bad values and
     missing data.
     """
+    import torch
+    from dfm_kernels.dispatch import BackendError, use_triton
+
+    from dfm_d2.engine.log import start_log
+    from dfm_d2.engine.precision import resolve_amp_dtype
+    from dfm_d2.framework import comm, seed_all_rng
+
+    validate_config(task, cfg)
+    resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
+    device = torch.device(cfg.MODEL.DEVICE)
+    try:
+        use_triton("MODEL.DFM.KERNELS", cfg.MODEL.DFM.KERNELS, torch.empty(0, device=device))
+    except BackendError as error:
+        raise UserError(str(error)) from error
+    resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
     with input_errors():
-        validate_config(task, cfg)
-        resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
-        use_triton(
-            "MODEL.DFM.KERNELS", cfg.MODEL.DFM.KERNELS, torch.empty(0, device=torch.device(cfg.MODEL.DEVICE))
-        )
-        resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE))
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-    start_log(cfg.OUTPUT_DIR, comm.is_main_process())
+        start_log(cfg.OUTPUT_DIR, comm.is_main_process())
     _logger.info("dfm_d2 %s, torch %s, framework: %s", __version__, torch.__version__, PROVIDER)
     _logger.info(
         "device %s, %d threads (OMP_NUM_THREADS sets them; a resume is bit for bit with the same number)",
@@ -67,34 +134,27 @@ def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     with input_errors():
         task.register(cfg)
-        classes = resolve_classes(cfg)
+    classes = resolve_classes(cfg)
     cfg.freeze()
     return classes
-
-
-def validate_config(task: Task, cfg: CfgNode) -> None:
-    """ValueError for the first value that cannot work: the message names the key and the choices."""
-    for message in task.problems(cfg):
-        raise ValueError(message)
-    dfm = cfg.MODEL.DFM
-    if dfm.PREDICTOR_RANKS == 1:
-        build_update(dfm.UPDATE, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
 
 
 def resolve_classes(cfg: CfgNode) -> list[str]:
     """The class names of the data sets; sets ``MODEL.DFM.NUM_CLASSES`` where it is 0.
 
-    Raises ValueError where no data set is named or the config has another number.
+    Raises UserError where no data set is named or the config has another number.
     """
+    from dfm_d2.framework import MetadataCatalog
+
     names = list(cfg.DATASETS.TRAIN) + list(cfg.DATASETS.TEST)
     if not names:
-        raise ValueError(
+        raise UserError(
             "DATASETS.TRAIN and DATASETS.TEST are empty: name a data set, such as voc_root_train."
         )
     classes = list(MetadataCatalog.get(names[0]).thing_classes)
     given = cfg.MODEL.DFM.NUM_CLASSES
     if given not in (0, len(classes)):
-        raise ValueError(
+        raise UserError(
             f"MODEL.DFM.NUM_CLASSES is {given}, but {names[0]} has {len(classes)} classes: set it to 0 or "
             f"{len(classes)}."
         )
@@ -103,19 +163,14 @@ def resolve_classes(cfg: CfgNode) -> list[str]:
 
 
 def resolve_device(cfg: CfgNode, explicit: bool) -> None:
-    """Fall back from CUDA to the CPU where there is none, with a warning; ValueError if it was asked for, or
-    if no device has this name.
+    """Fall back from CUDA to the CPU where there is none, with a warning; UserError if it was asked for.
 
     explicit: the user gave ``MODEL.DEVICE`` on the command line.
     """
-    try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ValueError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to cpu, cuda or cuda:0.") from error
-    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+    if not cfg.MODEL.DEVICE.startswith("cuda") or uses_gpu(cfg):
         return
     if explicit:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DEVICE {cfg.MODEL.DEVICE} was asked for, but torch sees no CUDA device: "
             "use MODEL.DEVICE cpu."
         )
@@ -125,4 +180,6 @@ def resolve_device(cfg: CfgNode, explicit: bool) -> None:
 
 def uses_gpu(cfg: CfgNode) -> bool:
     """Whether a run of this config computes on GPUs of this machine."""
-    return str(cfg.MODEL.DEVICE).startswith("cuda") and torch.cuda.is_available()
+    import torch
+
+    return cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()

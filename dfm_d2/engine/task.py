@@ -1,37 +1,69 @@
-"""What the engine needs to know of a vertical: its config keys, data, evaluation and checks."""
+"""What the engine needs to know of a vertical: keys, data, models and evaluation. Needs no torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from dfm_d2.engine.keys import Key
+from dfm_d2.framework import CfgNode
 
-from dfm_d2.framework import CfgNode, DatasetEvaluator
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dfm_d2.framework import DatasetEvaluator
 
 
 @dataclass(frozen=True)
+class Imported:
+    """A function that is imported when it is called: a bad config is an error before torch is imported."""
+
+    module: str
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return getattr(import_module(self.module), self.name)(*arguments)
+
+
+@dataclass(frozen=True, eq=False)
 class Task:
     """The one thing that a vertical hands to the engine.
 
-    add_config: add the task's keys to a config, in place.
-    complete: set, in place, what follows from other keys; after every merge.
-    problems: one error message for each value of a config that cannot work.
+    keys: config keys besides those of any training.
+    problems: one error message for each value of a config that cannot work together with others.
+    models: modules that register the meta-architectures.
+    find_data: UserError for a data set that is not known or whose files are not there; reads none of them.
     register: read and register the data sets of a config.
     train_loader: of a config and a position. test_loader: of a config and the name of a set.
     evaluator: of a config, a set and a folder. summary: its results as text.
-    check_start: ValueError if training from scratch would leave random layers untrained.
+    removed: keys that config files of earlier versions have, as ``merge_config_file`` takes them.
+    complete: set, in place, what follows from other keys; after every merge.
+    check_start: UserError if training from scratch would leave random layers untrained.
     before_evaluation: of a config and a model, what its evaluation wants done first.
+    after_training: of a config and the class names, what the main process does with a finished training.
     without_pretrained: the config for a model whose weights a whole checkpoint replaces.
     """
 
-    add_config: Callable[[CfgNode], None]
-    complete: Callable[[CfgNode], None]
+    keys: Sequence[Key]
     problems: Callable[[CfgNode], Iterator[str]]
+    models: Sequence[str]
+    find_data: Callable[[CfgNode], None]
     register: Callable[[CfgNode], Any]
     train_loader: Callable[[CfgNode, int], Iterable[list[dict]]]
     test_loader: Callable[[CfgNode, str], Any]
-    evaluator: Callable[[CfgNode, str, Any], DatasetEvaluator]
+    evaluator: "Callable[[CfgNode, str, Any], DatasetEvaluator]"
     summary: Callable[[Mapping[str, Any]], str]
-    check_start: Callable[[CfgNode], None]
-    before_evaluation: Callable[[CfgNode, nn.Module], None]
-    without_pretrained: Callable[[CfgNode], CfgNode]
+    removed: Mapping[str, tuple[Any, str]]
+    complete: Callable[[CfgNode], None] = lambda cfg: None
+    check_start: Callable[[CfgNode], None] = lambda cfg: None
+    before_evaluation: "Callable[[CfgNode, nn.Module], None]" = lambda cfg, model: None
+    after_training: Callable[[CfgNode, Sequence[str]], None] = lambda cfg, class_names: None
+    without_pretrained: Callable[[CfgNode], CfgNode] = lambda cfg: cfg
+
+    def build_model(self, cfg: CfgNode) -> "nn.Module":
+        """The model of a config."""
+        from dfm_d2.framework import build_model
+
+        for module in self.models:
+            import_module(module)
+        return build_model(cfg)

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from dfm_d2.errors import UserError, input_errors, output_errors
 from dfm_d2.framework import TrainerBase
-from dfm_d2.local_update.block_optimizer import BlockOptimizer
-from dfm_d2.local_update.data_parallel import gathered
-from dfm_d2.local_update.errors import NonFiniteLossError
-from dfm_d2.local_update.updates import Autocast, LocallyTrainable, Update
+from dfm_d2.local_update import BlockOptimizer, LocallyTrainable, NonFiniteLossError, Update
+from dfm_d2.local_update.processes import gathered
+from dfm_d2.local_update.updates import Autocast
+
+# What to do about a loss that is not finite.
+_ADVICE = (
+    "The last checkpoint is intact: lower SOLVER.BASE_LR or SOLVER.BLOCK_CLIP_NORM, or look at these images, "
+    "then continue with --resume."
+)
 
 
 class LocalUpdateTrainer(TrainerBase):
@@ -40,10 +45,6 @@ class LocalUpdateTrainer(TrainerBase):
         window: how many past values of each metric the writers smooth over; they are in the checkpoint.
         """
         super().__init__()
-        if update.needs_independent_predictors and not model.is_local:
-            raise ValueError(
-                f"{type(model).__name__} passes gradients between its predictors: set MODEL.DFM.UPDATE joint."
-            )
         self.model = model
         self.optimizer = optimizer
         self.update = update
@@ -98,13 +99,12 @@ class LocalUpdateTrainer(TrainerBase):
             batch = next(self._open_stream())
         data_time = time.perf_counter() - start
         batch = self.update.share(batch)
-        with input_errors():
-            prepared = self.model.prepare(batch, self.iter)
+        prepared = self.model.prepare(batch, self.iter)
         try:
             metrics = self.update.step(self.model, prepared, self.optimizer, self.autocast)
         except NonFiniteLossError as error:
             ids = gathered([item.get("image_id") for item in batch], error.raised_by)
-            raise error.at(self.iter, ids) from None
+            raise error.at(self.iter, ids, _ADVICE) from None
         self.data_position += self.images_per_step
         self._write_metrics(metrics, data_time)
         self.failed = False

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfm_d2.errors import CheckpointError, UnsafeFileError
+from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
 
 # How the weights were trained: the pixels that they want.
 MSRA = "msra"
@@ -166,7 +166,7 @@ class Preprocessing:
         )
 
     def check(self, source: str, path: str) -> None:
-        """ValueError listing the keys that are not as weights of ``source`` (msra, torchvision) want them.
+        """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them.
 
         MSRA's ResNets saw BGR pixels minus the mean and stride in the first 1x1 convolution; torchvision's
         saw RGB pixels normalised by ImageNet's mean and deviation (here times 255) and stride in the 3x3.
@@ -189,4 +189,4 @@ class Preprocessing:
         if self.depth >= 50 and self.stride_in_1x1 != wanted_stride:
             wrong.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {wanted_stride}")
         if wrong:
-            raise ValueError(f"{path} holds {source} weights, which need {', '.join(wrong)}: set them.")
+            raise UserError(f"{path} holds {source} weights, which need {', '.join(wrong)}: set them.")

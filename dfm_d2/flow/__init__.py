@@ -1,6 +1,6 @@
 """Path, solver, box space, label space and keyed noise: torch and dfm_kernels, no framework."""
 
-from dfm_d2.flow.box_flow import AGGREGATIONS, PREDICTIONS, BoxFlow
+from dfm_d2.flow.box_flow import BoxFlow
 from dfm_d2.flow.box_space import BoxSpace
 from dfm_d2.flow.label_space import LabelSpace
 from dfm_d2.flow.noise import keyed_normal, keyed_uniform, stream_key
@@ -18,8 +18,6 @@ from dfm_d2.flow.solver import (
 )
 
 __all__ = [
-    "AGGREGATIONS",
-    "PREDICTIONS",
     "BoxFlow",
     "BoxSpace",
     "CondOTPath",

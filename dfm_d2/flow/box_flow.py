@@ -9,9 +9,6 @@ from dfm_kernels.ops import box_flow_update
 from dfm_kernels.reference import BoxFlowUpdate, decode_endpoint
 from torch import Tensor
 
-PREDICTIONS = ("endpoint", "velocity")
-AGGREGATIONS = ("uniform", "confidence")
-
 
 @dataclass(frozen=True)
 class BoxFlow:
@@ -26,12 +23,6 @@ class BoxFlow:
     prediction: str = "endpoint"
     aggregation: str = "uniform"
     backend: str = "torch"
-
-    def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, got {self.prediction!r}")
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {self.aggregation!r}")
 
     def endpoint(self, x_t: Tensor, answer: Tensor, t: Tensor) -> Tensor:
         """`x_1_hat` `(B, N, 4)` signal, not clamped, of one raw answer `(B, N, 4)` at `(x_t, t)`."""

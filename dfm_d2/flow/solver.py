@@ -129,7 +129,6 @@ class ODESolver:
         time_grid: Sequence[float],
         *,
         return_intermediates: bool = False,
-        after_step: Callable[[Tensor, SolverStep, float], Tensor] | None = None,
     ) -> Trajectory:
         """Integrate from `x_0`.
 
@@ -138,7 +137,6 @@ class ODESolver:
             x_0: `(B, ...)`, the state at `time_grid[0]`.
             time_grid: strictly increasing within [0, 1].
             return_intermediates: keep the states and the field's answers.
-            after_step: `(x, step, t_next) -> x`, called after every step but the last (box renewal).
 
         Raises:
             ValueError: see check_grid.
@@ -153,8 +151,6 @@ class ODESolver:
                 x = x + (t_next - t) / 2 * (step.velocity + correction.velocity)
             else:
                 x = step.x_next
-            if after_step is not None and k < len(grid) - 2:
-                x = after_step(x, step, t_next)
             if return_intermediates:
                 states.append(x)
                 steps.append(step)

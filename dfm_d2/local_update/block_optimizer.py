@@ -6,17 +6,15 @@ checkpoint of one update mode loads into another.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfm_d2.local_update.data_parallel import GradientReducer
+from dfm_d2.local_update.blocks import NamedParameters, check_blocks
 from dfm_d2.local_update.errors import NonFiniteLossError
-from dfm_d2.local_update.process_grid import ProcessGrid
-
-NamedParameters = list[tuple[str, nn.Parameter]]
+from dfm_d2.local_update.processes import GradientReducer, ProcessGrid
 
 
 class BlockOptimizer(torch.optim.Optimizer):
@@ -30,7 +28,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         self,
         blocks: Mapping[str, NamedParameters],
         make_optimizer: Callable[[list[dict]], torch.optim.Optimizer],
-        options: Callable[[str, nn.Parameter], dict[str, float]],
+        options: Callable[[str, nn.Parameter], dict[str, float]] = lambda name, parameter: {},
         clip_norm: float = 0.0,
         scaler: torch.amp.GradScaler | None = None,
         grid: ProcessGrid | None = None,
@@ -216,23 +214,6 @@ class BlockOptimizer(torch.optim.Optimizer):
                     )
 
 
-def check_blocks(
-    blocks: Mapping[str, NamedParameters], trainable: Iterable[tuple[str, nn.Parameter]] = ()
-) -> None:
-    """ValueError unless each parameter is in exactly one block, and each of ``trainable`` in one."""
-    owner: dict[nn.Parameter, str] = {}
-    for block, named in blocks.items():
-        for name, parameter in named:
-            if parameter in owner:
-                raise ValueError(f"The parameter {name} is in the blocks {owner[parameter]} and {block}.")
-            owner[parameter] = block
-    if not owner:
-        raise ValueError("No block has a parameter to train.")
-    for name, parameter in trainable:
-        if parameter not in owner:
-            raise ValueError(f"The trainable parameter {name} is in no block.")
-
-
 def _group(
     named: NamedParameters, options: Callable[[str, nn.Parameter], dict[str, float]]
 ) -> list[dict[str, Any]]:
@@ -257,10 +238,6 @@ def _scheduled(group: dict[str, Any], saved: Mapping[str, dict]) -> dict[str, An
 def _check_norms(norms: Mapping[str, Tensor]) -> None:
     """NonFiniteLossError naming the blocks whose gradient is not finite. One transfer from the device."""
     values = torch.stack([norm.double() for norm in norms.values()]).tolist()
-    bad = {
-        f"gradient of block {block}": value
-        for block, value in zip(norms, values)
-        if value != value or value == float("inf")
-    }
+    bad = {f"gradient of block {block}": v for block, v in zip(norms, values) if not v < float("inf")}
     if bad:
         raise NonFiniteLossError(bad)

@@ -1,15 +1,33 @@
-"""Small data sets on disk for the tests of the data room."""
+"""Small data sets on disk for the tests of data."""
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
-from data_helpers import ROOT, VocFolder
+from data_helpers import ROOT, VocFolder, pixels_of
 from PIL import Image
 
 from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import get_cfg
+
+
+@pytest.fixture
+def make_cfg():
+    """make_cfg(folder of VOC_ROOT and ROOT, names of TRAIN, names of TEST, **other DATASETS keys)."""
+
+    def make(root="", train=("voc_root_train",), test=(), **keys):
+        cfg = get_cfg()
+        add_dfm_config(cfg)
+        keys = {"VOC_ROOT": str(root), "ROOT": str(root), "TRAIN": tuple(train), "TEST": tuple(test), **keys}
+        for key, value in keys.items():
+            cfg.DATASETS[key] = value
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (24, 32), 0
+        cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED = 0, 2, 5
+        return cfg
+
+    return make
 
 
 @pytest.fixture
@@ -18,30 +36,9 @@ def voc(tmp_path):
 
 
 @pytest.fixture
-def make_cfg():
-    """cfg of a data set: make_cfg(root, train=("voc_root_train",), test=(), **DATASETS keys)."""
-
-    def make(root, train=("voc_root_train",), test=(), **keys):
-        cfg = get_cfg()
-        add_dfm_config(cfg)
-        cfg.DATASETS.VOC_ROOT = str(root)
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)
-        for key, value in keys.items():
-            cfg.DATASETS[key] = value
-        cfg.INPUT.MIN_SIZE_TRAIN = (24, 32)
-        cfg.INPUT.MIN_SIZE_TEST = 0
-        cfg.DATALOADER.NUM_WORKERS = 0
-        cfg.SOLVER.IMS_PER_BATCH = 2
-        cfg.SEED = 5
-        return cfg
-
-    return make
-
-
-@pytest.fixture
-def coco_folder(tmp_path):
-    """(json path, image folder, content to change and `write()`)."""
-    images = tmp_path / "images"
+def coco(tmp_path):
+    """(content of a COCO json to change, function that writes it and returns the DATASETS keys)."""
+    images, json_path = tmp_path / "images", tmp_path / "instances.json"
     images.mkdir()
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (40, 30), "red").save(images / name)
@@ -56,24 +53,46 @@ def coco_folder(tmp_path):
             {"id": 2, "image_id": 3, "category_id": 2, "bbox": [5, 5, 10, 10], "iscrowd": 1},
         ],
     }
-    json_path = tmp_path / "instances.json"
 
-    def write():
-        json_path.write_text(json.dumps(content))
-        return json_path, images
+    def write(text=None):
+        json_path.write_text(json.dumps(content) if text is None else text)
+        return {"COCO_TRAIN_JSON": str(json_path), "COCO_TRAIN_IMAGES": str(images)}
 
-    write()
-    return json_path, images, content, write
+    return content, write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """<split>/<class>/<image>, whose pixels are pixels_of(10 * (number of the class) + number)."""
+    for split, number in (("train", 4), ("test", 2)):
+        for k, label in enumerate(("class9", "class10")):
+            where = tmp_path / "set" / split / label
+            where.mkdir(parents=True)
+            for index in range(number):
+                Image.fromarray(pixels_of(10 * k + index)).save(where / f"{index}.png")
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def make_tar(folder):
+    """make_tar(name, mode): an archive of the folder beside it."""
+
+    def make(name="set.tar", mode="w"):
+        with tarfile.open(folder.parent / name, mode) as tar:
+            tar.add(folder, "set")
+        return folder.parent / name
+
+    return make
 
 
 @pytest.fixture
 def shared_data():
-    """Path of a folder of the shared data; skips where it is missing."""
+    """Path in the shared data; skips where it is missing."""
 
     def find(name):
-        folder = Path(os.environ.get("DFM_SHARED_DATA", ROOT / ".." / "shared" / "data")) / name
-        if not folder.is_dir():
+        path = Path(os.environ.get("DFM_SHARED_DATA", ROOT / ".." / "shared" / "data")) / name
+        if not path.exists():
             pytest.skip(f"the shared data set {name} is not here (set DFM_SHARED_DATA)")
-        return folder
+        return path
 
     return find

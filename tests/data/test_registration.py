@@ -3,70 +3,52 @@
 import pytest
 from data_helpers import VocFolder
 
-from dfm_d2.detection.data.registration import register_datasets
-from dfm_d2.detection.data.voc import VOC_CLASSES
+from dfm_d2.detection.data.registration import VOC_CLASSES, register_datasets
+from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 
-def test_classes_come_from_all_training_splits_and_rule_the_test_set(voc, make_cfg):
-    voc.add("a", [("dog", 3, 4, 20, 25)])
-    voc.add("b", [("cat", 3, 4, 20, 25)])
-    voc.add("c", [("cow", 3, 4, 20, 25), ("dog", 3, 4, 20, 25)])
-    for split, name in (("one", "a"), ("two", "b"), ("val", "c")):
-        voc.split(split, [name])
+def test_classes_come_from_all_training_splits_or_the_config_and_rule_the_test_set(voc, make_cfg):
+    for split, objects in (("one", ["dog"]), ("two", ["cat"]), ("val", ["cow", "dog"])):
+        voc.split(split, {split: objects})
     cfg = make_cfg(voc.root, ("voc_root_one", "voc_root_two"), ("voc_root_val",))
-    reports = register_datasets(cfg)
-    assert MetadataCatalog.get("voc_root_val").thing_classes == ["cat", "dog"]
-    (entry,) = DatasetCatalog.get("voc_root_val")
-    assert [t["category_id"] for t in entry["annotations"]] == [1]
-    assert reports["voc_root_val"].counts() == {"unknown_class": 1}
-    assert MetadataCatalog.get("voc_root_val").data_problems is reports["voc_root_val"]
-    assert entry["image_id"] == "c" and (entry["width"], entry["height"]) == (40, 30)
-
-
-def test_given_classes_make_others_a_problem(voc, make_cfg):
-    voc.add("a", [("dog", 3, 4, 20, 25), ("cat", 3, 4, 20, 25)])
-    voc.split("train", ["a"])
-    reports = register_datasets(make_cfg(voc.root, CLASSES=["dog"]))
-    assert reports["voc_root_train"].files("unknown_class") == ["a.jpg"]
-    with pytest.raises(ValueError, match="twice"):
-        register_datasets(make_cfg(voc.root, CLASSES=["dog", "dog"]))
+    for classes, indices, unknown in ((["cat", "dog"], [1], 1), (["cow", "dog", "cat"], [0, 1], 0)):
+        cfg.DATASETS.CLASSES = classes if unknown == 0 else []
+        report = register_datasets(cfg)["voc_root_val"]
+        metadata, (entry,) = MetadataCatalog.get("voc_root_val"), DatasetCatalog.get("voc_root_val")
+        assert metadata.thing_classes == classes and metadata.data_problems is report
+        assert [target["category_id"] for target in entry["annotations"]] == indices
+        assert [(p.file, p.kind) for p in report.problems] == [("val.jpg", "unknown_class")] * unknown
+    assert (entry["width"], entry["height"]) == (40, 30)
 
 
 def test_registering_again_with_another_root_replaces(tmp_path, make_cfg):
     for name in ("first", "second"):
         folder = VocFolder(tmp_path / name)
-        folder.add(name, [(f"class_{name}", 3, 4, 20, 25)])
-        folder.split("train", [name])
+        folder.split("train", {name: [f"class_{name}"]})
         register_datasets(make_cfg(folder.root))
         assert [e["image_id"] for e in DatasetCatalog.get("voc_root_train")] == [name]
         assert MetadataCatalog.get("voc_root_train").thing_classes == [f"class_{name}"]
 
 
-def test_official_names_are_ours_with_the_official_classes(tmp_path, make_cfg, monkeypatch):
+def test_official_names_are_ours_with_the_official_classes(tmp_path, voc, make_cfg, monkeypatch):
     folder = VocFolder(tmp_path / "VOC2007")
-    folder.add("000005", [("chair", 3, 4, 20, 25, 1)])
-    folder.split("trainval", ["000005"])
+    folder.split("trainval", {"000005": ["chair"]})
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_datasets(make_cfg("", ("voc_2007_trainval",)))
-    (entry,) = DatasetCatalog.get("voc_2007_trainval")
-    (target,) = entry["annotations"]
-    assert entry["image_id"] == "000005" and target["difficult"] == 1
-    assert target["category_id"] == VOC_CLASSES.index("chair") == 8
-    metadata = MetadataCatalog.get("voc_2007_trainval")
+    (entry,), metadata = DatasetCatalog.get("voc_2007_trainval"), MetadataCatalog.get("voc_2007_trainval")
+    assert entry["annotations"][0]["category_id"] == VOC_CLASSES.index("chair") == 8
     assert metadata.thing_classes == VOC_CLASSES and len(VOC_CLASSES) == 20
     assert (metadata.year, metadata.split, metadata.dirname) == (2007, "trainval", str(folder.root))
-    with pytest.raises(FileNotFoundError, match=r"VOC2012.*DETECTRON2_DATASETS"):
-        register_datasets(make_cfg("", ("voc_2012_train",)))
+    voc.split("train", {"a": ["cat"]})
+    with pytest.raises(UserError, match="have different classes: set DATASETS.CLASSES"):
+        register_datasets(make_cfg(voc.root, ("voc_2007_trainval", "voc_root_train")))
 
 
-def test_coco_json(coco_folder, make_cfg):
-    json_path, images, _, _ = coco_folder
-    keys = {"COCO_TRAIN_JSON": str(json_path), "COCO_TRAIN_IMAGES": str(images)}
-    reports = register_datasets(make_cfg("", ("coco_json_train",), **keys))
-    assert len(reports["coco_json_train"]) == 0
+def test_coco_json(coco, make_cfg):
+    report = register_datasets(make_cfg("", ("coco_json_train",), **coco[1]()))["coco_json_train"]
     metadata = MetadataCatalog.get("coco_json_train")
-    assert metadata.thing_classes == ["cat", "dog"]
+    assert not report.problems and metadata.thing_classes == ["cat", "dog"]
     assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 18: 1}
     first, second = DatasetCatalog.get("coco_json_train")
     assert (first["image_id"], second["image_id"], second["annotations"]) == (3, 7, [])
@@ -75,70 +57,69 @@ def test_coco_json(coco_folder, make_cfg):
     assert crowd["iscrowd"] == 1 and "area" not in crowd
 
 
-def test_coco_problems_are_reported(coco_folder, make_cfg):
-    json_path, images, content, write = coco_folder
+def test_coco_problems_are_reported(coco, make_cfg):
+    content, write = coco
     content["images"].append({"id": 9, "file_name": "gone.jpg", "width": 40, "height": 30})
     content["images"].append({"id": 3, "file_name": "b.jpg", "width": 40, "height": 30})
     content["images"][0]["width"] = 41
-    content["annotations"] += [
-        {"id": 3, "image_id": 3, "category_id": 99, "bbox": [1, 1, 2, 2]},
-        {"id": 4, "image_id": 3, "category_id": 2, "bbox": [1, 1, 0, 2]},
-        {"id": 5, "image_id": 3, "category_id": 2, "bbox": [1, 1, None, 2]},
-        {"id": 6, "image_id": 3, "category_id": 2, "bbox": [90, 1, 4, 2]},
-        {"id": 7, "image_id": 12345, "category_id": 2, "bbox": [1, 1, 4, 2]},
-        {"id": 8, "image_id": 9, "category_id": 2, "bbox": [1, 1, 4, 2]},
-    ]
-    write()
-    keys = {"COCO_TRAIN_JSON": str(json_path), "COCO_TRAIN_IMAGES": str(images)}
-    report = register_datasets(make_cfg("", ("coco_json_train",), **keys))["coco_json_train"]
-    assert report.counts() == {
-        "missing_image": 2,
-        "duplicate": 1,
-        "size_mismatch": 1,
-        "unknown_class": 1,
-        "zero_area": 1,
-        "bad_coordinates": 1,
-        "box_outside": 1,
-    }
-    assert [e["image_id"] for e in DatasetCatalog.get("coco_json_train")] == [3]
+    boxes = [[1, 1, 0, 2], [1, 1, None, 2], [1, 1, True, 2], [1, 1, 4], [90, 1, 4, 2]]
+    for image, category, box in [
+        (3, 99, [1] * 4),
+        (12345, 2, [1] * 4),
+        (9, 2, [1] * 4),
+        *((3, 2, b) for b in boxes),
+    ]:
+        content["annotations"].append({"image_id": image, "category_id": category, "bbox": box})
+    report = register_datasets(make_cfg("", ("coco_json_train",), **write()))["coco_json_train"]
+    once = ("duplicate", "size_mismatch", "unknown_class", "zero_area", "box_outside")
+    assert report.counts() == {"bad_coordinates": 3, "missing_image": 2, **dict.fromkeys(once, 1)}
+    (entry,) = DatasetCatalog.get("coco_json_train")
+    assert entry["image_id"] == 3 and len(entry["annotations"]) == 2
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"images": [], "annotations": []}', '{"images": [{"id": [1], "file_name": "a"}]}']
+CATEGORIES = (
+    '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": %d, "name": "%s"}]}'
 )
-def test_what_is_not_coco_json_says_so(coco_folder, make_cfg, text):
-    json_path, images, _, _ = coco_folder
-    json_path.write_text(text)
-    keys = {"COCO_TRAIN_JSON": str(json_path), "COCO_TRAIN_IMAGES": str(images)}
-    with pytest.raises(ValueError, match="instances.json is not"):
-        register_datasets(make_cfg("", ("coco_json_train",), **keys))
 
 
 @pytest.mark.parametrize(
-    "name, keys, error, says",
+    "text, says",
     [
-        ("nonsense", {}, ValueError, "voc_root_<split>"),
-        ("voc_2007_nonsense", {}, ValueError, "Unknown data set"),
-        ("voc_root_train", {"VOC_ROOT": ""}, ValueError, "DATASETS.VOC_ROOT"),
-        ("voc_root_train", {"VOC_ROOT": "/nowhere/at/all"}, FileNotFoundError, "/nowhere/at/all"),
-        ("voc_root_nosuch", {}, FileNotFoundError, "nosuch.txt.*train"),
-        ("coco_json_train", {}, ValueError, "DATASETS.COCO_TRAIN_JSON and DATASETS.COCO_TRAIN_IMAGES"),
-        ("coco_2017_val", {}, FileNotFoundError, "instances_val2017.json.*DETECTRON2_DATASETS"),
-        ("voc_root_train", {"ON_ERROR": "ignore"}, ValueError, "DATASETS.ON_ERROR"),
-        ("voc_root_train", {"VERIFY_IMAGES": "yes"}, ValueError, "DATASETS.VERIFY_IMAGES"),
+        ("{", "is not json"),
+        ("[]", 'has no list "images"'),
+        ('{"images": [], "annotations": []}', 'has no list "categories"'),
+        (
+            '{"images": [{"id": [1], "file_name": "a"}]}',
+            r"images\[0\] needs id \(int\) and file_name \(str\)",
+        ),
+        (CATEGORIES % (1, "b"), "two categories of one id or name"),
+        (CATEGORIES % (2, "a"), "two categories of one id or name"),
     ],
 )
-def test_what_is_missing_is_named(voc, make_cfg, monkeypatch, tmp_path, name, keys, error, says):
+def test_what_is_not_coco_json_says_so(coco, make_cfg, text, says):
+    with pytest.raises(UserError, match=f"instances.json .*{says}"):
+        register_datasets(make_cfg("", ("coco_json_train",), **coco[1](text)))
+
+
+@pytest.mark.parametrize(
+    "name, keys, says",
+    [
+        ("nonsense", {}, "Unknown data set 'nonsense'.*voc_root_<split>"),
+        ("voc_2007_nonsense", {}, "Unknown data set"),
+        ("voc_root_train", {"VOC_ROOT": ""}, "DATASETS.VOC_ROOT"),
+        ("voc_root_train", {"VOC_ROOT": "/nowhere/at/all"}, "/nowhere/at/all, which is missing"),
+        ("voc_root_nosuch", {}, "nosuch.txt, which is missing.*train"),
+        ("voc_root_broken", {}, "no usable image"),
+        ("voc_root_train", {"CLASSES": ["dog", "dog"]}, "twice"),
+        ("voc_2012_train", {}, "VOC2012.*DETECTRON2_DATASETS"),
+        ("coco_json_train", {}, "DATASETS.COCO_TRAIN_JSON and DATASETS.COCO_TRAIN_IMAGES"),
+        ("coco_2017_val", {}, "instances_val2017.json.*DETECTRON2_DATASETS"),
+    ],
+)
+def test_what_is_missing_is_named(voc, make_cfg, monkeypatch, tmp_path, name, keys, says):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "empty"))
-    voc.add("a")
-    voc.split("train", ["a"])
-    with pytest.raises(error, match=says) as caught:
+    voc.split("train", {"a": ["cat"]})
+    voc.split("broken", ["no_annotation"])
+    with pytest.raises(UserError, match=says) as caught:
         register_datasets(make_cfg(voc.root, (name,), **keys))
     assert "\n" not in str(caught.value)
-
-
-def test_nothing_usable_is_an_error(voc, make_cfg):
-    voc.add("a", xml="<annotation>")
-    voc.split("train", ["a"])
-    with pytest.raises(ValueError, match="no usable image"):
-        register_datasets(make_cfg(voc.root))

@@ -8,9 +8,9 @@ import pytest
 from data_helpers import ROOT
 
 from dfm_d2.data.problems import ProblemReport
-from dfm_d2.detection.data.shapes import write_shapes
-from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES, draw_scene
-from dfm_d2.detection.data.voc import read_voc_split
+from dfm_d2.detection.data.readers import read_voc_split
+from dfm_d2.detection.data.shapes import SHAPE_CLASSES, draw_scene, write_shapes
+from dfm_d2.errors import UserError
 
 
 def digests(folder):
@@ -18,40 +18,28 @@ def digests(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def test_same_parameters_same_bytes_and_a_larger_set_begins_alike(tmp_path):
+def test_same_parameters_same_bytes_written_once_and_repaired(tmp_path):
+    out = tmp_path / "a"
     for name, train in (("a", 4), ("b", 4), ("c", 6)):
         assert write_shapes(tmp_path / name, train, 2, 48, seed=3)
     first, second, larger = (digests(tmp_path / name) for name in "abc")
-    assert first == second
     images = [name for name in first if name.endswith((".jpg", ".xml"))]
-    assert len(images) == 12 and all(first[name] == larger[name] for name in images)
-
-
-def test_it_is_written_once_and_repaired(tmp_path):
-    out = tmp_path / "set"
-    assert write_shapes(out, 3, 2, 48, seed=0)
-    before = digests(out)
-    assert not write_shapes(out, 3, 2, 48, seed=0)
+    assert first == second and len(images) == 12 and all(first[name] == larger[name] for name in images)
+    assert not write_shapes(out, 4, 2, 48, seed=3)
     (out / "JPEGImages" / "train_000001.jpg").unlink()
-    assert write_shapes(out, 3, 2, 48, seed=0)
-    assert digests(out) == before
+    assert write_shapes(out, 4, 2, 48, seed=3) and digests(out) == first
     (out / "shapes.json").write_text((out / "shapes.json").read_text().replace("true", "false"))
-    assert write_shapes(out, 3, 2, 48, seed=0)  # an interrupted run
-
-
-def test_other_contents_are_never_overwritten(tmp_path):
-    write_shapes(tmp_path / "set", 1, 1, 48, seed=0)
-    with pytest.raises(FileExistsError, match="other parameters"):
-        write_shapes(tmp_path / "set", 1, 1, 48, seed=1)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="not a shapes set"):
-        write_shapes(tmp_path / "mine", 1, 1, 48, seed=1)
+    assert write_shapes(out, 4, 2, 48, seed=3)  # an interrupted run
+    with pytest.raises(UserError, match="other parameters"):
+        write_shapes(out, 4, 2, 48, seed=1)
+    (out / "shapes.json").unlink()
+    with pytest.raises(UserError, match="not a shapes set"):
+        write_shapes(out, 4, 2, 48, seed=3)
 
 
 @pytest.mark.parametrize("bad", [(0, 1, 48, 0), (1, 0, 48, 0), (1, 1, 8, 0), (1, 1, 48, -1)])
 def test_bad_numbers_are_refused(tmp_path, bad):
-    with pytest.raises(ValueError, match="Cannot generate"):
+    with pytest.raises(UserError, match="Cannot generate"):
         write_shapes(tmp_path / "set", *bad)
 
 
@@ -74,12 +62,14 @@ def test_scenes_keep_their_promises():
 def test_the_reader_reads_the_boxes_that_were_drawn(tmp_path):
     write_shapes(tmp_path / "set", 3, 1, 64, seed=2)
     report = ProblemReport("shapes")
-    records = read_voc_split(tmp_path / "set", "train", report, decode_up_to=10)
-    assert len(report) == 0 and len(records) == 3
-    for index, record in enumerate(records):
+    entries = read_voc_split(tmp_path / "set", "train", report, decode_up_to=10)
+    assert not report.problems and len(entries) == 3
+    for index, entry in enumerate(entries):
         scene = draw_scene(2, "train", index, 64)
-        assert [item.box_xyxy for item in record.objects] == scene.boxes_xyxy
-        assert [item.name for item in record.objects] == [SHAPE_CLASSES[i] for i in scene.labels]
+        assert [tuple(target["bbox"]) for target in entry["annotations"]] == scene.boxes_xyxy
+        assert [target["category"] for target in entry["annotations"]] == [
+            SHAPE_CLASSES[i] for i in scene.labels
+        ]
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -4,6 +4,7 @@ Usage: bad_training.py KIND ITERATION ARGUMENTS...; KIND is "nan" (an image) or 
 """
 
 import dataclasses
+import errno
 import sys
 from pathlib import Path
 
@@ -11,21 +12,20 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import train_net  # noqa: E402
-
-from dfm_d2.engine import tasks  # noqa: E402
+from dfm_d2.detection.task import DETECTION  # noqa: E402
 from dfm_d2.engine.launch import run_processes  # noqa: E402
+from dfm_d2.engine.setup import run_task  # noqa: E402
 from dfm_d2.framework import default_argument_parser  # noqa: E402
 
 
 def spoil(cfg, position: int, kind: str, iteration: int):
     """The batches of this process, that of ``iteration`` spoilt in process 1."""
-    for number, batch in enumerate(tasks.DETECTION.train_loader(cfg, position)):
+    for number, batch in enumerate(DETECTION.train_loader(cfg, position)):
         if number == iteration and dist.get_rank() == 1:
             if kind == "data":
-                raise OSError("bad.jpg cannot be read")
+                raise OSError(errno.EACCES, "Permission denied", "bad.jpg")
             batch[0]["image"] = torch.full(batch[0]["image"].shape, float("nan"))
             print(f"spoilt: {batch[0]['image_id']}", flush=True)
         yield batch
@@ -35,8 +35,7 @@ def main(args) -> None:
     """Runs in each process."""
     kind, iteration = args.bad
     loader = lambda cfg, position: spoil(cfg, position, kind, int(iteration))  # noqa: E731
-    tasks.TASKS["detection"] = dataclasses.replace(tasks.DETECTION, train_loader=loader)
-    train_net.main(args)
+    run_task(dataclasses.replace(DETECTION, train_loader=loader), args)
 
 
 if __name__ == "__main__":

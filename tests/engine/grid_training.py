@@ -21,8 +21,8 @@ from dfm_d2.engine.hooks import EMAHook  # noqa: E402
 from dfm_d2.engine.optimizer import build_block_optimizer  # noqa: E402
 from dfm_d2.engine.trainer import LocalUpdateTrainer  # noqa: E402
 from dfm_d2.framework import Boxes, Instances, build_model  # noqa: E402
-from dfm_d2.local_update.predictor_parallel import GatherBlocks, PredictorParallelUpdate  # noqa: E402
-from dfm_d2.local_update.process_grid import ProcessGrid  # noqa: E402
+from dfm_d2.local_update.processes import ProcessGrid  # noqa: E402
+from dfm_d2.local_update.ranks import GatherBlocks, RanksUpdate  # noqa: E402
 from dfm_d2.local_update.updates import build_update  # noqa: E402
 
 BATCH, STEPS = 4, 3
@@ -76,9 +76,9 @@ def train(scenario: str, processes: int, members: int) -> dict:
     dfm = cfg.MODEL.DFM
     grid = ProcessGrid.build(members, dfm.NUM_PREDICTORS)
     optimizer = build_block_optimizer(cfg, model, grid=grid)
-    update = build_update("sequential", dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+    update = build_update("sequential", dfm.STEP_IN_BACKWARD)
     if members > 1:
-        update = PredictorParallelUpdate(grid, dfm.BACKBONE_UPDATE, dfm.STEP_IN_BACKWARD)
+        update = RanksUpdate(grid, dfm.STEP_IN_BACKWARD)
     rank = dist.get_rank() if processes > 1 else 0
     share = np.array_split(range(BATCH), processes)[rank].tolist()  # uneven where it does not divide
     trainer = LocalUpdateTrainer(

@@ -11,7 +11,7 @@ from dfm_d2.local_update.updates import check_finite
 
 
 def main(_: argparse.Namespace) -> None:
-    check_finite({"loss_cls/p0": torch.tensor(float("nan") if dist.get_rank() == 1 else 1.0)})
+    check_finite({"loss_cls/predictor0": torch.tensor(float("nan") if dist.get_rank() == 1 else 1.0)})
     dist.barrier()  # nobody gets here
 
 

@@ -39,9 +39,7 @@ def test_a_scheduler_drives_the_inner_optimizers():
     scheduler = build_lr_scheduler(cfg, optimizer)
     first = options_by_name(optimizer)["predictors.0.0.weight"][0]
     before = copy.deepcopy(model.state_dict())
-    build_update("sequential", "accumulate", False).step(
-        model, model.prepare(BATCH, 0), optimizer, torch.enable_grad
-    )
+    build_update("sequential", False).step(model, model.prepare(BATCH, 0), optimizer, torch.enable_grad)
     scheduler.step()
     assert options_by_name(optimizer)["predictors.0.0.weight"][0] > first
     weight = model.predictors[0][0].weight
@@ -51,7 +49,7 @@ def test_a_scheduler_drives_the_inner_optimizers():
 
 def test_each_block_is_clipped_by_its_own_norm():
     model = make_model()
-    _, metrics = run(model, build_update("sequential", "accumulate", False), BLOCK_CLIP_NORM=1e-3)
+    _, metrics = run(model, build_update("sequential", False), BLOCK_CLIP_NORM=1e-3)
     for block, named in model.blocks().items():
         norm = torch.stack([parameter.grad.norm() for _, parameter in named]).norm()
         assert metrics[f"grad_norm/{block}"] > 1e-3
@@ -60,10 +58,10 @@ def test_each_block_is_clipped_by_its_own_norm():
 
 def test_a_parameter_in_two_blocks_or_in_none_is_an_error():
     a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match="a2 is in the blocks p0 and p1"):
-        check_blocks({"p0": [("a", a)], "p1": [("a2", a)]})
+    with pytest.raises(ValueError, match="a2 is in the blocks predictor0 and predictor1"):
+        check_blocks({"predictor0": [("a", a)], "predictor1": [("a2", a)]})
     with pytest.raises(ValueError, match="b is in no block"):
-        check_blocks({"p0": [("a", a)]}, [("a", a), ("b", b)])
+        check_blocks({"predictor0": [("a", a)]}, [("a", a), ("b", b)])
     model = make_model()
     model.extra = torch.nn.Parameter(torch.zeros(1))
     model.blocks = lambda: ToyModel.blocks(model) | {"shared": []}
@@ -75,23 +73,21 @@ def test_a_parameter_in_two_blocks_or_in_none_is_an_error():
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_state_goes_from_mode_to_mode_by_name(first, second, kind):
     straight = make_model(torch.float64)
-    run(straight, build_update("joint", "accumulate", False), 4, OPTIMIZER=kind)
+    run(straight, build_update("joint", False), 4, OPTIMIZER=kind)
     model = make_model(torch.float64)
-    optimizer, _ = run(model, build_update(first, "accumulate", False), 2, OPTIMIZER=kind)
+    optimizer, _ = run(model, build_update(first, False), 2, OPTIMIZER=kind)
     twin = make_model(torch.float64)
     twin.load_state_dict(model.state_dict())
     continued = build_block_optimizer(toy_config(OPTIMIZER=kind), twin)
     continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for iteration in (2, 3):
-        build_update(second, "accumulate", False).step(
-            twin, twin.prepare(BATCH, iteration), continued, torch.enable_grad
-        )
+        build_update(second, False).step(twin, twin.prepare(BATCH, iteration), continued, torch.enable_grad)
     for (name, a), b in zip(straight.state_dict().items(), twin.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=name)
 
 
 def test_state_loads_into_a_run_with_other_groups():
-    optimizer, _ = run(make_model(), build_update("joint", "accumulate", False), 2)
+    optimizer, _ = run(make_model(), build_update("joint", False), 2)
     other = build_block_optimizer(toy_config(BACKBONE_MULTIPLIER=0.5), make_model())
     other.load_state_dict(optimizer.state_dict())
     saved, loaded = optimizer.state_dict()["state"], other.state_dict()["state"]
@@ -100,7 +96,7 @@ def test_state_loads_into_a_run_with_other_groups():
 
 
 def test_a_state_that_does_not_fit_is_an_error():
-    optimizer, _ = run(make_model(), build_update("joint", "accumulate", False))
+    optimizer, _ = run(make_model(), build_update("joint", False))
     state = optimizer.state_dict()
     with pytest.raises(ValueError, match="set SOLVER.OPTIMIZER"):
         build_block_optimizer(toy_config(OPTIMIZER="sgd"), make_model()).load_state_dict(state)
@@ -118,7 +114,7 @@ def test_what_was_frozen_then_starts_anew_at_the_schedule_s_rate():
     frozen = make_model()
     frozen.backbone.requires_grad_(False)
     frozen.blocks = lambda: ToyModel.blocks(frozen) | {"shared": []}
-    trained, _ = run(frozen, build_update("sequential", "frozen", False), 2)
+    trained, _ = run(frozen, build_update("sequential", False), 2)
     for group in trained.param_groups:
         group["initial_lr"], group["lr"] = 0.01, 0.0025
     model = make_model()
@@ -131,7 +127,7 @@ def test_what_was_frozen_then_starts_anew_at_the_schedule_s_rate():
     rates = {name: group["lr"] for group in optimizer.state_dict()["groups"] for name in group["names"]}
     assert rates["predictors.0.0.weight"] == pytest.approx(0.0025)
     assert rates["backbone.bottom_up.0.weight"] == pytest.approx(0.00025)
-    run_on = build_update("sequential", "accumulate", False)
+    run_on = build_update("sequential", False)
     run_on.step(model, model.prepare(BATCH, 2), optimizer, torch.enable_grad)
     assert "backbone.bottom_up.0.weight" in optimizer.state_dict()["state"]
 

@@ -19,7 +19,7 @@ BASELINES = ("forward_forward", "stochastic_forward_forward")
 
 def steps(model, update: str, step_in_backward: bool = False, number: int = 3, **solver):
     optimizer = build_block_optimizer(toy_config(**solver), model)
-    strategy = build_update(update, "accumulate", step_in_backward)
+    strategy = build_update(update, step_in_backward)
     for iteration in range(number):
         prepared = model.prepare(class_inputs(), iteration)
         metrics = strategy.step(model, prepared, optimizer, contextlib.nullcontext)
@@ -55,7 +55,7 @@ def test_sequential_holds_the_activations_of_one_block_at_a_time():
         optimizer = build_block_optimizer(toy_config(), model)
         prepared = model.prepare(class_inputs(8, size=16), 0)
         with SavedActivations(exclude=model.parameters()) as saved:
-            build_update(update, "accumulate", False).step(model, prepared, optimizer, contextlib.nullcontext)
+            build_update(update, False).step(model, prepared, optimizer, contextlib.nullcontext)
         return saved.peak
 
     assert peak("sequential", 4) < 1.05 * peak("sequential", 2)

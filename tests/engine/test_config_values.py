@@ -1,106 +1,162 @@
-"""Bad config values are found before anything is built, each in a sentence that names key and choices."""
+"""Config values: each key is declared with what it may be, and a bad value is one line that says so."""
 
-import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dfm_d2.detection.checks import CHOICES, LEAST, get_key
+from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.detection.task import DETECTION
+from dfm_d2.engine.config import KEYS
 from dfm_d2.engine.setup import load_config, validate_config
 from dfm_d2.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-SHAPES = str(next(path for path in CONFIGS if path.name == "shapes_flow_r18.yaml"))
-
-BAD = {
-    "no such model": (["MODEL.META_ARCHITECTURE", "FlowDetectr"], "one of FlowDetector, CascadeDetector"),
-    "a model of Detectron2": (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "'GeneralizedRCNN'; choose"),
-    "local cascade": (["MODEL.META_ARCHITECTURE", "CascadeDetector"], "set MODEL.DFM.UPDATE joint"),
-    "signal scale": (["MODEL.DFM.SIGNAL_SCALE", "0.0"], "SIGNAL_SCALE is 0.0; it must be greater than 0"),
-    "signal scale nan": (["MODEL.DFM.SIGNAL_SCALE", "float('nan')"], "SIGNAL_SCALE"),
-    "no features": (["MODEL.DFM.HEAD.IN_FEATURES", "[]"], "IN_FEATURES is empty"),
-    "heads": (["MODEL.DFM.HEAD.NUM_HEADS", "3"], "NUM_HEADS is 3; it must divide .*HIDDEN_DIM 128"),
-    "no heads": (["MODEL.DFM.HEAD.NUM_HEADS", "0"], "NUM_HEADS is 0; it must be at least 1"),
-    "loss weight": (["MODEL.DFM.LOSS.GIOU_WEIGHT", "-1.0"], "GIOU_WEIGHT is -1.0; it must be at least 0"),
-    "noise passes": (
-        ["MODEL.DFM.SAMPLER.NOISE_PASSES", "2", "MODEL.DFM.SAMPLER.NMS_THRESH", "0.0"],
-        "NMS_THRESH is 0, but NOISE_PASSES",
-    ),
-    "ensemble": (
-        ["MODEL.DFM.SAMPLER.ENSEMBLE_STEPS", "True", "MODEL.DFM.SAMPLER.NMS_THRESH", "0.0"],
-        "and ENSEMBLE_STEPS merge",
-    ),
-    "predictors": (
-        ["MODEL.DFM.SAMPLER.PREDICTORS", "[0]"],
-        "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
-    ),
-    "time rate": (["MODEL.DFM.TIME_RATE", "60.0"], "TIME_RATE is 60.0; it must be from 0"),
-    "gamma": (["MODEL.DFM.LOSS.FOCAL_GAMMA", "0.5"], "set 0 or at least 1"),
-    "alpha": (["MODEL.DFM.LOSS.FOCAL_ALPHA", "-3.0"], "FOCAL_ALPHA is -3.0"),
-    "three box weights": (["MODEL.DFM.HEAD.BOX_WEIGHTS", "(1.0, 1.0, 1.0)"], "must be 4 numbers above 0"),
-    "pixel mean": (["MODEL.PIXEL_MEAN", "[1.0]"], "PIXEL_MEAN is .1.0.; it must have 3 numbers"),
-    "pixel std": (["MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"], "PIXEL_STD .* greater than 0"),
-    "no loss": (
-        [w for k in ("CLS", "L1", "GIOU") for w in (f"MODEL.DFM.LOSS.{k}_WEIGHT", "0")],
-        "no weight above 0",
-    ),
-    "chosen heads of a cascade": (
-        [
-            "MODEL.META_ARCHITECTURE",
-            "CascadeDetector",
-            "MODEL.DFM.UPDATE",
-            "joint",
-            "MODEL.DFM.TIME",
-            "shared",
-        ],
-        "CascadeDetector asks all its heads in a row",
-    ),
-    "a predictor twice": (
-        ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.PREDICTORS", "[1, 1]"],
-        "name each predictor once",
-    ),
-    "on-policy share": (["MODEL.DFM.ON_POLICY", "1.5"], "ON_POLICY is 1.5; it is a share"),
-    "iou above 1": (["MODEL.DFM.SAMPLER.NMS_THRESH", "60.0"], "NMS_THRESH is 60.0; it is an IoU"),
-    "seed": (["SEED", "99999999999"], "SEED is 99999999999; it must be less than"),
-    "ema": (["SOLVER.EMA_DECAY", "1.0"], "EMA_DECAY is 1.0"),
-    "ap": (["TEST.AP", "('coco', 'voc12')"], "'voc12'; choose among coco, voc07, voc"),
-    "clip": (["SOLVER.CLIP_GRADIENTS.ENABLED", "True"], "SOLVER.CLIP_GRADIENTS"),
+CONFIGS = Path(__file__).parents[2] / "configs"
+OLD = Path(__file__).parent / "old_configs"
+GOOD = {
+    DETECTION: str(CONFIGS / "shapes_flow_r18.yaml"),
+    CLASSIFICATION: str(CONFIGS / "digits_flow_cnn.yaml"),
 }
+OLD_FILES = {DETECTION: str(OLD / "detector.yaml"), CLASSIFICATION: str(OLD / "classifier.yaml")}
+NAN = float("nan")
+CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector"
+
+# Overrides of the config of the demo, and a part of what is said about them. "D.": "MODEL.DFM.".
+BAD_DETECTORS = {
+    "MODEL.META_ARCHITECTURE FlowDetectr": "'FlowDetectr'; choose one of FlowDetector, CascadeDetector.",
+    "MODEL.META_ARCHITECTURE GeneralizedRCNN": "'GeneralizedRCNN'; choose one of",
+    "MODEL.META_ARCHITECTURE FlowClassifier": "'FlowClassifier'; choose one of",
+    CASCADE: "gradients cross a CascadeDetector: set joint.",
+    f"{CASCADE} D.UPDATE joint D.TIME shared": "CascadeDetector asks all its heads",
+    f"{CASCADE} D.UPDATE joint D.BACKBONE_UPDATE local": "BACKBONE_UPDATE local is for FlowDetector",
+    "D.UPDATE parallel D.PREDICTOR_RANKS 5": "is above NUM_PREDICTORS 4: give each rank one.",
+    "D.PREDICTOR_RANKS 2": "PREDICTOR_RANKS is 2, which needs MODEL.DFM.UPDATE parallel.",
+    "D.UPDATE joint D.STEP_IN_BACKWARD True": "STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential",
+    "D.SIGNAL_SCALE 0": "SIGNAL_SCALE is 0.0; it must be greater than 0.",
+    "D.HEAD.IN_FEATURES []": "IN_FEATURES is []; it must not be empty.",
+    "D.HEAD.NUM_HEADS 3": "NUM_HEADS is 3; it must divide HIDDEN_DIM 128.",
+    "D.HEAD.BOX_WEIGHTS (1.0,1.0,1.0)": "it must have 4 numbers.",
+    "D.LOSS.FOCAL_GAMMA 0.5": "set 0 or at least 1",
+    "D.SAMPLER.PREDICTORS ['a']": "each must be a whole number.",
+    "D.LOSS.CLS_WEIGHT 0 D.LOSS.L1_WEIGHT 0 D.LOSS.GIOU_WEIGHT 0": "no weight above 0",
+    "D.SAMPLER.NOISE_PASSES 2 D.SAMPLER.NMS_THRESH 0": "NMS_THRESH is 0, but NOISE_PASSES",
+    "D.SAMPLER.PREDICTORS [0]": "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
+    "D.TIME shared D.SAMPLER.PREDICTORS [1,1]": "name each predictor once",
+    "D.TIME shared D.SAMPLER.PREDICTORS [4]": "indices go from 0 to 3",
+    "D.SAMPLER.TIME_GRID [0.0,0.5]": "it must increase from 0 to 1.",
+    "INPUT.MIN_SIZE_TRAIN ()": "INPUT.MIN_SIZE_TRAIN is (); it must not be empty.",
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING range": "MIN_SIZE_TRAIN_SAMPLING range wants (low, high).",
+    "MODEL.PIXEL_MEAN [1.0]": "PIXEL_MEAN is [1.0]; it must have 3 numbers.",
+    "MODEL.PIXEL_STD [1.0,0.0,1.0]": "each must be greater than 0.",
+    "MODEL.PIXEL_STD [1.0]": "must have as many numbers.",
+    "MODEL.DEVICE gpu": "MODEL.DEVICE is 'gpu': set it to cpu, cuda or cuda:0.",
+    "SEED 99999999999": "SEED is 99999999999; it must be less than 2147483648.",
+    "TEST.AP ('coco','voc12')": "choose among coco, voc07, voc.",
+    "SOLVER.CLIP_GRADIENTS.ENABLED True": "SOLVER.CLIP_GRADIENTS",
+    "D.HEAD.INTERACTION cross_attention": "it lost to both others and was removed",
+    "D.ENDPOINT_NOISE 0.1": "this option was removed: MODEL.DFM.ON_POLICY trains on the states of inference.",
+    "D.FROM_NOISE 1.0": "this option was removed: MODEL.DFM.ON_POLICY",
+    "D.SAMPLER.ENSEMBLE_STEPS True": "this option was removed: MODEL.DFM.SAMPLER.NOISE_PASSES merges",
+    "D.SAMPLER.RENEWAL_THRESH 0.5": "this option was removed: MODEL.DFM.SAMPLER.NUM_PROPOSALS",
+}
+# Of the digits' config. "C.": "MODEL.CLASSIFIER.".
+BAD_CLASSIFIERS = {
+    "D.BACKBONE_UPDATE frozen": "leave it at accumulate",
+    "D.UPDATE parallel D.PREDICTOR_RANKS 2": "a classifier has no predictors to share",
+    "C.BACKBONE resnet": "it was removed: take timm",
+    "C.EMBEDDING learned C.LOSS.READOUT_WEIGHT 0": "learned needs LOSS.READOUT_WEIGHT above 0",
+    "C.CNN.STRIDES (1,)": "give both for each stage",
+    "C.CNN.STRIDES (1,0,1)": "each must be at least 1.",
+    "C.HIDDEN_DIM 3": "it must be even.",
+    "C.SAMPLER.BLOCKS [0,0]": "name each block once",
+    "C.SAMPLER.BLOCKS ['b']": "each must be a whole number.",
+    "C.SHUFFLE_X0 True SOLVER.IMS_PER_BATCH 1": "SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2",
+    "UPDATE.METHOD stochastic_forward_forward SOLVER.IMS_PER_BATCH 1": "needs SOLVER.IMS_PER_BATCH of at",
+    "INPUT.RANDOM_SHIFT 9 INPUT.IMAGE_SIZE 9": "RANDOM_SHIFT is 9; it must be less than INPUT.IMAGE_SIZE",
+    "MODEL.PIXEL_MEAN [1.0,2.0]": "it must have 1 or 3 numbers.",
+}
+BAD = [(DETECTION, *case) for case in BAD_DETECTORS.items()]
+BAD += [(CLASSIFICATION, *case) for case in BAD_CLASSIFIERS.items()]
 
 
-def check(opts: list[str]) -> str:
-    """What is said about the shapes config with these overrides."""
-    with pytest.raises((UserError, ValueError)) as caught:
-        validate_config(DETECTION, load_config(DETECTION, SHAPES, opts))
+def said_of(task, overrides: str | list[str], file: str = "") -> str:
+    """What is said about a good config, or that file, with these overrides."""
+    words = overrides.split() if isinstance(overrides, str) else overrides
+    names = {"D.": "MODEL.DFM.", "C.": "MODEL.CLASSIFIER."}
+    words = [names.get(word[:2], word[:2]) + word[2:] for word in words]
+    with pytest.raises(UserError) as caught:
+        validate_config(task, load_config(task, file or GOOD[task], words))
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
     return message
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_our_configs_are_good(path):
-    validate_config(DETECTION, load_config(DETECTION, str(path), []))
+def test_our_configs_are_good():
+    classifiers = ("cifar", "digits", "mnist")
+    for path in CONFIGS.glob("*.yaml"):
+        task = CLASSIFICATION if path.name.startswith(classifiers) else DETECTION
+        validate_config(task, load_config(task, str(path), []))
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_value_is_named(name):
-    opts, said = BAD[name]
-    assert re.search(said, check(opts))
+@pytest.mark.parametrize(("task", "overrides", "said"), BAD, ids=[case[1] for case in BAD])
+def test_a_bad_value_is_named(task, overrides, said):
+    assert said in said_of(task, overrides)
 
 
-@pytest.mark.parametrize("key", CHOICES)
-def test_every_choice_is_listed(key):
-    message = check([key, "other"])
-    assert key in message and ", ".join(CHOICES[key]) in message
+def given(value, number: int):
+    """The value, or for a key that holds a list of this length a list of it."""
+    return [value] * number if number else value
 
 
-@pytest.mark.parametrize("key", LEAST)
-def test_every_least_value_holds(key):
-    cfg = load_config(DETECTION, SHAPES, [])
-    value = type(get_key(cfg, key))(LEAST[key] - 1)
-    assert f"{key} is {value}; it must be at least {LEAST[key]}." in check([key, str(value)])
+def test_choices_and_bounds_are_those_of_the_key():
+    for key in KEYS + DETECTION.keys + CLASSIFICATION.keys:
+        bounds = (  # words of the message, the bound, a value that is out of it and one that is not
+            ("at least", key.least, -1, 0),
+            ("greater than", key.above, 0, 0.5),
+            ("at most", key.most, 1, 0),
+            ("less than", key.below, 0, -0.5),
+        )
+        number = (key.lengths or (1,))[0] if isinstance(key.default, (list, tuple)) else 0
+        for words, bound, out, within in bounds:
+            if bound is not None:
+                assert words in key.problem(given(bound + out, number)) and key.problem(given(NAN, number))
+                assert not key.problem(given(bound + within, number))
+        if key.choices:
+            assert ", ".join(key.choices) in key.problem(given("other", number))
+            assert not key.problem(given(key.choices[0], number))
 
 
 def test_a_whole_number_will_do_for_a_float():
-    assert load_config(DETECTION, SHAPES, ["MODEL.DFM.TIME_RATE", "1"]).MODEL.DFM.TIME_RATE == 1.0
+    cfg = load_config(DETECTION, GOOD[DETECTION], ["MODEL.DFM.TIME_RATE", "1"])
+    assert cfg.MODEL.DFM.TIME_RATE == 1.0
+
+
+@pytest.mark.parametrize("task", OLD_FILES)
+def test_a_config_file_of_an_earlier_version_means_the_same(task, tmp_path):
+    """It has the keys of both tasks and options that are gone."""
+    cfg = load_config(task, OLD_FILES[task], [])
+    validate_config(task, cfg)
+    old, new = (yaml.safe_load(text) for text in (Path(OLD_FILES[task]).read_text(), cfg.dump()))
+    kept = dict(_leaves(new))
+    assert kept == {name: value for name, value in _leaves(old) if name in kept}
+    assert not {"MODEL.CLASSIFIER.BLOCKS", "MODEL.DFM.HEAD.HIDDEN_DIM"} <= kept.keys()
+    (tmp_path / "again.yaml").write_text(cfg.dump())
+    assert load_config(task, str(tmp_path / "again.yaml"), []) == cfg
+
+
+def test_a_removed_option_of_an_old_file_is_one_message(tmp_path):
+    old = yaml.safe_load(Path(OLD_FILES[DETECTION]).read_text())
+    old["MODEL"]["DFM"]["SAMPLER"]["RENEWAL_THRESH"] = 0.1
+    old["MODEL"]["CLASSIFIER"]["POOL"] = 7  # no matter for a detector
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    said = said_of(DETECTION, "", str(tmp_path / "old.yaml"))
+    assert "sets MODEL.DFM.SAMPLER.RENEWAL_THRESH to 0.1, but this option was removed" in said
+    assert "MODEL.DFM.NO_SUCH" in said_of(CLASSIFICATION, "MODEL.DFM.NO_SUCH 1")
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -14,7 +14,7 @@ from dfm_d2.local_update.updates import build_update
 def step(model, inputs, update: str, backbone_update: str):
     """Two iterations; returns the optimizer, the metrics and the names of what moved."""
     optimizer = build_block_optimizer(toy_config(), model)
-    strategy = build_update(update, backbone_update, step_in_backward=update == "sequential")
+    strategy = build_update(update, step_in_backward=update == "sequential")
     before = copy.deepcopy(model.state_dict())
     model.eval().train()
     for iteration in range(2):
@@ -34,7 +34,7 @@ def test_only_predictors_move(make_model, make_input, architecture, update):
     optimizer, metrics, moved = step(model, inputs, update, "frozen")
     assert moved and all(name.startswith("predictors.") for name in moved)
     assert {name.split(".")[1] for name in moved} == {"0", "1", "2"}
-    assert "grad_norm/shared" not in metrics and "grad_norm/p0" in metrics
+    assert "grad_norm/shared" not in metrics and "grad_norm/predictor0" in metrics
     assert model.training and model.predictors.training and not model.backbone.training
     # A checkpoint of the run goes back in.
     optimizer.load_state_dict(optimizer.state_dict())

@@ -14,8 +14,7 @@ from dfm_d2.engine.hooks import EMAHook
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.framework import LRScheduler, build_lr_scheduler, build_model
-from dfm_d2.local_update.block_optimizer import check_blocks
-from dfm_d2.local_update.updates import build_update, sum_losses
+from dfm_d2.local_update import HandOver, build_update, check_blocks, sum_losses
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -32,13 +31,13 @@ def inputs(make_input):
 
 def step(model, inputs, update: str, step_in_backward: bool = False, **solver):
     optimizer = build_block_optimizer(toy_config(**solver), model)
-    strategy = build_update(update, "local", step_in_backward)
+    strategy = build_update(update, step_in_backward)
     return strategy.step(model, model.prepare(inputs, 7), optimizer, contextlib.nullcontext)
 
 
 def test_each_parameter_is_in_the_block_of_its_stage(model):
     blocks = model.blocks()
-    assert list(blocks) == [*STAGES, "shared", "p0", "p1", "p2"]
+    assert list(blocks) == [*STAGES, "shared", "predictor0", "predictor1", "predictor2"]
     check_blocks(blocks, [(n, p) for n, p in model.named_parameters()])
     prefixes = {name: {".".join(n.split(".")[:3]) for n, _ in named} for name, named in blocks.items()}
     assert "backbone.bottom_up.stem" in prefixes["res2"]
@@ -46,24 +45,33 @@ def test_each_parameter_is_in_the_block_of_its_stage(model):
     assert all(".bottom_up" not in prefix for prefix in prefixes["shared"])
 
 
-@pytest.mark.parametrize("index", range(4))
-def test_a_stage_s_loss_has_gradients_in_its_own_block_only(model, inputs, index):
-    losses = {}
-    features = model.extract_features(model.prepare(inputs, 7), losses.__setitem__)
-    assert list(losses) == STAGES
-    sum_losses(losses[STAGES[index]]).backward()
-    for block, named in model.blocks().items():
-        touched = [parameter.grad is not None for _, parameter in named]
-        assert all(touched) if block == STAGES[index] else not any(touched), block
-    assert all(feature.requires_grad for feature in features)
+def test_no_loss_has_gradients_outside_of_its_own_block(model, inputs):
+    """Stages and predictors; the features that predictors see reach the FPN, and no stage."""
+    items = model.block_losses(model.prepare(inputs, 7), HandOver())
+    for expected in [*STAGES, "predictor0"]:
+        (block,), losses, _ = next(items)
+        assert block == expected
+        assert sorted(key for key in losses) == [f"loss_{key}/{block}" for key in ("cls", "giou", "l1")]
+        model.zero_grad(set_to_none=True)
+        sum_losses(losses).backward()
+        for other, named in model.blocks().items():
+            touched = [parameter.grad is not None for _, parameter in named]
+            if (other, block) == ("shared", "predictor0"):
+                assert any(touched)
+            else:
+                assert all(touched) if other == block else not any(touched), (block, other)
 
 
-def test_the_detector_s_losses_reach_the_fpn_and_no_stage(model, inputs):
-    prepared = model.prepare(inputs, 7)
-    features = model.extract_features(prepared)
-    sum_losses(model.block_losses(0, features, prepared)).backward()
-    reached = {b for b, named in model.blocks().items() if any(p.grad is not None for _, p in named)}
-    assert reached == {"shared", "p0"}
+def test_stage_by_stage_gives_the_features_of_the_backbone(model, inputs):
+    prepared, seen = model.prepare(inputs, 7), []
+    model.eval()  # batch norms would see their running statistics move
+    with torch.no_grad():
+        hand_over = HandOver()
+        hand_over.open = lambda features: seen.extend(features) or features
+        list(model.block_losses(prepared, hand_over))
+        expected = model._features(prepared.images.tensor)
+    assert len(seen) == len(expected) == 4
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected))
 
 
 @pytest.mark.parametrize("step_in_backward", [False, True])
@@ -74,17 +82,6 @@ def test_sequential_equals_joint(make_model, inputs, step_in_backward):
     assert joint.keys() == local.keys() and {f"grad_norm/{name}" for name in STAGES} <= joint.keys()
     for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_a_stage_is_through_before_the_next_one_starts(model, inputs):
-    seen = []
-
-    def on_stage(name, losses):
-        seen.append((name, sorted(losses)))
-        assert all(value.grad_fn is not None for value in losses.values())
-
-    model.extract_features(model.prepare(inputs, 7), on_stage)
-    assert seen == [(name, [f"loss_{key}/{name}" for key in ("cls", "giou", "l1")]) for name in STAGES]
 
 
 def test_frozen_stages_have_no_predictor():
@@ -114,7 +111,7 @@ def trainer_of(model, make_input, folder, backbone_update: str, optimizer: str):
         model.train(),
         loader,
         build_block_optimizer(cfg, model),
-        build_update("sequential", backbone_update, False),
+        build_update("sequential"),
         contextlib.nullcontext,
         images_per_step=2,
     )
@@ -157,6 +154,6 @@ def test_a_backbone_without_stages_is_one_sentence():
     cfg = tiny_cfg(BACKBONE_UPDATE="local")
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     cfg.MODEL.DFM.HEAD.IN_FEATURES = ["res2"]
-    cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 64
+    cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 16
     with pytest.raises(ValueError, match="BACKBONE_UPDATE local needs a ResNet with FPN"):
         build_model(cfg)

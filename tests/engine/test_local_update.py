@@ -10,8 +10,7 @@ import torch
 from toy_model import ToyModel, toy_config, toy_item
 
 from dfm_d2.engine.optimizer import build_block_optimizer
-from dfm_d2.local_update.errors import NonFiniteLossError
-from dfm_d2.local_update.updates import LocallyTrainable, build_update, sum_losses
+from dfm_d2.local_update import Leaves, LocallyTrainable, NonFiniteLossError, build_update, sum_losses
 
 BATCH = [toy_item(position) for position in range(4)]
 
@@ -36,19 +35,20 @@ def test_the_toy_follows_the_protocol():
 def test_no_gradient_crosses_from_block_to_block():
     model = make_model()
     prepared = model.prepare(BATCH, 0)
-    leaves = [feature.detach().requires_grad_() for feature in model.extract_features(prepared)]
-    sum_losses(model.block_losses(1, leaves, prepared)).backward()
+    items = model.block_losses(prepared, Leaves())
+    next(items)
+    sum_losses(next(items).losses).backward()
     for block, named in model.blocks().items():
         for name, parameter in named:
-            assert (parameter.grad is not None) == (block == "p1"), name
+            assert (parameter.grad is not None) == (block == "predictor1"), name
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("step_in_backward", [False, True])
 def test_sequential_equals_joint_after_adamw(clip, step_in_backward):
     joint, local = make_model(torch.float64), make_model(torch.float64)
-    _, metrics = run(joint, build_update("joint", "accumulate", False), 5, BLOCK_CLIP_NORM=clip)
-    update = build_update("sequential", "accumulate", step_in_backward)
+    _, metrics = run(joint, build_update("joint"), 5, BLOCK_CLIP_NORM=clip)
+    update = build_update("sequential", step_in_backward)
     _, local_metrics = run(local, update, 5, BLOCK_CLIP_NORM=clip)
     assert metrics.keys() == local_metrics.keys()
     for (name, a), b in zip(joint.state_dict().items(), local.state_dict().values()):
@@ -59,8 +59,8 @@ def test_sequential_equals_joint_after_adamw(clip, step_in_backward):
 
 def test_gradients_agree_in_float32():
     joint, local = make_model(), make_model()
-    run(joint, build_update("joint", "accumulate", False), BLOCK_CLIP_NORM=0.0)
-    run(local, build_update("sequential", "accumulate", False), BLOCK_CLIP_NORM=0.0)
+    run(joint, build_update("joint"), BLOCK_CLIP_NORM=0.0)
+    run(local, build_update("sequential"), BLOCK_CLIP_NORM=0.0)
     for (block, named), twins in zip(joint.blocks().items(), local.blocks().values()):
         a = torch.cat([parameter.grad.flatten() for _, parameter in named])
         b = torch.cat([parameter.grad.flatten() for _, parameter in twins])
@@ -69,8 +69,8 @@ def test_gradients_agree_in_float32():
 
 def test_sgd_agrees_in_float32():
     joint, local = make_model(), make_model()
-    run(joint, build_update("joint", "accumulate", False), 3, OPTIMIZER="sgd")
-    run(local, build_update("sequential", "accumulate", True), 3, OPTIMIZER="sgd")
+    run(joint, build_update("joint"), 3, OPTIMIZER="sgd")
+    run(local, build_update("sequential", True), 3, OPTIMIZER="sgd")
     for (name, a), b in zip(joint.state_dict().items(), local.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -79,9 +79,7 @@ def test_sgd_agrees_in_float32():
 def test_bfloat16_autocast_trains(name):
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    _, metrics = run(
-        model, build_update(name, "accumulate", False), autocast=lambda: torch.autocast("cpu", torch.bfloat16)
-    )
+    _, metrics = run(model, build_update(name), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     assert all(value.isfinite() for value in metrics.values())
     assert all(not torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -93,8 +91,8 @@ def test_a_fresh_autocast_context_for_each_block():
         entered.append(1)
         return contextlib.nullcontext()
 
-    run(make_model(num_predictors=3), build_update("sequential", "accumulate", False), autocast=autocast)
-    assert len(entered) == 1 + 3
+    run(make_model(num_predictors=3), build_update("sequential"), autocast=autocast)
+    assert len(entered) == 3 + 2  # the predictors, the shared block, and the end
 
 
 class SavedCounter:
@@ -125,15 +123,15 @@ class _Holder:
 @pytest.mark.parametrize(("name", "freed"), [("sequential", True), ("joint", False)])
 def test_activations_of_a_block_are_freed_before_the_next_starts(name, freed):
     model, counter, counts = make_model(num_predictors=4), SavedCounter(), []
-    block_losses = model.block_losses
+    losses_of = model.losses_of
 
     def counted(index, features, prepared):
         counts.append(counter.count())
-        return block_losses(index, features, prepared)
+        return losses_of(index, features, prepared)
 
-    model.block_losses = counted
+    model.losses_of = counted
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
-        run(model, build_update(name, "accumulate", False))
+        run(model, build_update(name))
     assert len(counts) == 4
     assert (counts == [counts[0]] * 4) == freed, counts
     if not freed:
@@ -142,53 +140,45 @@ def test_activations_of_a_block_are_freed_before_the_next_starts(name, freed):
 
 def test_step_in_backward_frees_gradients_before_the_next_block():
     model, held = make_model(), []
-    block_losses = model.block_losses
+    losses_of = model.losses_of
 
     def counted(index, features, prepared):
         held.append(sum(parameter.grad is not None for parameter in model.parameters()))
-        return block_losses(index, features, prepared)
+        return losses_of(index, features, prepared)
 
-    model.block_losses = counted
-    run(model, build_update("sequential", "accumulate", True))
+    model.losses_of = counted
+    run(model, build_update("sequential", True))
     assert held == [0, 0, 0]
-
-
-@pytest.mark.parametrize("name", ["joint", "sequential"])
-def test_a_frozen_backbone_does_not_move(name):
-    model = make_model()
-    before = copy.deepcopy(model.state_dict())
-    _, metrics = run(model, build_update(name, "frozen", False), 2)
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
-    assert moved == {key for key in before if key.startswith("predictors")}
-    assert "grad_norm/shared" not in metrics and "grad_norm/p0" in metrics
 
 
 @pytest.mark.parametrize("name", ["joint", "sequential"])
 def test_a_non_finite_loss_changes_nothing(name):
     model = make_model()
-    block_losses = model.block_losses
+    losses_of = model.losses_of
 
     def poisoned(index, features, prepared):
-        losses = block_losses(index, features, prepared)
-        return losses | ({"loss_square/p1": losses["loss_square/p1"] * float("nan")} if index == 1 else {})
+        losses = losses_of(index, features, prepared)
+        return losses | (
+            {"loss_square/predictor1": losses["loss_square/predictor1"] * float("nan")} if index == 1 else {}
+        )
 
-    model.block_losses = poisoned
+    model.losses_of = poisoned
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NonFiniteLossError, match="loss_square/p1 = nan"):
-        run(model, build_update(name, "accumulate", False))
+    with pytest.raises(NonFiniteLossError, match="loss_square/predictor1 = nan"):
+        run(model, build_update(name))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_step_in_backward_stops_before_the_offending_block():
     model = make_model()
-    block_losses = model.block_losses
-    model.block_losses = lambda index, *rest: {
+    losses_of = model.losses_of
+    model.losses_of = lambda index, *rest: {
         key: value / (0.0 if index == 1 and key.startswith("loss") else 1.0)
-        for key, value in block_losses(index, *rest).items()
+        for key, value in losses_of(index, *rest).items()
     }
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NonFiniteLossError, match="loss_square/p1 = inf"):
-        run(model, build_update("sequential", "accumulate", True))
+    with pytest.raises(NonFiniteLossError, match="loss_square/predictor1 = inf"):
+        run(model, build_update("sequential", True))
     moved = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
     assert moved and all(key.startswith("predictors.0") for key in moved)
 
@@ -197,17 +187,11 @@ def test_a_non_finite_gradient_changes_nothing():
     model = make_model()
     model.predictors[2][0].weight.register_hook(lambda grad: grad * float("inf"))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(NonFiniteLossError, match="gradient of block p2"):
-        run(model, build_update("sequential", "accumulate", False))
+    with pytest.raises(NonFiniteLossError, match="gradient of block predictor2"):
+        run(model, build_update("sequential"))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_bad_choices_name_the_good_ones():
-    with pytest.raises(ValueError, match="'serial'; choose one of joint, sequential, parallel"):
-        build_update("serial", "accumulate", False)
-    with pytest.raises(ValueError, match="choose one of accumulate, frozen, local"):
-        build_update("joint", "lokal", False)
-    with pytest.raises(ValueError, match="STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential"):
-        build_update("joint", "accumulate", True)
+def test_an_item_without_a_loss_is_refused():
     with pytest.raises(ValueError, match="No entry"):
         sum_losses({"accuracy": torch.tensor(1.0)})

@@ -12,7 +12,7 @@ from grid_training import SCENARIOS
 from tiny_training import assert_same, command, parameters, run
 
 from dfm_d2.detection.data.shapes import write_shapes
-from dfm_d2.local_update.process_grid import ProcessGrid
+from dfm_d2.local_update.processes import ProcessGrid
 
 GRIDS = [(name, *grid) for name, (_, grids) in SCENARIOS.items() for grid in grids]
 
@@ -41,7 +41,7 @@ def test_processes_train_what_one_trains(trained, scenario, processes, members):
         torch.testing.assert_close(found[part], alone[part], rtol=0, atol=1e-9)
     torch.testing.assert_close(found["optimizer"]["state"], alone["optimizer"]["state"], rtol=0, atol=1e-9)
     reported = {key for key in alone["metrics"] if key.startswith(("loss", "total", "grad"))}
-    assert {"loss_cls/p0", "loss_cls/p2", "total_loss", "grad_norm/p1"} <= reported
+    assert {"loss_cls/predictor0", "loss_cls/predictor2", "total_loss", "grad_norm/predictor1"} <= reported
     for key in reported:
         assert found["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-6), key
 
@@ -65,10 +65,14 @@ def test_a_grid_that_does_not_fit_is_one_sentence():
 def test_who_owns_what():
     grid = ProcessGrid(members=2, member=1)
     assert [grid.owner(d) for d in range(5)] == [0, 1, 0, 1, 0]
-    assert [b for b in ("res2", "shared", "p0", "p1", "p10", "p11") if grid.owns(b)] == [
+    assert [
+        b
+        for b in ("res2", "shared", "predictor0", "predictor1", "predictor10", "predictor11")
+        if grid.owns(b)
+    ] == [
         "res2",
         "shared",
-        "p1",
-        "p11",
+        "predictor1",
+        "predictor11",
     ]
-    assert all(ProcessGrid().owns(block) for block in ("shared", "p0", "p7"))
+    assert all(ProcessGrid().owns(block) for block in ("shared", "predictor0", "predictor7"))

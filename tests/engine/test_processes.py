@@ -70,4 +70,4 @@ def test_a_batch_that_the_processes_cannot_share_is_one_sentence(shapes, tmp_pat
 @pytest.mark.timeout(120)
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
     done = run([sys.executable, str(Path(__file__).with_name("one_bad_process.py"))], status=1)
-    assert "loss_cls/p0 of process 1 = nan" in done.stderr and "Traceback" not in done.stderr
+    assert "loss_cls/predictor0 of process 1 = nan" in done.stderr and "Traceback" not in done.stderr

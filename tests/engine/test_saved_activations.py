@@ -33,7 +33,7 @@ def test_saved_tensors_are_counted_once_and_until_they_are_freed():
 def peak_of(make_model, make_input, update: str, count: int, meta_architecture: str = "FlowDetector") -> int:
     model = make_model(meta_architecture, NUM_PREDICTORS=count, NUM_PROPOSALS=40).train()
     optimizer = build_block_optimizer(toy_config(), model)
-    strategy = build_update(update, "accumulate", step_in_backward=False)
+    strategy = build_update(update, step_in_backward=False)
     prepared = model.prepare([make_input("a"), make_input("b", boxes=())], 3)
     with SavedActivations(model.parameters()) as saved:
         strategy.step(model, prepared, optimizer, contextlib.nullcontext)
@@ -58,6 +58,6 @@ def test_a_sequential_step_makes_each_predictor_look_once(make_model, make_input
         head.register_forward_hook(lambda *_, index=index: looks.append(index))
     model.backbone.register_forward_hook(lambda *_: looks.append("backbone"))
     optimizer = build_block_optimizer(toy_config(), model)
-    strategy = build_update("sequential", "accumulate", step_in_backward=False)
+    strategy = build_update("sequential", step_in_backward=False)
     strategy.step(model, model.prepare([make_input("a")], 0), optimizer, contextlib.nullcontext)
     assert looks == ["backbone", 0, 1, 2, 3]

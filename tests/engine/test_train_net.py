@@ -1,4 +1,4 @@
-"""tools/train_net.py: training, evaluation, and one clear sentence for what the user can put right."""
+"""tools/train_net.py: training, evaluation, and one line for what the user can put right."""
 
 import importlib.util
 import json
@@ -12,10 +12,14 @@ import pytest
 from dfm_d2.detection.data.shapes import write_shapes
 
 ROOT = Path(__file__).parents[2]
+CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 CONFIG = str(ROOT / "configs/shapes_flow_r18.yaml")
 TINY = (
-    "SEED 1 SOLVER.IMS_PER_BATCH 2 SOLVER.LOG_PERIOD 1 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 8 "
-    "MODEL.DFM.HEAD.FEEDFORWARD_DIM 32 TEST.EVAL_PERIOD 0"
+    "SEED 1 SOLVER.IMS_PER_BATCH 2 SOLVER.LOG_PERIOD 1 SOLVER.MAX_ITER 1 TEST.EVAL_PERIOD 0 "
+    "MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 8 MODEL.DFM.SAMPLER.STEPS 2 "
+    "MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.WIDTH_PER_GROUP 8 "
+    "MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.FPN.OUT_CHANNELS 16 MODEL.DFM.HEAD.HIDDEN_DIM 16 "
+    "MODEL.DFM.HEAD.FEEDFORWARD_DIM 32"
 ).split()
 
 
@@ -40,122 +44,135 @@ def options(shapes, tmp_path) -> list[str]:
     return [*TINY, "DATASETS.VOC_ROOT", str(shapes), "OUTPUT_DIR", str(tmp_path / "out")]
 
 
-def last_line(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+@pytest.fixture
+def run(tool, options):
+    def command(*opts: str, flags: tuple[str, ...] = ()) -> int:
+        return tool.run_command(["--config-file", CONFIG, *flags, *options, *opts])
+
+    return command
 
 
-def test_train_resume_and_evaluate(tool, options, tmp_path, capsys):
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_train_resume_and_evaluate(run, tmp_path, capsys):
     out = tmp_path / "out"
-    train = ["--config-file", CONFIG]
-    assert tool.run_command([*train, *options, "SOLVER.MAX_ITER", "2", "SOLVER.EMA_DECAY", "0.5"]) == 0
-    trained = last_line(out)
+    weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"))
+    assert run("SOLVER.MAX_ITER", "2", "SOLVER.EMA_DECAY", "0.5") == 0
+    trained = lines(out)[-1]
     assert {"bbox/AP", "bbox/AP50", "bbox_ema/AP50"} <= trained.keys()
     assert {"model_final.pth", "config.yaml", "last_checkpoint", "log.txt"} <= set(os.listdir(out))
     assert list(out.glob("events.out.tfevents.*"))
     assert (out / "inference/coco_instances_results.json").is_file()
     assert "class" in capsys.readouterr().out
 
-    weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
-    assert tool.run_command([*train, "--eval-only", *options, *weights]) == 0
-    evaluated = last_line(out)
-    assert evaluated["bbox/AP50"] == trained["bbox/AP50"]
+    assert run(*weights, flags=("--eval-only",)) == 0
+    assert lines(out)[-1]["bbox/AP50"] == trained["bbox/AP50"]
+    assert run(*weights, "DATASETS.CLASSES", f"{tuple(reversed(CLASSES))}", flags=("--eval-only",)) == 2
+    assert "was trained for the classes circle" in capsys.readouterr().err
 
     config = (out / "config.yaml").read_text()
-    other = ["MODEL.DFM.SIGNAL_SCALE", "1"]
-    assert tool.run_command([*train, "--resume", *options, *other]) == 2
+    assert run("MODEL.DFM.SIGNAL_SCALE", "1", flags=("--resume",)) == 2
     assert "was trained with MODEL.DFM.SIGNAL_SCALE 2.0" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == config, "a refused run replaced the config"
 
-    assert tool.run_command([*train, "--resume", *options, "SOLVER.MAX_ITER", "3"]) == 0
-    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
-    steps = [line["iteration"] for line in lines if "total_loss" in line]
-    assert steps == [0, 1, 2] and "bbox/AP50" in lines[-1]
+    assert run("SOLVER.MAX_ITER", "3", flags=("--resume",)) == 0
+    steps = [line["iteration"] for line in lines(out) if "total_loss" in line]
+    assert steps == [0, 1, 2] and "bbox/AP50" in lines(out)[-1]
 
 
+# Arguments, and a part of what is said about them.
 CASES = {
-    "unknown key": (["SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
-    "missing value": (["SOLVER.BASE_LR"], "SOLVER.BASE_LR"),
-    "wrong type": (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
-    "bad choice": (["MODEL.DFM.UPDATE", "serial"], "choose one of joint, sequential"),
-    "bad number": (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH is 0; it must be at least 1"),
-    "missing data": (["DATASETS.VOC_ROOT", "/nowhere"], "/nowhere"),
-    "unknown data": (["DATASETS.TRAIN", "('imagenet',)"], "imagenet"),
-    "missing weights": (["MODEL.WEIGHTS", "/nowhere/r18.pth"], "no weight file /nowhere/r18.pth"),
-    "class number": (["MODEL.DFM.NUM_CLASSES", "3"], "MODEL.DFM.NUM_CLASSES is 3"),
-    "scratch frozen": (["MODEL.RESNETS.NORM", "FrozenBN"], "cannot train from scratch"),
-    "scratch stem": (["MODEL.BACKBONE.FREEZE_AT", "2"], "MODEL.BACKBONE.FREEZE_AT 0"),
-    "time grid": (["MODEL.DFM.SAMPLER.TIME_GRID", "[0.0, 0.5]"], "it must increase from 0 to 1"),
-    "no process": (["--num-gpus", "0"], "--num-gpus 0 --num-machines 1 --machine-rank 0: give at least one"),
-    "no meeting point": (["--num-machines", "2"], "--num-machines needs --dist-url"),
-    "local cascade": (["MODEL.META_ARCHITECTURE", "CascadeDetector"], "set MODEL.DFM.UPDATE joint"),
-    "levels apart": (["MODEL.DFM.HEAD.IN_FEATURES", "['p2', 'p4']"], "strides [4, 16]"),
-    "no such level": (["MODEL.DFM.HEAD.IN_FEATURES", "['p9']"], "names ['p9']"),
-    "no train set": (["DATASETS.TRAIN", "()"], "no image to train on"),
-    "no such device": (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu': set it to cpu, cuda"),
-    "no such backbone": (["MODEL.BACKBONE.NAME", "build_resnet"], "see MODEL.BACKBONE.NAME"),
-    "no such norm": (["MODEL.RESNETS.NORM", "BatchNorm"], "BatchNorm' is not"),
-    "no sizes": (["INPUT.MIN_SIZE_TRAIN", "()"], "INPUT.MIN_SIZE_TRAIN is empty"),
+    "SOLVER.BASE_LRR 1": "SOLVER.BASE_LRR",
+    "SOLVER.BASE_LR": "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER many": "SOLVER.MAX_ITER",
+    "SOLVER.IMS_PER_BATCH 0": "SOLVER.IMS_PER_BATCH is 0; it must be at least 1.",
+    "DATASETS.VOC_ROOT /nowhere": "/nowhere",
+    "DATASETS.TRAIN ('imagenet',)": "Unknown data set 'imagenet'",
+    "DATASETS.TRAIN ()": "no image to train on",
+    "MODEL.WEIGHTS /nowhere/r18.pth": "no weight file /nowhere/r18.pth",
+    "MODEL.DFM.NUM_CLASSES 3": "MODEL.DFM.NUM_CLASSES is 3",
+    "MODEL.RESNETS.NORM FrozenBN": "would stay frozen: set MODEL.RESNETS.NORM",
+    "MODEL.RESNETS.NORM BatchNorm": "BatchNorm' is not",
+    "MODEL.BACKBONE.FREEZE_AT 2": "would stay frozen: set MODEL.BACKBONE.FREEZE_AT 0",
+    "MODEL.BACKBONE.NAME build_resnet": "see MODEL.BACKBONE.NAME",
+    "MODEL.DFM.HEAD.IN_FEATURES ['p2','p4']": "strides [4, 16]",
+    "MODEL.DFM.HEAD.IN_FEATURES ['p9']": "names ['p9']",
+    "MODEL.DFM.UPDATE parallel MODEL.DFM.PREDICTOR_RANKS 2": "divide the number of processes, 1 (--num-gpus)",
+    "--num-gpus 0": "--num-gpus 0 --num-machines 1 --machine-rank 0: give at least one",
+    "--num-machines 2": "--num-machines needs --dist-url",
+    "--eval-only": "--eval-only needs weights",
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_user_errors_are_one_sentence(tool, options, capsys, name):
-    given, expected = CASES[name]
-    flags = given if given[0].startswith("--") else []
-    overrides = [] if flags else given
-    status = tool.run_command(["--config-file", CONFIG, *flags, *options, "SOLVER.MAX_ITER", "1", *overrides])
+@pytest.mark.parametrize("given", CASES)
+def test_what_the_user_can_put_right_is_one_line(run, capsys, given):
+    flags, opts = ((), given.split()) if given[0] != "-" else (given.split(), ())
+    assert run(*opts, flags=flags) == 2
     errors = capsys.readouterr().err
-    assert status == 2
-    assert errors.count("error: ") == 1 and expected in errors and "Traceback" not in errors
+    assert errors.count("error: ") == 1 and CASES[given] in errors and "Traceback" not in errors
 
 
-def test_evaluation_wants_weights_and_the_same_classes(tool, options, shapes, tmp_path, capsys):
-    base = ["--config-file", CONFIG, "--eval-only", *options]
-    assert tool.run_command(base) == 2
-    assert "--eval-only needs weights" in capsys.readouterr().err
-    assert tool.run_command(["--config-file", CONFIG, *options, "SOLVER.MAX_ITER", "1"]) == 0
-    weights = ["MODEL.WEIGHTS", str(tmp_path / "out/model_final.pth")]
-    classes = "('triangle', 'star', 'square', 'ring', 'cross', 'circle')"
-    capsys.readouterr()
-    assert tool.run_command([*base, *weights, "DATASETS.CLASSES", classes]) == 2
-    assert "was trained for the classes circle" in capsys.readouterr().err
+def test_a_traceback_is_for_bugs_and_on_demand(run, capsys, monkeypatch):
+    def prepare(*_):
+        raise ValueError("boom")
+
+    monkeypatch.setattr("dfm_d2.detection.detector.FlowDetector.prepare", prepare)
+    with pytest.raises(ValueError, match="boom"):  # a command ends with a traceback and status 1
+        run()
+    monkeypatch.setenv("DFM_DEBUG", "1")
+    assert run("SOLVER.NOTHING", "1") == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" in errors and "SOLVER.NOTHING" in errors.splitlines()[-1]
 
 
-def test_a_missing_gpu_is_an_error_only_if_asked_for(tool, options, capsys, monkeypatch):
+def test_a_missing_gpu_is_an_error_only_if_asked_for(run, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    base = ["--config-file", CONFIG, *options, "SOLVER.MAX_ITER", "1"]
-    assert tool.run_command([*base, "MODEL.DEVICE", "cuda"]) == 2
+    assert run("MODEL.DEVICE", "cuda") == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
-    assert tool.run_command(base) == 0
+    assert run() == 0
 
 
 @pytest.mark.parametrize("provider", ["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])
-def test_from_another_folder_and_nothing_malicious_runs(provider, options, tmp_path):
-    """As a process: a malicious config and malicious weights end in a sentence, status 2, and no marker."""
+def test_mistakes_are_named_before_torch_is_imported_and_nothing_malicious_runs(provider, options, tmp_path):
+    """From another folder; malicious weights come last, as torch reads them."""
     if provider == "detectron2":
         pytest.importorskip("detectron2")
     import torch
 
     marker = tmp_path / "marker"
-    evil = tmp_path / "evil.yaml"
-    evil.write_text(f"OUTPUT_DIR: !!python/object/apply:builtins.open ['{marker}', 'w']\n")
+    (tmp_path / "evil.yaml").write_text(f"SEED: !!python/object/apply:builtins.open ['{marker}', 'w']\n")
     torch.save({"model": {"weight": Marker(str(marker))}}, tmp_path / "evil.pth")
-    environment = os.environ | {"DFM_FRAMEWORK": provider}
-    for arguments in (
-        ["--config-file", str(evil)],
-        ["--config-file", CONFIG, *options, "MODEL.WEIGHTS", str(tmp_path / "evil.pth")],
-    ):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "tools/train_net.py"), *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-        assert not marker.exists()
+    digits = ["--config-file", str(ROOT / "configs/digits_flow_cnn.yaml")]
+    train = ["train_net", "--config-file", CONFIG, *options]
+    commands = [
+        ["train_net", "--help"],
+        ["train_classifier", "--help"],
+        ["train_classifier", *digits, "UPDATE.METHOD", "none"],
+        ["train_classifier", *digits, "DATASETS.TRAIN", "('root_train',)", "DATASETS.ROOT", "/nowhere"],
+        [*train, "SOLVER.BASE_LRR", "1"],
+        [*train, "DATASETS.VOC_ROOT", "/nowhere"],
+        [*train, "MODEL.WEIGHTS", "/nowhere.pth"],
+        ["train_net", "--config-file", "no_such.yaml"],
+        ["train_net", "--config-file", "evil.yaml"],
+        [*train, "MODEL.WEIGHTS", str(tmp_path / "evil.pth")],
+    ]
+    script = str(Path(__file__).with_name("tool_commands.py"))
+    done = subprocess.run(
+        [sys.executable, script, str(ROOT / "tools"), json.dumps(commands)],
+        cwd=tmp_path,
+        env=os.environ | {"DFM_FRAMEWORK": provider},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    statuses, had_torch = json.loads(done.stdout.splitlines()[-1])
+    assert statuses == [0, 0] + [2] * 8
+    assert done.stderr.count("error: ") == 8 and "Traceback" not in done.stderr
+    assert "evil.yaml" in done.stderr and "evil.pth" in done.stderr and not marker.exists()
+    assert not had_torch or provider == "detectron2"
 
 
 class Marker:

@@ -25,7 +25,7 @@ def make_trainer(model=None, update="sequential", **solver) -> LocalUpdateTraine
     torch.manual_seed(0)
     model = ToyModel() if model is None else model
     optimizer = build_block_optimizer(toy_config(**solver), model)
-    strategy = build_update(update, "accumulate", False)
+    strategy = build_update(update, False)
     return LocalUpdateTrainer(
         model.train(), toy_loader, optimizer, strategy, contextlib.nullcontext, images_per_step=4
     )
@@ -53,7 +53,8 @@ def test_a_non_finite_loss_names_everything_and_spares_the_checkpoint(tmp_path):
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.train(0, 6)
     message = str(caught.value)
-    assert "at iteration 5" in message and "loss_square/p2" in message and "loss_square/p1" not in message
+    assert "at iteration 5" in message and "loss_square/predictor2" in message
+    assert "loss_square/predictor1" not in message and "The last checkpoint is intact" in message
     assert "['toy20', 'toy21', 'toy22', 'toy23']" in message
     assert not evaluated
     twin = ToyModel()
@@ -65,7 +66,7 @@ def test_a_non_finite_loss_names_everything_and_spares_the_checkpoint(tmp_path):
 def test_a_non_finite_loss_is_no_traceback_in_the_log(caplog):
     trainer = make_trainer()
     nan = torch.tensor(float("nan"), requires_grad=True)
-    trainer.model.block_losses = lambda index, *rest: {f"loss/p{index}": nan}
+    trainer.model.losses_of = lambda index, *rest: {f"loss/predictor{index}": nan}
     with pytest.raises(NonFiniteLossError):
         trainer.train(0, 1)
     assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
@@ -77,14 +78,6 @@ def test_any_other_error_is_logged_as_the_provider_does(caplog):
     with pytest.raises(ZeroDivisionError):
         trainer.train(0, 1)
     assert bool([record for record in caplog.records if record.exc_info]) == (PROVIDER == "detectron2")
-
-
-def test_dependent_predictors_cannot_be_updated_locally():
-    model = ToyModel()
-    model.is_local = False
-    make_trainer(model, "joint")
-    with pytest.raises(ValueError, match="set MODEL.DFM.UPDATE joint"):
-        make_trainer(model, "sequential")
 
 
 def test_all_generators_come_back():
@@ -195,14 +188,24 @@ def test_progress_tells_the_loss_of_each_predictor(use_bar, caplog, capsys):
     lines = [record.message for record in caplog.records if record.name == "dfm_d2.engine.hooks"]
     text = capsys.readouterr().err if use_bar else "\n".join(lines)
     assert len(lines) == (0 if use_bar else 3)
-    assert all(word in text for word in ("total", "p0", "p1", "p2", "5/5"))
+    assert all(word in text for word in ("total", "predictor0", "predictor1", "predictor2", "5/5"))
     if not use_bar:
         assert "s/it" in text and "ETA" in text
 
 
 def test_losses_are_summed_by_predictor():
-    metrics = {"loss_cls/p0": 1.0, "loss_l1/p0": 2.0, "loss_cls/p10": 4.0, "loss_cls/p2": 3.0, "lr": 9.0}
-    assert list(loss_by_block(metrics).items()) == [("p0", 3.0), ("p2", 3.0), ("p10", 4.0)]
+    metrics = {
+        "loss_cls/predictor0": 1.0,
+        "loss_l1/predictor0": 2.0,
+        "loss_cls/predictor10": 4.0,
+        "loss_cls/predictor2": 3.0,
+        "lr": 9.0,
+    }
+    assert list(loss_by_block(metrics).items()) == [
+        ("predictor0", 3.0),
+        ("predictor2", 3.0),
+        ("predictor10", 4.0),
+    ]
 
 
 def test_precision_choices():

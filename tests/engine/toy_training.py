@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from toy_model import ToyModel, toy_config, toy_loader  # noqa: E402
 
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer  # noqa: E402
@@ -41,7 +41,7 @@ def train_toy(folder: Path, max_iter: int = 60, pause: float = 0.0, loader=toy_l
     cfg = toy_config()
     model = ToyModel(noise=True)
     optimizer = build_block_optimizer(cfg, model)
-    update = build_update("sequential", "accumulate", False)
+    update = build_update("sequential", False)
     trainer = LocalUpdateTrainer(
         model, loader, optimizer, update, contextlib.nullcontext, images_per_step=4, window=4
     )

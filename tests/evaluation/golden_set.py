@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
-from dfm_d2.framework import Boxes, BoxMode, DatasetCatalog, Instances, MetadataCatalog
+from dfm_d2.data.catalog import register
+from dfm_d2.detection.evaluation.evaluator import DetectionEvaluator
+from dfm_d2.framework import Boxes, BoxMode, Instances
 
 GOLDEN_PATH = Path(__file__).with_name("golden_ap.json")
 
@@ -14,22 +16,15 @@ def load_golden():
     return json.loads(GOLDEN_PATH.read_text(encoding="utf-8"))
 
 
-def dataset_dicts(golden, difficult_is_crowd):
+def dataset_dicts(golden, difficult_key="difficult"):
     """Data set dicts; Detectron2's COCOEvaluator knows only iscrowd, so it gets difficult as that."""
     return [
         {
             "file_name": f"{image['image_id']}.jpg",
-            "image_id": image["image_id"],
-            "width": image["width"],
-            "height": image["height"],
+            **{key: image[key] for key in ("image_id", "width", "height")},
             "annotations": [
-                {
-                    "bbox": box,
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                    "category_id": label,
-                    "difficult": 0 if difficult_is_crowd else difficult,
-                    "iscrowd": difficult if difficult_is_crowd else 0,
-                }
+                {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label}
+                | {"difficult": 0, "iscrowd": 0, difficult_key: difficult}
                 for label, *box, difficult in image["objects"]
             ],
         }
@@ -37,15 +32,13 @@ def dataset_dicts(golden, difficult_is_crowd):
     ]
 
 
-def register(name, dicts, classes, catalogs=(DatasetCatalog, MetadataCatalog), **metadata):
-    """Register dicts under a name, replacing what has it."""
-    datasets, metadatas = catalogs
-    if name in datasets:
-        datasets.remove(name)
-    if name in metadatas:
-        metadatas.remove(name)
-    datasets.register(name, lambda: dicts)
-    metadatas.get(name).set(thing_classes=list(classes), **metadata)
+def instances_of(rows, size=(100, 100)):
+    """rows: (class, score, x0, y0, x1, y1)"""
+    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
+    instances = Instances(size)
+    instances.pred_classes, instances.scores = table[:, 0].long(), table[:, 1]
+    instances.pred_boxes = Boxes(table[:, 2:])
+    return instances
 
 
 def outputs_of(golden):
@@ -53,13 +46,22 @@ def outputs_of(golden):
     pairs = []
     for image in golden["images"]:
         rows = [row[1:] for row in golden["detections"] if row[0] == image["image_id"]]
-        instances = Instances((image["height"], image["width"]))
-        table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
-        instances.pred_classes = table[:, 0].long()
-        instances.scores = table[:, 1]
-        instances.pred_boxes = Boxes(table[:, 2:])
+        instances = instances_of(rows, (image["height"], image["width"]))
         pairs.append(({"image_id": image["image_id"]}, {"instances": instances}))
     return pairs
+
+
+def evaluator_of(golden, output_dir=None, metadata=None, **keys):
+    register("golden_ours", dataset_dicts(golden), golden["classes"], **(metadata or {}))
+    return DetectionEvaluator("golden_ours", output_dir, **keys)
+
+
+def evaluate(evaluator, pairs):
+    """The metrics of an evaluator, ours or Detectron2's."""
+    evaluator.reset()
+    for source, output in pairs:
+        evaluator.process([source], [output])
+    return evaluator.evaluate()["bbox"]
 
 
 def write_voc_folder(golden, root):

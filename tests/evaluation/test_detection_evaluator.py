@@ -6,14 +6,13 @@ import json
 import math
 
 import pytest
-import torch
-from golden_set import dataset_dicts, load_golden, outputs_of, register
+from golden_set import evaluate, evaluator_of, instances_of, load_golden, outputs_of
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dfm_d2.detection.evaluation.baseline import constant_box_baseline
-from dfm_d2.detection.evaluation.evaluator import DetectionEvaluator, format_table
-from dfm_d2.framework import Boxes, Instances
+from dfm_d2.detection.evaluation.evaluator import format_table
+from dfm_d2.errors import UserError
 
 
 @pytest.fixture
@@ -23,52 +22,23 @@ def golden():
     return golden
 
 
-def evaluator_of(golden, output_dir=None, metadata=None, **keys):
-    dicts = dataset_dicts(golden, difficult_is_crowd=False)
-    register("golden_test", dicts, golden["classes"], **(metadata or {}))
-    evaluator = DetectionEvaluator("golden_test", output_dir, **keys)
-    evaluator.reset()
-    return evaluator
-
-
-def run(evaluator, pairs):
-    for source, output in pairs:
-        evaluator.process([source], [output])
-    return evaluator.evaluate()["bbox"]
-
-
-def instances_of(rows):
-    """rows: (class, score, x0, y0, x1, y1)"""
-    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
-    instances = Instances((100, 100))
-    instances.pred_classes, instances.scores = table[:, 0].long(), table[:, 1]
-    instances.pred_boxes = Boxes(table[:, 2:])
-    return instances
-
-
 def test_plain_pycocotools_finds_the_same_from_the_files(golden, tmp_path):
-    ids = {7: 0, 3: 1, 90: 2, 4: 3}
-    metadata = {"thing_dataset_id_to_contiguous_id": ids}
-    ours = run(evaluator_of(golden, tmp_path / "inference", metadata), outputs_of(golden))
-    detections = json.loads((tmp_path / "inference" / "coco_instances_results.json").read_text())
-    assert {item["category_id"] for item in detections} == {7, 3, 90}
+    metadata = {"thing_dataset_id_to_contiguous_id": {7: 0, 3: 1, 90: 2, 4: 3}}
+    ours = evaluate(evaluator_of(golden, tmp_path / "inference", metadata), outputs_of(golden))
+    found, ground_truth = (
+        tmp_path / "inference" / name for name in ("coco_instances_results.json", "instances_gt.json")
+    )
+    assert sorted((tmp_path / "inference").iterdir()) == [found, ground_truth]
+    assert {item["category_id"] for item in json.loads(found.read_text())} == {7, 3, 90}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(tmp_path / "inference" / "instances_gt.json"))
-        evaluation = COCOeval(
-            truth, truth.loadRes(str(tmp_path / "inference" / "coco_instances_results.json")), "bbox"
-        )
+        truth = COCO(str(ground_truth))
+        evaluation = COCOeval(truth, truth.loadRes(str(found)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    for key, stat in zip(("AP", "AP50", "AP75"), evaluation.stats):
-        assert ours[key] == pytest.approx(100 * stat)
-    plain = run(evaluator_of(golden), outputs_of(golden))
-    for key, value in plain.items():  # the ids of the categories change nothing
-        assert ours[key] == pytest.approx(value, nan_ok=True), key
-    assert sorted(p.name for p in (tmp_path / "inference").iterdir()) == [
-        "coco_instances_results.json",
-        "instances_gt.json",
-    ]
+    assert [ours[key] for key in ("AP", "AP50", "AP75")] == pytest.approx(list(100 * evaluation.stats[:3]))
+    plain = evaluate(evaluator_of(golden), outputs_of(golden))
+    assert ours == pytest.approx(plain, nan_ok=True)  # the ids of the categories change nothing
 
 
 def test_perfect_detections_score_100(golden):
@@ -76,57 +46,27 @@ def test_perfect_detections_score_100(golden):
     for number, image in enumerate(golden["images"]):
         rows = [(o[0], 0.9 - 0.01 * number, *o[1:5]) for o in image["objects"] if not o[5]]
         pairs.append(({"image_id": image["image_id"]}, {"instances": instances_of(rows)}))
-    metrics = run(evaluator_of(golden), pairs)
+    metrics = evaluate(evaluator_of(golden), pairs)
     for key in ("AP", "AP50", "VOC07_AP50", "VOC_AP50", "AP50-cat", "VOC_AP50-dog"):
         assert metrics[key] == pytest.approx(100.0), key
     assert math.isnan(metrics["AP-emu"]) and math.isnan(metrics["VOC_AP50-emu"])
 
 
 def test_no_detection_is_zero_and_no_ground_truth_is_nan(golden, tmp_path):
-    metrics = run(evaluator_of(golden, tmp_path), [])
+    metrics = evaluate(evaluator_of(golden, tmp_path), [])
     for key in ("AP", "AP50", "AP-cat", "VOC07_AP50", "VOC_AP50", "VOC_AP50-cow"):
         assert metrics[key] == 0.0, key
     assert math.isnan(metrics["AP50-emu"])
     assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []
     for image in golden["images"]:
         image["objects"] = []
-    metrics = run(evaluator_of(golden), outputs_of(golden))
-    assert all(math.isnan(value) for value in metrics.values())
+    assert all(map(math.isnan, evaluate(evaluator_of(golden), outputs_of(golden)).values()))
 
 
-def test_reset_forgets(golden):
+def test_reset_forgets_and_the_table_has_a_row_per_class_and_the_mean(golden):
     evaluator = evaluator_of(golden)
-    first = run(evaluator, outputs_of(golden))
-    evaluator.reset()
-    again = run(evaluator, outputs_of(golden))
-    assert first["AP"] == again["AP"] > 0
-
-
-def test_kinds_select_what_is_computed(golden):
-    assert set(run(evaluator_of(golden, ap_kinds=["voc07"]), outputs_of(golden))) == {
-        "VOC07_AP50",
-        *(f"VOC07_AP50-{name}" for name in golden["classes"]),
-    }
-    assert not any(k.startswith("VOC") for k in run(evaluator_of(golden, ap_kinds=["coco"]), []))
-    for bad in (["coco", "voc12"], []):
-        with pytest.raises(ValueError, match="TEST.AP"):
-            evaluator_of(golden, ap_kinds=bad)
-
-
-def test_what_cannot_be_evaluated_says_so(golden, caplog):
-    evaluator = evaluator_of(golden)
-    with pytest.raises(ValueError, match="'zebra' is not in the data set golden_test"):
-        evaluator.process([{"image_id": "zebra"}], [{"instances": instances_of([])}])
-    source = {"image_id": golden["images"][0]["image_id"]}
-    with pytest.raises(ValueError, match="NUM_CLASSES"):
-        evaluator.process([source], [{"instances": instances_of([(4, 0.5, 0, 0, 9, 9)])}])
-    rows = [(0, math.nan, 0, 0, 9, 9), (0, 0.5, 0, 0, math.inf, 9), (0, 0.5, 0, 0, 9, 9)]
-    metrics = run(evaluator, [(source, {"instances": instances_of(rows)})])
-    assert "2 detections that are not finite" in caplog.text and metrics["AP"] == 0.0
-
-
-def test_table_has_a_row_per_class_and_the_mean(golden):
-    metrics = run(evaluator_of(golden), outputs_of(golden))
+    metrics = evaluate(evaluator, outputs_of(golden))
+    assert evaluate(evaluator, outputs_of(golden))["AP"] == metrics["AP"] > 0
     lines = format_table({"bbox": metrics}).splitlines()
     assert lines[0].split() == ["class", "AP", "AP50", "VOC07_AP50", "VOC_AP50"]
     assert [line.split()[0] for line in lines[2:]] == ["cat", "dog", "cow", "emu", "mean"]
@@ -134,9 +74,29 @@ def test_table_has_a_row_per_class_and_the_mean(golden):
     assert lines[-1].split()[2] == f"{metrics['AP50']:.1f}"
 
 
+def test_kinds_select_what_is_computed(golden):
+    names = [f"VOC07_AP50-{name}" for name in golden["classes"]]
+    assert list(evaluate(evaluator_of(golden, ap_kinds=["voc07"]), outputs_of(golden))) == [
+        "VOC07_AP50",
+        *names,
+    ]
+    assert not any(k.startswith("VOC") for k in evaluate(evaluator_of(golden, ap_kinds=["coco"]), []))
+
+
+def test_what_cannot_be_evaluated_says_so(golden, caplog):
+    evaluator = evaluator_of(golden)
+    with pytest.raises(ValueError, match="'zebra' is not in the data set golden_ours"):
+        evaluator.process([{"image_id": "zebra"}], [{"instances": instances_of([])}])
+    source = {"image_id": golden["images"][0]["image_id"]}
+    with pytest.raises(UserError, match="NUM_CLASSES"):
+        evaluator.process([source], [{"instances": instances_of([(4, 0.5, 0, 0, 9, 9)])}])
+    rows = [(0, math.nan, 0, 0, 9, 9), (0, 0.5, 0, 0, math.inf, 9), (0, 0.5, 0, 0, 9, 9)]
+    metrics = evaluate(evaluator, [(source, {"instances": instances_of(rows)})])
+    assert "2 detections that are not finite" in caplog.text and metrics["AP"] == 0.0
+
+
 def test_baseline_finds_boxes_that_never_move():
     image = {"file_name": "a.jpg", "width": 100, "height": 80}
     target = {"bbox": [10.0, 20.0, 60.0, 70.0], "category_id": 1, "difficult": 0, "iscrowd": 0}
     dicts = [{**image, "image_id": number, "annotations": [target]} for number in range(3)]
-    _, ap50, ap = constant_box_baseline(dicts, dicts, ["cat", "dog"])
-    assert ap50 == pytest.approx(100.0) and ap == pytest.approx(100.0)
+    assert constant_box_baseline(dicts, dicts, ["cat", "dog"])[1:] == pytest.approx((100.0, 100.0))

@@ -1,68 +1,49 @@
 """VOC AP by hand-made cases, and what must hold of any."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfm_d2.detection.evaluation.voc_ap import (
-    ClassDetections,
-    ClassGroundTruth,
-    average_precision,
-    box_iou,
-    match_detections,
-    voc_average_precisions,
-)
+from dfm_d2.detection.evaluation.voc_ap import average_precisions, box_iou, match_detections
 
 BOX, OTHER, FAR = [0, 0, 10, 10], [20, 0, 30, 10], [60, 60, 70, 70]
 
 
-def truth(*boxes, difficult=()):
-    return ClassGroundTruth(np.array(boxes, float), np.isin(np.arange(len(boxes)), difficult))
-
-
-def found(*rows):
-    """rows: (image, score, box)"""
-    images, scores, boxes = zip(*rows) if rows else ((), (), ())
-    return ClassDetections(list(images), np.array(scores, float), np.array(boxes, float).reshape(-1, 4))
-
-
-def test_by_hand():
-    """TP, FP, TP of two positives: recall 1/2, 1/2, 1 and precision 1, 1/2, 2/3."""
-    detections = found(("a", 0.7, OTHER), ("a", 0.9, BOX), ("a", 0.8, FAR))
-    eleven, area = voc_average_precisions({"a": truth(BOX, OTHER)}, detections)
-    assert area == pytest.approx(0.5 + 0.5 * 2 / 3)
-    assert eleven == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
-
-
-def test_a_duplicate_is_a_false_positive():
-    detections = found(("a", 0.9, BOX), ("a", 0.8, [0, 0, 10, 9]))
-    hits, misses = match_detections({"a": truth(BOX)}, detections, 0.5)
-    assert hits.tolist() == [True, False] and misses.tolist() == [False, True]
-
-
-def test_difficult_counts_neither_way_however_often():
-    detections = found(("a", 0.9, BOX), ("a", 0.8, BOX), ("a", 0.7, OTHER))
-    truths = {"a": truth(BOX, OTHER, difficult=[0])}
-    hits, misses = match_detections(truths, detections, 0.5)
-    assert hits.tolist() == [False, False, True] and not misses.any()
-    assert voc_average_precisions(truths, detections) == (1.0, 1.0)
-
-
-def test_an_overlap_equal_to_the_threshold_matches():
-    hits, _ = match_detections({"a": truth(BOX)}, found(("a", 0.9, [0, 0, 10, 5])), 0.5)
-    assert hits.tolist() == [True]
-
-
-def test_other_images_do_not_help():
-    hits, misses = match_detections({"a": truth(BOX)}, found(("b", 0.9, BOX)), 0.5)
-    assert not hits.any() and misses.all()
-
-
-def test_nothing_to_find_is_nan_and_nothing_found_is_zero():
-    assert np.isnan(voc_average_precisions({}, found(("a", 0.9, BOX)))).all()
-    assert np.isnan(voc_average_precisions({"a": truth(BOX, difficult=[0])}, found())).all()
-    assert voc_average_precisions({"a": truth(BOX)}, found()) == (0.0, 0.0)
+@pytest.mark.parametrize(
+    "truths, difficult, detections, outcome, expected",
+    [
+        # In order of score TP, FP, TP of two positives: recall 1/2, 1/2, 1 and precision 1, 1/2, 2/3.
+        (
+            [BOX, OTHER],
+            [0, 0],
+            [(7, OTHER), (9, BOX), (8, FAR)],
+            "TFT",
+            ((6 + 5 * 2 / 3) / 11, 1 / 2 + 1 / 3),
+        ),
+        # A duplicate is a false positive.
+        ([BOX], [0], [(9, BOX), (8, [0, 0, 10, 9])], "TF", (1, 1)),
+        # What is difficult counts neither way, however often it is found.
+        ([BOX, OTHER], [1, 0], [(9, BOX), (8, BOX), (7, OTHER)], "--T", (1, 1)),
+        # An overlap equal to the threshold matches, a smaller one does not.
+        ([BOX], [0], [(9, [0, 0, 10, 5])], "T", (1, 1)),
+        ([BOX], [0], [(9, [0, 0, 10, 4.9])], "F", (0, 0)),
+        # Nothing to find is NaN, nothing found is 0.
+        ([BOX], [1], [], "", (math.nan, math.nan)),
+        ([BOX], [0], [], "", (0, 0)),
+    ],
+)
+def test_by_hand(truths, difficult, detections, outcome, expected):
+    truth = {"a": (np.array(truths, float), np.array(difficult, bool))}
+    boxes = np.array([box for _, box in detections], float).reshape(-1, 4)
+    scores = np.array([score for score, _ in detections], float)
+    found = match_detections(truth, ["a"] * len(boxes), scores, boxes)
+    assert [list(matches) for matches in found] == [[o == kind for o in outcome] for kind in "TF"]
+    assert average_precisions(*found, difficult.count(0)) == pytest.approx(expected, nan_ok=True)
+    elsewhere = match_detections(truth, ["b"] * len(boxes), scores, boxes)
+    assert not elsewhere[0].any() and elsewhere[1].all()
 
 
 def test_iou_is_that_of_the_inclusive_convention():
@@ -74,16 +55,12 @@ def test_iou_is_that_of_the_inclusive_convention():
 
 
 @settings(deadline=None)
-@given(st.lists(st.booleans(), max_size=30), st.integers(0, 10), st.booleans())
-def test_ap_is_within_bounds_and_a_last_miss_costs_nothing(hits, missed, eleven_points):
-    hits = np.array(hits, dtype=bool)
+@given(st.lists(st.booleans(), max_size=30), st.integers(0, 10))
+def test_ap_is_within_bounds_and_a_last_miss_costs_nothing(hits, missed):
+    hits, longer = np.array(hits, dtype=bool), np.array([*hits, False])
     positives = int(hits.sum()) + missed
-    value = average_precision(hits, ~hits, positives, eleven_points)
-    if positives == 0:
-        assert np.isnan(value)
-        return
-    assert 0.0 <= value <= 1.0
-    longer = np.append(hits, False)
-    assert average_precision(longer, ~longer, positives, eleven_points) == pytest.approx(value)
-    if hits.all() and missed == 0:
-        assert value == pytest.approx(1.0)
+    values = average_precisions(hits, ~hits, positives)
+    assert average_precisions(longer, ~longer, positives) == pytest.approx(values, nan_ok=True)
+    for value in values:
+        assert math.isnan(value) if positives == 0 else 0.0 <= value <= 1.0
+        assert value == pytest.approx(1.0) or not (hits.all() and missed == 0 and positives)

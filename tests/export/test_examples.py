@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from detections import CLASSES
+from small_detector import CLASSES
 from PIL import Image
 from tool_loader import ROOT
 

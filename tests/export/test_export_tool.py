@@ -7,8 +7,7 @@ import torch
 from tiny_model import spread, tiny_cfg
 from tool_loader import load_tool
 
-from dfm_d2.detection.data.shapes import write_shapes
-from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES
+from dfm_d2.detection.data.shapes import SHAPE_CLASSES, write_shapes
 from dfm_d2.engine.run import build_checkpointer
 from dfm_d2.framework import build_model
 
@@ -70,6 +69,6 @@ def test_run_eval_gives_the_same_ap(export, tmp_path, capsys, noise):
     ],
 )
 def test_what_is_wrong_is_one_error_message(export, capsys, overrides, said):
-    assert export(["--sample-image", "missing.jpg"], *overrides) == 2
+    assert export([] if overrides else ["--sample-image", "missing.jpg"], *overrides) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1

@@ -127,7 +127,7 @@ def observe_trainer_base(provider):
 
 def observe_hook_base(provider):
     hook = provider.HookBase()
-    names = ("before_train", "after_train", "before_step", "after_backward", "after_step")
+    names = ("before_train", "after_train", "before_step", "after_step")
     return [hook.trainer, hook.state_dict(), *(getattr(hook, name)() for name in names)]
 
 
@@ -156,7 +156,6 @@ def observe_lr_scheduler(provider):
     best = provider.LRScheduler.get_best_param_group_id
     return {
         "lr": [t.storage.history("lr").values() for t in (trainer, from_trainer)],
-        "hint": trainer.storage.smoothing_hints()["lr"],
         "state": trainer.state_dict(),
         "group": [best(_optimizer((1.0, 2.0, 2.0), sizes)) for sizes in ((1, 1, 1), (1, 3, 3), (2, 1, 1))],
     }
@@ -209,7 +208,7 @@ def observe_eval_hook(provider):
 
         def evaluate():
             calls.append(trainer.iter)
-            return {"bbox": {"AP": len(calls), "AP50": torch.tensor(0.5)}, "loss_val": 1}
+            return {"bbox/AP": len(calls), "bbox/AP50": torch.tensor(0.5), "loss_val": 1}
 
         trainer.register_hooks([provider.EvalHook(period, evaluate, eval_after_train=after)])
         logging.disable(logging.CRITICAL)
@@ -223,19 +222,12 @@ def observe_eval_hook(provider):
 
     calls, storage = run(6, 2)
 
-    def bad():
-        trainer = make_trainer(provider, [])
-        trainer.register_hooks([provider.EvalHook(0, lambda: {"bbox": {"AP": "no number"}})])
-        trainer.train(0, 1)
-
     return {
         "calls": calls,
         "latest": {name: value for name, value in storage.latest().items() if name != "loss"},
-        "hint": storage.smoothing_hints()["bbox/AP"],
         "never": run(4, 0, after=False)[0],
         "only at the end": run(4, 0)[0],
         "broken off": run(4, 0, stop_at=2)[0],
-        "no number": raised(bad),
     }
 
 
@@ -248,8 +240,6 @@ def observe_event_storage(provider):
             storage.step()
             storage.put_scalar("loss", torch.tensor(value))
         storage.put_scalar("loss", 6.0, cur_iter=30)
-        with storage.name_scope("scope"):
-            storage.put_scalar("c", 1.0)
         storage.put_scalar("d", 1.0)
     return {
         "iter": storage.iter,
@@ -259,10 +249,17 @@ def observe_event_storage(provider):
         "history": storage.history("loss").values(),
         "names": sorted(storage.histories()),
         "count": [storage.count_samples("loss", window) for window in (1, 23, 24, 100)],
-        "hints": storage.smoothing_hints(),
         "another hint": raised(lambda: storage.put_scalar("a", 1.0, smoothing_hint=True)),
         "unknown": raised(lambda: storage.history("other")),
     }
+
+
+def observe_get_event_storage(provider):
+    with provider.EventStorage(3) as outer:
+        with provider.EventStorage() as inner:
+            nested = provider.get_event_storage() is inner
+        after = provider.get_event_storage() is outer
+    return [nested, after, raised(provider.get_event_storage)]
 
 
 def _write_scalars(provider, writer) -> None:

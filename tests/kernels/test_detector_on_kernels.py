@@ -9,6 +9,7 @@ from dfm_kernels.dispatch import is_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfm_d2.detection.captured import GraphCache
+from dfm_d2.local_update import attached_losses
 
 INTERACTIONS = ("dynamic_conv", "grid_linear")
 
@@ -35,7 +36,7 @@ def test_a_detector_on_kernels_has_the_same_losses_and_gradients(
         model = make_model(KERNELS=backend, LOSS__VELOCITY_WEIGHT=0.5, HEAD__INTERACTION=interaction)
         model.to(kernel_device)
         prepared = model.prepare([make_input("a"), make_input("b", boxes=())], 0)
-        losses[backend] = model.all_losses(model.extract_features(prepared), prepared)
+        losses[backend] = attached_losses(model, prepared)
         sum(losses[backend].values()).backward()
         gradients[backend] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, value in losses["torch"].items():

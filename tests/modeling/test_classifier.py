@@ -1,14 +1,12 @@
 """Classifiers: whose gradients go where, what inference depends on, embeddings and backbones."""
 
-import numpy as np
 import pytest
 import torch
-from tiny_classifier import RESNET, TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
+from tiny_classifier import TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
 
-from dfm_d2.classification.loss import EndpointLoss
+from dfm_d2.classification.flow_classifier import EndpointLoss
 from dfm_d2.framework import build_model
-from dfm_d2.local_update.block_optimizer import check_blocks
-from dfm_d2.local_update.updates import sum_losses
+from dfm_d2.local_update import HandOver, check_blocks, sum_losses
 
 COLOUR = ["MODEL.PIXEL_MEAN", "[120.0,120.0,120.0]", "MODEL.PIXEL_STD", "[60.0,60.0,60.0]"]
 BACKBONES = {
@@ -16,16 +14,12 @@ BACKBONES = {
     "vit": (VIT, 8, 1),
     "vit pooled": ([*VIT, "MODEL.CLASSIFIER.POOL", "2"], 8, 1),
     "timm cnn": ([*TIMM_CNN, *COLOUR], 32, 3),
-    "resnet": ([*RESNET, *COLOUR], 32, 3),
-    "resnet in two": ([*RESNET, *COLOUR, "MODEL.CLASSIFIER.BLOCKS", "2"], 32, 3),
 }
 
 
 def stage_losses(model, inputs, iteration=7):
-    losses = {}
-    features = model.extract_features(model.prepare(inputs, iteration), losses.__setitem__)
-    assert features == []
-    return losses
+    items = model.block_losses(model.prepare(inputs, iteration), HandOver())
+    return {item.blocks[0]: item.losses for item in items}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -37,11 +31,11 @@ def test_a_block_s_loss_has_gradients_in_its_own_block_only(name):
     for index in range(model.num_blocks):
         model.zero_grad(set_to_none=True)
         losses = stage_losses(model, inputs)
-        assert list(losses) == [f"b{d}" for d in range(model.num_blocks)]
-        sum_losses(losses[f"b{index}"]).backward()
+        assert list(losses) == [f"block{d}" for d in range(model.num_blocks)]
+        sum_losses(losses[f"block{index}"]).backward()
         for block, named in model.blocks().items():
             touched = {n: p.grad is not None for n, p in named}
-            if block == f"b{index}":
+            if block == f"block{index}":
                 # The output of a ViT's class token is not pooled, its parameters are.
                 assert all(touched.values()), [n for n, t in touched.items() if not t]
             else:
@@ -127,24 +121,24 @@ def test_velocity_answers_become_endpoints():
     torch.testing.assert_close(model._endpoint(0, pooled, x_t, t), x_t + (1 - t)[..., None] * answer)
 
 
-def test_the_loss_is_the_velocity_error_where_the_bound_does_not_bind():
-    x_1_hat, x_1, x_t = torch.randn(3, 2, 5, 4).double()
-    t, labels, embeddings = torch.rand(2, 5).double() * 0.7, torch.tensor([0, 2]), torch.eye(4).double()
-    loss = EndpointLoss(weighting="velocity", velocity_max=1e6, readout_weight=0.0)
-    found = loss(x_1_hat, x_1, t, embeddings, labels)
-    velocity, target = ((x - x_t) / (1 - t)[..., None] for x in (x_1_hat, x_1))
-    assert list(found) == ["flow"]
-    torch.testing.assert_close(found["flow"], (velocity - target).square().sum(-1).mean())
+def test_the_loss_is_the_squared_error_and_the_cross_entropy_of_the_read_out():
+    x_1_hat, x_1 = torch.randn(2, 2, 5, 4).double()
+    labels, embeddings = torch.tensor([0, 2]), torch.eye(4).double()
+    found = EndpointLoss(readout_weight=0.5, temperature=0.2)(x_1_hat, x_1, embeddings, labels)
+    torch.testing.assert_close(found["flow"], ((x_1_hat - x_1) ** 2).sum(-1).mean())
+    right = (x_1_hat / 0.2).log_softmax(-1)[[0, 1], :, [0, 2]]
+    torch.testing.assert_close(found["readout"], -0.5 * right.mean())
+    assert list(EndpointLoss(readout_weight=0.0)(x_1_hat, x_1, embeddings, labels)) == ["flow"]
 
 
 def test_shuffled_noise_has_the_velocity_of_another_image():
     """The target x_t + (1 - t)(x_1 - x_0') is x_1 only where x_0' = x_0."""
     plain, control = (make_classifier("MODEL.CLASSIFIER.SHUFFLE_X0", str(s)).train() for s in (False, True))
     inputs = class_inputs(4)
-    a, b = (stage_losses(m, inputs)["b0"]["loss_flow/b0"] for m in (plain, control))
+    a, b = (stage_losses(m, inputs)["block0"]["loss_flow/block0"] for m in (plain, control))
     assert b > a
     one = class_inputs(1)  # alone, the other image is itself
-    a, b = (stage_losses(m, one)["b0"]["loss_flow/b0"] for m in (plain, control))
+    a, b = (stage_losses(m, one)["block0"]["loss_flow/block0"] for m in (plain, control))
     torch.testing.assert_close(a, b)
 
 
@@ -152,50 +146,10 @@ def test_learned_embeddings_learn_by_the_read_out_term_alone():
     model = make_classifier("MODEL.CLASSIFIER.EMBEDDING", "learned").train()
     losses = stage_losses(model, class_inputs())
     assert [n for n, _ in model.blocks()["shared"]] == ["label_space.weight"]
-    losses["b1"]["loss_flow/b1"].backward(retain_graph=True)
+    losses["block1"]["loss_flow/block1"].backward(retain_graph=True)
     assert model.label_space.weight.grad is None
-    losses["b1"]["loss_readout/b1"].backward()
+    losses["block1"]["loss_readout/block1"].backward()
     assert model.label_space.weight.grad.norm() > 0
-
-
-def test_given_embeddings_come_from_a_file(tmp_path):
-    matrix = np.arange(12.0).reshape(3, 4) + 1
-    np.save(tmp_path / "a.npy", matrix)
-    np.savetxt(tmp_path / "a.txt", matrix)
-    for name in ("a.npy", "a.txt"):
-        opts = [
-            "MODEL.CLASSIFIER.EMBEDDING",
-            "given",
-            "MODEL.CLASSIFIER.EMBEDDING_FILE",
-            str(tmp_path / name),
-        ]
-        found = make_classifier(*opts).label_space.embeddings
-        expected = torch.tensor(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), dtype=torch.float32)
-        torch.testing.assert_close(found, expected)
-    np.save(tmp_path / "a.npy", matrix[:2])
-    with pytest.raises(ValueError, match="a.npy has the shape .* one row for each of the 3 classes"):
-        make_classifier(*opts[:3], str(tmp_path / "a.npy"))
-
-
-BAD_EMBEDDINGS = {
-    "text": (np.array([["a", "b"]] * 3), "is no matrix of numbers"),
-    "complex": (np.eye(3) * 1j, "is no matrix of numbers: its entries are of the type complex128"),
-    "equal rows": (np.ones((3, 4)), "has equal rows"),
-    "zero row": (np.eye(4)[:3] - np.eye(4)[0] * np.eye(3, 4), "a.npy: embeddings must have a direction"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_EMBEDDINGS)
-def test_given_embeddings_that_cannot_be_used_are_named(name, tmp_path):
-    matrix, said = BAD_EMBEDDINGS[name]
-    file = tmp_path / "a.npy"
-    np.save(file, matrix)
-    opts = ["MODEL.CLASSIFIER.EMBEDDING", "given", "MODEL.CLASSIFIER.EMBEDDING_FILE", str(file)]
-    with pytest.raises(ValueError, match=said):
-        make_classifier(*opts)
-    file.write_bytes(b"")
-    with pytest.raises(ValueError, match="a.npy is no matrix of numbers"):
-        make_classifier(*opts)
 
 
 def test_the_temperature_is_that_of_greatest_likelihood():
@@ -207,7 +161,6 @@ def test_the_temperature_is_that_of_greatest_likelihood():
     assert "temperature" in model.state_dict()
 
 
-FPN = ["MODEL.FPN.IN_FEATURES", '["res2","res3","res4","res5"]']
 WRONG = {
     "blocks": (["MODEL.CLASSIFIER.BLOCKS", "9"], "BLOCKS is 9, but the backbone has 3 stages"),
     "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm"),
@@ -220,10 +173,6 @@ WRONG = {
     ),
     "option's value": ([*VIT[:-1], '["img_size=["]'], "has 'img_size=\\['"),
     "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
-    "fpn": (
-        [*RESNET, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", *FPN],
-        "build_resnet_backbone, not",
-    ),
     "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "EMBED_DIM is 2, but 3 orthonormal classes need"),
     "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
     "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),
@@ -249,8 +198,6 @@ def test_inputs_that_do_not_fit_are_named():
         model.eval()([inputs[0], small])
     with pytest.raises(ValueError, match="images have 3 channels"):
         model.eval()(class_inputs(1, channels=3))
-    with pytest.raises(IndexError, match="no predictor 0"):
-        model.block_losses(0, [], None)
 
 
 @pytest.mark.parametrize("what", ["another model", "fewer layers", "empty", "damaged"])

@@ -6,8 +6,7 @@ from tiny_classifier import VIT, class_inputs, make_classifier
 
 from dfm_d2.classification.forward_forward import unit_square
 from dfm_d2.classification.stochastic_forward_forward import effective_dimension
-from dfm_d2.local_update.block_optimizer import check_blocks
-from dfm_d2.local_update.updates import sum_losses
+from dfm_d2.local_update import HandOver, check_blocks, sum_losses
 
 METHODS = ("forward_forward", "stochastic_forward_forward")
 
@@ -19,12 +18,12 @@ def test_a_block_s_loss_has_gradients_in_its_own_block_only(method, backbone):
     check_blocks(model.blocks(), [(n, p) for n, p in model.named_parameters() if p.requires_grad])
     for index in range(model.num_blocks):
         model.zero_grad(set_to_none=True)
-        losses = {}
-        assert model.extract_features(model.prepare(class_inputs(), 3), losses.__setitem__) == []
-        sum_losses(losses[f"b{index}"]).backward()
+        items = model.block_losses(model.prepare(class_inputs(), 3), HandOver())
+        losses = {item.blocks[0]: item.losses for item in items}
+        sum_losses(losses[f"block{index}"]).backward()
         for block, named in model.blocks().items():
             touched = [p.grad is not None for _, p in named]
-            assert all(touched) if block == f"b{index}" else not any(touched), block
+            assert all(touched) if block == f"block{index}" else not any(touched), block
 
 
 def test_goodness_is_compared_with_the_threshold():
@@ -32,8 +31,8 @@ def test_goodness_is_compared_with_the_threshold():
     found = model._losses(0, torch.tensor([1.5, 0.5, 1.0, 2.0]))
     own, wrong = torch.tensor([0.5, -0.5]) * 2, torch.tensor([0.0, 1.0]) * 2
     expected = -(own.sigmoid().log().mean() + (1 - wrong.sigmoid()).log().mean())
-    torch.testing.assert_close(found["loss_goodness/b0"], expected)
-    assert float(found["right/b0"]) == 0.5
+    torch.testing.assert_close(found["loss_goodness/block0"], expected)
+    assert float(found["right/block0"]) == 0.5
 
 
 def test_labels_are_seen_in_the_image_and_the_negative_one_is_wrong():

@@ -6,12 +6,12 @@ MODEL.PIXEL_MEAN has numbers.
 
 from functools import partial
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 
-from dfm_d2.data.stream import SampleStream, TestImages, TestLoader, ordered_loader, train_batches
+from dfm_d2.data.stream import SampleStream, TestLoader, train_batches
+from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode, DatasetCatalog
 
 
@@ -19,38 +19,28 @@ def build_class_train_loader(cfg: CfgNode, start_position: int):
     """As build_train_loader, of labelled images: resized to INPUT.IMAGE_SIZE, shifted and flipped."""
     entries = [entry for name in cfg.DATASETS.TRAIN for entry in DatasetCatalog.get(name)]
     if not entries:
-        raise ValueError("DATASETS.TRAIN is empty: name a data set to train on, such as digits_train.")
-    return train_batches(ClassStream(entries, cfg), cfg, start_position)
+        raise UserError("DATASETS.TRAIN is empty: name a data set to train on, such as digits_train.")
+    stream = SampleStream(entries, max(cfg.SEED, 0), partial(_training_item, cfg=cfg))
+    return train_batches(stream, cfg, start_position)
 
 
 def build_class_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
     """As build_test_loader, of labelled images."""
-    entries = DatasetCatalog.get(dataset_name)
-    return ordered_loader(TestImages(entries, partial(class_item, cfg=cfg)), len(entries), cfg)
+    return TestLoader(DatasetCatalog.get(dataset_name), partial(class_item, cfg=cfg), cfg)
 
 
-class ClassStream(SampleStream):
-    """The training stream of labelled images."""
-
-    def __init__(self, entries: list[dict], cfg: CfgNode) -> None:
-        super().__init__(entries, max(cfg.SEED, 0))
-        self._cfg = cfg
-
-    def read(self, entry: dict) -> np.ndarray:
-        return _pixels(entry, self._cfg)
-
-    def make(self, entry: dict, image: np.ndarray, rng: np.random.Generator) -> dict:
-        inputs = self._cfg.INPUT
-        if inputs.RANDOM_FLIP == "horizontal" and rng.random() < 0.5:
-            image = image[:, ::-1]
-        if inputs.RANDOM_SHIFT:
-            if inputs.RANDOM_SHIFT >= min(image.shape[:2]):
-                raise ValueError(
-                    f"INPUT.RANDOM_SHIFT is {inputs.RANDOM_SHIFT}, but {entry['file_name']} has "
-                    f"{image.shape[0]} x {image.shape[1]} pixels: set it to less than its sides."
-                )
-            image = shifted(image, *rng.integers(-inputs.RANDOM_SHIFT, inputs.RANDOM_SHIFT + 1, size=2))
-        return _item(entry, image)
+def _training_item(entry: dict, rng: np.random.Generator, cfg: CfgNode) -> dict:
+    image, most = _pixels(entry, cfg), cfg.INPUT.RANDOM_SHIFT
+    if cfg.INPUT.RANDOM_FLIP == "horizontal" and rng.random() < 0.5:
+        image = image[:, ::-1]
+    if most:
+        if most >= min(image.shape[:2]):
+            raise UserError(
+                f"INPUT.RANDOM_SHIFT is {most}, but {entry['file_name']} has "
+                f"{image.shape[0]} x {image.shape[1]} pixels: set it to less than its sides."
+            )
+        image = shifted(image, *rng.integers(-most, most + 1, size=2))
+    return _item(entry, image)
 
 
 def class_item(entry: dict, cfg: CfgNode) -> dict:
@@ -62,8 +52,9 @@ def _pixels(entry: dict, cfg: CfgNode) -> np.ndarray:
     """uint8 (H, W, C) in INPUT.FORMAT order."""
     image, channels, size = entry["read"](), len(cfg.MODEL.PIXEL_MEAN), cfg.INPUT.IMAGE_SIZE
     if size and image.shape[:2] != (size, size):
-        shrinks = image.shape[0] > size
-        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        import cv2
+
+        method = cv2.INTER_AREA if image.shape[0] > size else cv2.INTER_LINEAR
         image = cv2.resize(image, (size, size), interpolation=method).reshape(size, size, -1)
     if channels == 1 and image.shape[2] == 3:
         image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
@@ -75,12 +66,9 @@ def _pixels(entry: dict, cfg: CfgNode) -> np.ndarray:
 def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
     """`image` (H, W, C) moved, zeros where nothing of it comes."""
     height, width = image.shape[:2]
-    moved = np.zeros_like(image)
-    rows, columns = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
-    moved[rows, columns] = image[
-        max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
-    ]
-    return moved
+    reach = max(abs(down), abs(right))
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)))
+    return padded[reach - down : reach - down + height, reach - right : reach - right + width]
 
 
 def _item(entry: dict, image: np.ndarray) -> dict:

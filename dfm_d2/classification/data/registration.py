@@ -3,18 +3,19 @@
 Names: root_<split> (DATASETS.ROOT), digits_{train,test}, cifar10_{train,test}, cifar100_{train,test}.
 """
 
-import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dfm_d2.classification.data.sources import ClassSample, read_digits, read_root, read_torchvision
+from dfm_d2.data.catalog import distinct, register
 from dfm_d2.data.images import ImageError
-from dfm_d2.data.problems import ProblemReport, check_on_error, decode_limit
-from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog
-
-logger = logging.getLogger(__name__)
+from dfm_d2.data.problems import DECODE_UP_TO, Problem, ProblemReport
+from dfm_d2.errors import UserError
+from dfm_d2.framework import CfgNode
 
 # The part of the training images that DATASETS.HOLD_OUT sets aside.
 HELD_OUT = "held_out"
@@ -25,91 +26,78 @@ _KNOWN = "root_<split> (with DATASETS.ROOT), digits_{train,test}, cifar10_{train
 def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
     """Read and register every set in cfg.DATASETS.TRAIN and TEST, and HELD_OUT, replacing earlier ones.
 
-    An entry has file_name, image_id, label and read, which answers the pixels. Classes are DATASETS.CLASSES
+    An entry has file_name, image_id, label and read, which returns the pixels. Classes are DATASETS.CLASSES
     if given, else those of the training sets (of the test sets where there are none); the metadata of a name
-    holds them as thing_classes. Images in files are decoded as DATASETS.VERIFY_IMAGES says.
+    holds them as thing_classes. Images are decoded as DATASETS.VERIFY_IMAGES says.
 
     Returns {name: its ProblemReport}.
-    Raises FileNotFoundError or ValueError as the sources do, for an unknown name, for a set without any
-    image; DataProblemError (a ValueError) for any problem under DATASETS.ON_ERROR "fatal".
+    Raises UserError as the sources do, for an unknown name, for a set without any image, and for any problem
+    under DATASETS.ON_ERROR "fatal".
     """
-    check_on_error(cfg.DATASETS.ON_ERROR)
-    train = list(cfg.DATASETS.TRAIN)
-    names = list(dict.fromkeys([*train, *cfg.DATASETS.TEST]))
-    reports = {name: ProblemReport(name) for name in names}
-    limit = decode_limit(cfg.DATASETS.VERIFY_IMAGES)
-    samples = {name: _usable(*_read(name, cfg), reports[name], limit) for name in names}
-    found = {sample.class_name for name in train or names for sample in samples[name]}
-    classes = list(cfg.DATASETS.CLASSES) or sorted(found, key=_natural)
-    if len(set(classes)) != len(classes):
-        raise ValueError(f"DATASETS.CLASSES names a class twice: {classes}.")
-    entries = {name: _entries(samples[name], classes, reports[name]) for name in names}
-    for name in names:
-        reports[name].conclude(cfg.DATASETS.ON_ERROR, logger)
-        if not entries[name]:
-            raise ValueError(f"The data set {name} has no usable image: check its files.")
-    if cfg.DATASETS.HOLD_OUT > 0:
-        entries[HELD_OUT] = []
+    train, decode_up_to = list(cfg.DATASETS.TRAIN), DECODE_UP_TO[cfg.DATASETS.VERIFY_IMAGES]
+    reports = {name: ProblemReport(name) for name in [*train, *cfg.DATASETS.TEST]}
+    samples = {name: read() for name, read in locate_class_sets(cfg).items()}
+    for name, of_set in samples.items():
+        if len(of_set) <= decode_up_to:
+            samples[name] = reports[name].keep(_decoded, of_set)
+    found = {sample.class_name for name in train or samples for sample in samples[name]}
+    classes = distinct(list(cfg.DATASETS.CLASSES) or sorted(found, key=_natural))
+    index = {name: number for number, name in enumerate(classes)}
+    entries = {}
+    for name, report in reports.items():
+        entries[name] = report.keep(partial(_entry, index=index), samples[name])
+        report.conclude(len(entries[name]), cfg.DATASETS.ON_ERROR)
+    share, held_out = cfg.DATASETS.HOLD_OUT, []
+    if share > 0:
         for name in train:
-            entries[name], held_out = _divide(entries[name], cfg.DATASETS.HOLD_OUT, max(cfg.SEED, 0))
-            entries[HELD_OUT] += held_out
-        if not entries[HELD_OUT] or not all(entries[name] for name in train):
-            raise ValueError(
-                f"DATASETS.HOLD_OUT {cfg.DATASETS.HOLD_OUT} leaves no image to train on or none to fit the "
-                "temperature on: set it to a share between them, or to 0."
+            entries[name], of_set = _divide(entries[name], share, max(cfg.SEED, 0))
+            held_out += of_set
+        if not held_out or not all(entries[name] for name in train):
+            raise UserError(
+                f"DATASETS.HOLD_OUT {share} leaves no image to train on or none to fit the temperature on: "
+                "set it to a share between them, or to 0."
             )
+        entries[HELD_OUT] = held_out
     for name, of_set in entries.items():
-        _register(name, of_set, classes)
+        register(name, of_set, classes)
     return reports
 
 
-def _read(name: str, cfg: CfgNode) -> tuple[list[ClassSample], bool]:
-    """The samples of a name, and whether they lie in files of their own, which may be broken."""
-    source, _, split = name.partition("_")
-    root = cfg.DATASETS.ROOT
-    if source == "root" and split:
+def locate_class_sets(cfg: CfgNode) -> dict[str, Callable[[], list[ClassSample]]]:
+    """What reads each data set of a config. Raises UserError for one that is not known or not there."""
+    return {name: _locate(name, cfg.DATASETS.ROOT) for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]}
+
+
+def _locate(name: str, root: str) -> Callable[[], list[ClassSample]]:
+    if match := re.fullmatch("root_(.+)", name):
         if not root:
-            raise ValueError(f"The data set {name} needs DATASETS.ROOT: set it to a folder or a tar.")
-        return read_root(Path(root), split)
+            raise UserError(f"The data set {name} needs DATASETS.ROOT: set it to a folder or a tar.")
+        if not Path(root).exists():
+            raise UserError(f"DATASETS.ROOT is {root}, which is missing: point it to the data.")
+        return partial(read_root, Path(root), match[1])
+    match = re.fullmatch("(digits|cifar10|cifar100)_(train|test)", name)
+    if not match:
+        raise UserError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN}.")
+    source, split = match.groups()
     if source == "digits":
-        return read_digits(split), False
-    if source in ("cifar10", "cifar100"):
-        return read_torchvision(source, Path(root or "data"), split), False
-    raise ValueError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN}.")
+        return partial(read_digits, split)
+    return partial(read_torchvision, source, Path(root or "data"), split)
 
 
-def _usable(
-    samples: list[ClassSample], in_files: bool, report: ProblemReport, limit: int
-) -> list[ClassSample]:
-    """Those that can be decoded, where they are few enough to try it."""
-    if not in_files or len(samples) > limit:
-        return samples
-    kept = []
-    for sample in samples:
-        try:
-            sample.read()
-            kept.append(sample)
-        except ImageError as error:
-            report.add(sample.name, "image", str(error))
-    return kept
+def _decoded(sample: ClassSample) -> ClassSample:
+    try:
+        sample.read()
+    except ImageError as error:
+        raise Problem(sample.file_name, "image", str(error)) from error
+    return sample
 
 
-def _entries(samples: list[ClassSample], classes: list[str], report: ProblemReport) -> list[dict]:
-    index = {name: number for number, name in enumerate(classes)}
-    entries = []
-    for sample in samples:
-        if sample.class_name not in index:
-            report.add(sample.name, "unknown_class", f"its class {sample.class_name!r} is not known")
-            continue
-        entries.append(
-            {
-                "file_name": sample.name,
-                "image_id": sample.image_id,
-                "label": index[sample.class_name],
-                "read": sample.read,
-            }
-        )
-    return entries
+def _entry(sample: ClassSample, index: dict[str, int]) -> dict:
+    entry = sample._asdict()
+    name = entry.pop("class_name")
+    if name not in index:
+        raise Problem(sample.file_name, "unknown_class", f"its class {name!r} is not known")
+    return {**entry, "label": index[name]}
 
 
 def _divide(entries: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -117,16 +105,6 @@ def _divide(entries: list[dict], share: float, seed: int) -> tuple[list[dict], l
     order = np.random.default_rng([seed, _HOLD_OUT_KEY]).permutation(len(entries))
     number = round(share * len(entries))
     return [entries[i] for i in np.sort(order[number:])], [entries[i] for i in np.sort(order[:number])]
-
-
-def _register(name: str, entries: list[dict], classes: list[str]) -> None:
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-    if name in MetadataCatalog:
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: entries)
-    MetadataCatalog.get(name).set(thing_classes=list(classes))
-    logger.info("data set %s: %d images, %d classes", name, len(entries), len(classes))
 
 
 def _natural(text: str) -> list:

@@ -1,7 +1,7 @@
 """Where labelled images come from: folders, a tar of folders, idx files, torchvision, scikit-learn.
 
-Each source answers samples whose pixels are read when they are asked for: uint8 (H, W, 3), or (H, W, 1) for
-grey ones.
+Each source returns samples whose pixels are read when they are asked for: uint8 (H, W, 3), or (H, W, 1) for
+grey ones. Splits are train and test; folders and tars may have any.
 """
 
 import gzip
@@ -9,53 +9,47 @@ import io
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from dfm_d2.data.images import ImageError, read_image
+from dfm_d2.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # The seeded split of data that come in one piece, and its share of test images.
 _SPLIT_SEED, _TEST_SHARE = 0, 0.2
-_SPLITS = ("train", "test")
 
 
-@dataclass(frozen=True)
-class ClassSample:
-    """One labelled image. name: for messages. image_id: unique in its set. class_name: its class.
+class ClassSample(NamedTuple):
+    """One labelled image. file_name: for messages. image_id: unique in its set. class_name: its class.
 
     read: its pixels; raises ImageError.
     """
 
-    name: str
+    file_name: str
     image_id: str
     class_name: str
     read: Callable[[], np.ndarray]
 
 
-def read_root(root: Path, split: str) -> tuple[list[ClassSample], bool]:
-    """The samples of a split of a folder, tar or idx folder, and whether they lie in files of their own.
-
-    Raises FileNotFoundError or ValueError, naming what is missing.
-    """
-    if not root.exists():
-        raise FileNotFoundError(f"DATASETS.ROOT is {root}, which is missing: point it to the data.")
+def read_root(root: Path, split: str) -> list[ClassSample]:
+    """The samples of a split of a folder, a tar or a folder of idx files. Raises UserError."""
     if root.is_file():
-        return _tar_samples(root, split), True
+        return _tar_samples(root, split)
     if any(root.glob("*idx3-ubyte*")):
-        return _idx_samples(root, split), False
-    return _folder_samples(root, split), True
+        return _idx_samples(root, split)
+    return _folder_samples(root, split)
 
 
 def _folder_samples(root: Path, split: str) -> list[ClassSample]:
     folder = root / split
     if not folder.is_dir():
         there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
-        raise FileNotFoundError(
+        raise UserError(
             f"{root} has no folder {split} (there are: {there}): it wants {split}/<class>/<image>."
         )
     files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -71,7 +65,7 @@ def _tar_samples(path: Path, split: str) -> list[ClassSample]:
         with tarfile.open(path, "r:") as archive:
             found = archive.getmembers()
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"DATASETS.ROOT {path} is not a plain tar ({error}): unpack it, or tar it without compression."
         ) from error
     # Of a name that comes twice, as after "tar -r", the last one is meant.
@@ -80,19 +74,20 @@ def _tar_samples(path: Path, split: str) -> list[ClassSample]:
         if member.islnk() and member.linkname in stored:  # a file of several names is stored once
             stored[member.name] = stored[member.linkname]
     samples: dict[str, ClassSample] = {}
-    for full_name, member in sorted(stored.items()):
-        *_, in_split, class_name, name = ("", "", *full_name.split("/"))
-        if in_split == split and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            full, image_id = f"{path}:{full_name}", f"{class_name}/{name}"
-            if image_id in samples:
-                raise ValueError(
-                    f"{full} and {samples[image_id].name} are one image by their names: tar one folder of "
-                    "<split>/<class>/<image> only."
-                )
-            read = partial(_read_member, path, member.offset_data, member.size, full)
-            samples[image_id] = ClassSample(full, image_id, class_name, read)
+    for member_name, member in sorted(stored.items()):
+        *_, in_split, class_name, name = ("", "", *member_name.split("/"))
+        if in_split != split or Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        file_name, image_id = f"{path}:{member_name}", f"{class_name}/{name}"
+        if image_id in samples:
+            raise UserError(
+                f"{file_name} and {samples[image_id].file_name} are one image by their names: tar one folder "
+                "of <split>/<class>/<image> only."
+            )
+        read = partial(_read_member, path, member.offset_data, member.size, file_name)
+        samples[image_id] = ClassSample(file_name, image_id, class_name, read)
     if not samples:
-        raise ValueError(f"{path} has no image {split}/<class>/<image>: check DATASETS.ROOT and the split.")
+        raise UserError(f"{path} has no image {split}/<class>/<image>: check DATASETS.ROOT and the split.")
     return list(samples.values())
 
 
@@ -108,37 +103,26 @@ def _read_member(path: Path, offset: int, size: int, name: str) -> np.ndarray:
 
 def _idx_samples(root: Path, split: str) -> list[ClassSample]:
     """Of idx files: `train-*` and `t10k-*`, or a seeded split where only one pair is there."""
-    pairs = {}
-    for images in sorted(root.glob("*images*idx3-ubyte*")):
-        labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
-        if not labels.is_file():
-            raise FileNotFoundError(f"{images} has no labels {labels.name} beside it.")
-        pairs[images.name.split("-")[0]] = images, labels
-    _check_split(split, str(root))
-    if len(pairs) == 1:
-        images, labels = next(iter(pairs.values()))
-        pixels, classes = read_idx(images, 3), read_idx(labels, 1)
-        chosen = _seeded_split(len(pixels), split)
-    else:
-        key = "train" if split == "train" else next((k for k in pairs if k in ("t10k", "test")), None)
-        if key not in pairs:
-            raise FileNotFoundError(f"{root} has no idx files of the split {split}, only {sorted(pairs)}.")
-        images, labels = pairs[key]
-        pixels, classes = read_idx(images, 3), read_idx(labels, 1)
-        chosen = np.arange(len(pixels))
+    found = {path.name.split("-")[0]: path for path in sorted(root.glob("*images*idx3-ubyte*"))}
+    wanted = "t10k" if split == "test" and "t10k" in found else split
+    images = next(iter(found.values())) if len(found) == 1 else found.get(wanted)
+    if images is None or split not in ("train", "test"):
+        raise UserError(f"{root} has no idx files of the split {split}, only {sorted(found)}.")
+    labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    if not labels.is_file():
+        raise UserError(f"{images} has no labels {labels.name} beside it.")
+    pixels, classes = read_idx(images, 3), read_idx(labels, 1)
     if len(pixels) != len(classes):
-        raise ValueError(
-            f"{images} has {len(pixels)} images, {labels} {len(classes)} labels: get them again."
-        )
-    return array_samples(
-        pixels, classes, [str(k) for k in range(int(classes.max()) + 1)], str(images), chosen
-    )
+        raise UserError(f"{images} has {len(pixels)} images, {labels} {len(classes)} labels: get them again.")
+    names = [str(k) for k in range(int(classes.max()) + 1)]
+    chosen = _seeded_split(len(pixels), split) if len(found) == 1 else range(len(pixels))
+    return array_samples(pixels, classes, names, str(images), chosen)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The bytes of an idx file, uint8 of `dimensions` dimensions.
 
-    Raises ValueError for a file that is damaged or of another kind.
+    Raises UserError for a file that is damaged or of another kind.
     """
     try:
         content = path.read_bytes()
@@ -148,66 +132,49 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             raise ValueError(f"its magic number is {content[:4].hex()}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole idx file ({error}): get it again.") from error
+        raise UserError(f"{path} is not a whole idx file ({error}): get it again.") from error
 
 
 def read_digits(split: str) -> list[ClassSample]:
     """scikit-learn's 1,797 digits of 8 x 8 pixels, 0 to 16, here 0 to 240; a seeded split 80 : 20."""
     from sklearn.datasets import load_digits
 
-    _check_split(split, "digits")
     found = load_digits()
-    pixels = (found.images * 15).astype(np.uint8)
-    chosen = _seeded_split(len(pixels), split)
+    pixels, chosen = (found.images * 15).astype(np.uint8), _seeded_split(len(found.images), split)
     return array_samples(pixels, found.target, [str(k) for k in range(10)], "digits", chosen)
 
 
 def read_torchvision(name: str, root: Path, split: str) -> list[ClassSample]:
     """torchvision's CIFAR ("cifar10", "cifar100"), downloaded to `root` where it is not there yet.
 
-    Raises FileNotFoundError where it neither is there nor can be downloaded.
+    Raises UserError where it neither is there nor can be downloaded.
     """
     from torchvision import datasets
 
-    _check_split(split, name)
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        found = kind(str(root), train=split == "train", download=True)
+        found = getattr(datasets, name.upper())(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"{name} is not in {root} and could not be downloaded ({error}): put torchvision's files "
             "there, or point DATASETS.ROOT to where they are."
         ) from error
-    return array_samples(found.data, np.array(found.targets), found.classes, name)
+    chosen = range(len(found.data))
+    return array_samples(found.data, np.array(found.targets), found.classes, name, chosen)
 
 
 def array_samples(
-    pixels: np.ndarray,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    name: str,
-    chosen: np.ndarray | None = None,
+    pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str], name: str, chosen: Iterable[int]
 ) -> list[ClassSample]:
-    """Samples of an array (n, H, W) or (n, H, W, 3) in memory; chosen: indices, None: all."""
+    """Samples of the chosen indices of an array (n, H, W) or (n, H, W, 3) in memory."""
     pixels = pixels if pixels.ndim == 4 else pixels[..., None]
-    indices = range(len(pixels)) if chosen is None else chosen.tolist()
     return [
-        ClassSample(f"{name}[{i}]", str(i), classes[int(labels[i])], partial(_row, pixels, i))
-        for i in indices
+        ClassSample(f"{name}[{i}]", str(i), classes[int(labels[i])], partial(pixels.__getitem__, i))
+        for i in chosen
     ]
 
 
-def _seeded_split(number: int, split: str) -> np.ndarray:
+def _seeded_split(number: int, split: str) -> list[int]:
     """Indices of a split of `number` images that come without one."""
     order = np.random.default_rng(_SPLIT_SEED).permutation(number)
     first = round(number * (1 - _TEST_SHARE))
-    return np.sort(order[:first] if split == "train" else order[first:])
-
-
-def _row(pixels: np.ndarray, index: int) -> np.ndarray:
-    return pixels[index]
-
-
-def _check_split(split: str, name: str) -> None:
-    if split not in _SPLITS:
-        raise ValueError(f"{name} has the splits {' and '.join(_SPLITS)}, not {split!r}: see DATASETS.")
+    return sorted((order[:first] if split == "train" else order[first:]).tolist())

@@ -4,7 +4,6 @@ Images are uint8 (H, W, 3); boxes float64 (M, 4), xyxy in pixels, half-open.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -12,10 +11,21 @@ from PIL import Image
 MIN_BOX_SIDE = 1.0  # pixels; smaller boxes, left over by a crop or a resize, are dropped
 
 
-@dataclass(frozen=True)
-class AugmentConfig:
-    """What the training augmentation does; the keys of cfg.INPUT that it comes from in brackets.
+def augment(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    rng: np.random.Generator,
+    min_sizes: Sequence[int],
+    sampling: str,
+    max_size: int,
+    flip: str,
+    crop_probability: float = 0.0,
+    crop_resize: Sequence[int] = (),
+    crop_size: tuple[int, int] = (1, 1),
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flip, maybe resize and crop, resize. Returns (image, boxes (M', 4), indices (M',) of those kept).
 
+    The keys of cfg.INPUT that the arguments come from in brackets:
     min_sizes, sampling: shortest sides to choose from, 0 for no resize; (low, high) if sampling is "range"
         (MIN_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING).
     max_size: bound on the longest side (MAX_SIZE_TRAIN).
@@ -23,54 +33,21 @@ class AugmentConfig:
     crop_probability, crop_resize, crop_size: the crop branch of the DETR recipe
         (DETR_CROP, CROP_RESIZE, CROP_SIZE).
     """
-
-    min_sizes: Sequence[int]
-    sampling: str
-    max_size: int
-    flip: str
-    crop_probability: float = 0.0
-    crop_resize: Sequence[int] = ()
-    crop_size: tuple[int, int] = (1, 1)
-
-    def __post_init__(self) -> None:
-        if self.sampling not in ("choice", "range"):
-            raise ValueError(
-                f'INPUT.MIN_SIZE_TRAIN_SAMPLING is {self.sampling!r}: set it to "choice" or "range".'
-            )
-        if self.sampling == "range" and len(self.min_sizes) != 2:
-            raise ValueError(
-                f'INPUT.MIN_SIZE_TRAIN is {tuple(self.min_sizes)}: sampling "range" wants (low, high).'
-            )
-        if self.flip not in ("horizontal", "vertical", "none"):
-            raise ValueError(
-                f'INPUT.RANDOM_FLIP is {self.flip!r}: set it to "horizontal", "vertical" or "none".'
-            )
-        if not self.min_sizes:
-            raise ValueError("INPUT.MIN_SIZE_TRAIN is empty: give at least one size, 0 for no resize.")
-        if not 0.0 <= self.crop_probability <= 1.0:
-            raise ValueError(f"INPUT.DETR_CROP is {self.crop_probability}: it is a probability.")
-
-
-def augment(
-    image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, config: AugmentConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flip, maybe resize and crop, resize. Returns (image, boxes (M', 4), indices (M',) of those kept)."""
-    if config.flip != "none" and rng.random() < 0.5:
-        image, boxes = flip(image, boxes, config.flip)
-    if config.crop_probability > 0 and rng.random() < config.crop_probability:
-        image, boxes = resize_shortest_edge(image, boxes, int(rng.choice(config.crop_resize)), None)
-        image, boxes = random_crop(image, boxes, rng, config.crop_size)
-    if config.sampling == "range":
-        low, high = config.min_sizes
-        short = int(rng.integers(low, high + 1))
+    if flip != "none" and rng.random() < 0.5:
+        image, boxes = mirror(image, boxes, flip)
+    if crop_probability > 0 and rng.random() < crop_probability:
+        image, boxes = resize_shortest_edge(image, boxes, int(rng.choice(crop_resize)), None)
+        image, boxes = random_crop(image, boxes, rng, crop_size)
+    if sampling == "range":
+        short = int(rng.integers(min_sizes[0], min_sizes[1] + 1))
     else:
-        short = int(rng.choice(config.min_sizes))
-    image, boxes = resize_shortest_edge(image, boxes, short, config.max_size)
+        short = int(rng.choice(min_sizes))
+    image, boxes = resize_shortest_edge(image, boxes, short, max_size)
     boxes, kept = clip_and_drop(boxes, image.shape[0], image.shape[1])
     return image, boxes, kept
 
 
-def flip(image: np.ndarray, boxes: np.ndarray, direction: str) -> tuple[np.ndarray, np.ndarray]:
+def mirror(image: np.ndarray, boxes: np.ndarray, direction: str) -> tuple[np.ndarray, np.ndarray]:
     """Mirror left-right ("horizontal") or upside down ("vertical"): x' = W - x or y' = H - y."""
     height, width = image.shape[:2]
     x0, y0, x1, y1 = boxes.reshape(-1, 4).T

@@ -1,18 +1,16 @@
 """Batches of images with boxes, of the streams of dfm_d2.data.stream."""
 
-import functools
-import logging
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 
 from dfm_d2.data.images import read_image
-from dfm_d2.data.stream import SampleStream, TestImages, TestLoader, ordered_loader, train_batches
-from dfm_d2.detection.data.augment import AugmentConfig, augment, resize_shortest_edge
+from dfm_d2.data.stream import SampleStream, TestLoader, train_batches
+from dfm_d2.detection.data.augment import augment, resize_shortest_edge
+from dfm_d2.errors import UserError
 from dfm_d2.framework import Boxes, CfgNode, DatasetCatalog, Instances
-
-logger = logging.getLogger(__name__)
 
 
 def build_train_loader(cfg: CfgNode, start_position: int) -> Iterator[list[dict]]:
@@ -24,31 +22,60 @@ def build_train_loader(cfg: CfgNode, start_position: int) -> Iterator[list[dict]
     A file that cannot be decoded is reported once and replaced by the image of the next good position
     (ON_ERROR "skip") or raises DataProblemError ("fatal"). Call register_datasets before.
 
-    Raises ValueError for a batch that the ranks cannot share, and if no training image is left.
+    Raises UserError for a batch that the ranks cannot share, and if no training image is left.
     """
-    dataset = TrainStream(
-        _training_dicts(cfg),
-        seed=max(cfg.SEED, 0),
-        image_format=cfg.INPUT.FORMAT,
-        augmentation=_augment_config(cfg),
-    )
-    return train_batches(dataset, cfg, start_position)
+    inputs = cfg.INPUT
+    dicts = [entry for name in cfg.DATASETS.TRAIN for entry in DatasetCatalog.get(name)]
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        dicts = [entry for entry in dicts if _usable_annotations(entry)]
+    if not dicts:
+        raise UserError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on: "
+            "name a data set with boxes that are not all difficult."
+        )
+    augmentation = {
+        "min_sizes": tuple(inputs.MIN_SIZE_TRAIN),
+        "sampling": inputs.MIN_SIZE_TRAIN_SAMPLING,
+        "max_size": inputs.MAX_SIZE_TRAIN,
+        "flip": inputs.RANDOM_FLIP,
+        "crop_probability": inputs.DETR_CROP,
+        "crop_resize": tuple(inputs.CROP_RESIZE),
+        "crop_size": tuple(inputs.CROP_SIZE),
+    }
+    make = partial(_training_item, image_format=inputs.FORMAT, augmentation=augmentation)
+    return train_batches(SampleStream(dicts, max(cfg.SEED, 0), make), cfg, start_position)
+
+
+def _usable_annotations(entry: dict) -> list[dict]:
+    """The annotations that training may use: neither difficult nor crowd."""
+    return [a for a in entry["annotations"] if not a.get("difficult", 0) and not a.get("iscrowd", 0)]
+
+
+def _training_item(entry: dict, rng: np.random.Generator, image_format: str, augmentation: dict) -> dict:
+    image = read_image(entry["file_name"], image_format)
+    targets = _usable_annotations(entry)
+    boxes = np.array([target["bbox"] for target in targets], dtype=np.float64).reshape(-1, 4)
+    classes = np.array([target["category_id"] for target in targets], dtype=np.int64)
+    image, boxes, kept = augment(image, boxes, rng, **augmentation)
+    instances = Instances(image.shape[:2])
+    instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32))
+    instances.gt_classes = torch.as_tensor(classes[kept])
+    return {**_item(entry, image), "instances": instances}
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
     """Every image of a registered data set, in order, in lists of TEST.BATCH_SIZE dicts.
 
-    Items as in training, without instances; the image is resized to MIN_SIZE_TEST, MAX_SIZE_TEST
-    (MIN_SIZE_TEST 0: not at all), height and width are the file's. Each rank gets a contiguous share. A file
-    that cannot be decoded is left out under ON_ERROR "skip": its objects then count as missed.
+    Items are as read_test_item returns them. Each rank gets a contiguous share. A file that cannot be
+    decoded is left out under ON_ERROR "skip": its objects then count as missed.
     """
-    dicts = DatasetCatalog.get(dataset_name)
-    return ordered_loader(TestImages(dicts, functools.partial(read_test_item, cfg=cfg)), len(dicts), cfg)
+    return TestLoader(DatasetCatalog.get(dataset_name), partial(read_test_item, cfg=cfg), cfg)
 
 
 def read_test_item(entry: dict, cfg: CfgNode) -> dict:
-    """The model's input dict of one image, resized to MIN_SIZE_TEST, MAX_SIZE_TEST.
+    """The model's input dict of one image: as in training, without instances.
 
+    The image is resized to MIN_SIZE_TEST, MAX_SIZE_TEST (MIN_SIZE_TEST 0: not at all).
     entry: file_name and image_id at least; height and width are read from the file where they are missing.
     Raises ImageError for a file that cannot be read.
     """
@@ -63,58 +90,7 @@ def resized_item(entry: dict, image: np.ndarray, cfg: CfgNode) -> dict:
     return _item({"height": height, "width": width, **entry}, image)
 
 
-class TrainStream(SampleStream):
-    """The stream of images with boxes."""
-
-    def __init__(self, dicts: list[dict], seed: int, image_format: str, augmentation: AugmentConfig) -> None:
-        super().__init__(dicts, seed)
-        self._format, self._augmentation = image_format, augmentation
-
-    def read(self, entry: dict) -> np.ndarray:
-        return read_image(entry["file_name"], self._format)
-
-    def make(self, entry: dict, image: np.ndarray, rng: np.random.Generator) -> dict:
-        targets = usable_annotations(entry)
-        boxes = np.array([target["bbox"] for target in targets], dtype=np.float64).reshape(-1, 4)
-        classes = np.array([target["category_id"] for target in targets], dtype=np.int64)
-        image, boxes, kept = augment(image, boxes, rng, self._augmentation)
-        instances = Instances(image.shape[:2])
-        instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32))
-        instances.gt_classes = torch.as_tensor(classes[kept])
-        return {**_item(entry, image), "instances": instances}
-
-
-def usable_annotations(entry: dict) -> list[dict]:
-    """The annotations that training may use: neither difficult nor crowd."""
-    return [a for a in entry["annotations"] if not a.get("difficult", 0) and not a.get("iscrowd", 0)]
-
-
-def _training_dicts(cfg: CfgNode) -> list[dict]:
-    dicts = [entry for name in cfg.DATASETS.TRAIN for entry in DatasetCatalog.get(name)]
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        dicts = [entry for entry in dicts if usable_annotations(entry)]
-    if not dicts:
-        raise ValueError(
-            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on: "
-            "name a data set with boxes that are not all difficult."
-        )
-    return dicts
-
-
-def _augment_config(cfg: CfgNode) -> AugmentConfig:
-    return AugmentConfig(
-        min_sizes=tuple(cfg.INPUT.MIN_SIZE_TRAIN),
-        sampling=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
-        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
-        flip=cfg.INPUT.RANDOM_FLIP,
-        crop_probability=cfg.INPUT.DETR_CROP,
-        crop_resize=tuple(cfg.INPUT.CROP_RESIZE),
-        crop_size=tuple(cfg.INPUT.CROP_SIZE),
-    )
-
-
 def _item(entry: dict, image: np.ndarray) -> dict:
     """The model's input dict of one image, uint8 (H, W, 3) -> tensor (3, H, W)."""
-    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    keys = ("file_name", "image_id", "height", "width")
-    return {**{key: entry[key] for key in keys}, "image": pixels}
+    kept = {key: entry[key] for key in ("file_name", "image_id", "height", "width")}
+    return {**kept, "image": torch.from_numpy(image.transpose(2, 0, 1).copy())}

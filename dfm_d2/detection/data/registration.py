@@ -4,18 +4,24 @@ Names: voc_root_<split>, voc_2007_*, voc_2012_*, coco_json_train|val, coco_2017_
 both providers: Detectron2 registers some of them by itself, and its dicts lack our checks and `difficult`.
 """
 
-import logging
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from dfm_d2.data.problems import ProblemReport, check_on_error, decode_limit
-from dfm_d2.detection.data.coco import read_coco
-from dfm_d2.detection.data.voc import VOC_CLASSES, ImageRecord, read_voc_split
-from dfm_d2.framework import BoxMode, CfgNode, DatasetCatalog, MetadataCatalog
+from dfm_d2.data.catalog import distinct, register
+from dfm_d2.data.problems import DECODE_UP_TO, Problem, ProblemReport
+from dfm_d2.detection.data.readers import read_coco, read_voc_split
+from dfm_d2.errors import UserError
+from dfm_d2.framework import CfgNode
 
-logger = logging.getLogger(__name__)
+# The 20 classes in the order of the VOC development kit.
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor"
+).split()
 
 _VOC_NAME = re.compile(r"voc_(2007)_(train|val|trainval|test)|voc_(2012)_(train|val|trainval)")
 _KNOWN_FORMS = (
@@ -24,26 +30,21 @@ _KNOWN_FORMS = (
 )
 
 
-@dataclass
-class _Source:
-    """Where one data set lies. kind "voc": root and split; "coco": json file and image root."""
+class _Found(NamedTuple):
+    """What was read of one data set.
 
-    name: str
-    kind: str
-    root: Path
-    split: str = ""
-    json_file: Path | None = None
-    official_classes: bool = False
-    year: int = 2012  # VOC 2007 has its own AP in Detectron2's evaluator
+    classes: in the order that its format gives them; None: none given. ids: COCO's own, {id: class}.
+    metadata: what Detectron2's evaluators look for.
+    """
 
+    entries: list[dict]
+    classes: list[str] | None
+    ids: dict[int, str] | None
+    metadata: dict
 
-@dataclass
-class _Loaded:
-    source: _Source
-    records: list[ImageRecord]
-    report: ProblemReport
-    classes: list[str]
-    category_ids: dict[int, str] | None = None  # COCO's own ids
+    def class_names(self) -> list[str]:
+        names = {target["category"] for entry in self.entries for target in entry["annotations"]}
+        return sorted(names) if self.classes is None else self.classes
 
 
 def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
@@ -56,160 +57,115 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     evaluators look for (dirname, split, year; json_file, thing_dataset_id_to_contiguous_id).
 
     Returns {name: its ProblemReport}.
-    Raises FileNotFoundError for a missing folder, split or json; ValueError for an unknown name or bad key,
-    for training sets whose classes differ, for a set without any usable image; DataProblemError (a
-    ValueError) for any problem under DATASETS.ON_ERROR "fatal".
+    Raises UserError for a missing folder, split or json, for an unknown name, for training sets whose classes
+    differ, for a set without any usable image, and for any problem under DATASETS.ON_ERROR "fatal".
     """
     train, test = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
-    names = list(dict.fromkeys(train + test))
-    sources = {name: _locate(name, cfg) for name in names}
-    check_on_error(cfg.DATASETS.ON_ERROR)
-    limit = decode_limit(cfg.DATASETS.VERIFY_IMAGES)
-    loaded = {name: _load(source, limit) for name, source in sources.items()}
-    classes = list(cfg.DATASETS.CLASSES) or _common_classes([loaded[name] for name in train or test])
-    if len(set(classes)) != len(classes):
-        raise ValueError(f"DATASETS.CLASSES names a class twice: {classes}.")
-    for name in names:
-        _register(loaded[name], classes, cfg.DATASETS.ON_ERROR)
-    return {name: loaded[name].report for name in names}
+    readers = locate_datasets(cfg)
+    reports = {name: ProblemReport(name) for name in readers}
+    decode_up_to = DECODE_UP_TO[cfg.DATASETS.VERIFY_IMAGES]
+    found = {name: read(reports[name], decode_up_to) for name, read in readers.items()}
+    shared = {name: found[name] for name in train or test}
+    classes = distinct(list(cfg.DATASETS.CLASSES) or _shared_classes(shared))
+    for name, (entries, _, ids, metadata) in found.items():
+        dicts = [dataset_dict(entry, classes, reports[name]) for entry in entries]
+        reports[name].conclude(len(dicts), cfg.DATASETS.ON_ERROR)
+        if ids is not None:
+            contiguous = {key: classes.index(label) for key, label in ids.items() if label in classes}
+            metadata = {**metadata, "thing_dataset_id_to_contiguous_id": contiguous}
+        register(name, dicts, classes, data_problems=reports[name], **metadata)
+    return reports
 
 
-def _locate(name: str, cfg: CfgNode) -> _Source:
-    """Find the files of a data set name; FileNotFoundError names the path and what to set."""
-    if name.startswith("voc_root_"):
-        if not cfg.DATASETS.VOC_ROOT:
-            raise ValueError(
-                f"The data set {name} needs DATASETS.VOC_ROOT: set it to a folder in VOC layout."
-            )
-        return _voc_source(name, Path(cfg.DATASETS.VOC_ROOT), name[len("voc_root_") :], "DATASETS.VOC_ROOT")
-    base = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    variable = "the environment variable DETECTRON2_DATASETS"
-    voc = _VOC_NAME.fullmatch(name)
-    if voc:
-        year, split = [group for group in voc.groups() if group]
-        source = _voc_source(name, base / f"VOC{year}", split, variable)
-        source.official_classes, source.year = True, int(year)
-        return source
-    if name in ("coco_2017_train", "coco_2017_val"):
-        split = f"{name[len('coco_2017_') :]}2017"
-        json_file = base / "coco" / "annotations" / f"instances_{split}.json"
-        return _coco_source(name, json_file, base / "coco" / split, variable, variable)
-    if name in ("coco_json_train", "coco_json_val"):
-        part = name[len("coco_json_") :].upper()
-        json_key, root_key = f"DATASETS.COCO_{part}_JSON", f"DATASETS.COCO_{part}_IMAGES"
-        json_file = cfg.DATASETS[f"COCO_{part}_JSON"]
-        image_root = cfg.DATASETS[f"COCO_{part}_IMAGES"]
-        if not json_file or not image_root:
-            raise ValueError(f"The data set {name} needs {json_key} and {root_key}: set both.")
-        return _coco_source(name, Path(json_file), Path(image_root), json_key, root_key)
-    raise ValueError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN_FORMS}.")
+def locate_datasets(cfg: CfgNode) -> dict[str, Callable[[ProblemReport, int], _Found]]:
+    """What reads each data set of a config. Raises UserError for one that is not known or not there."""
+    return {name: _locate(name, cfg) for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]}
 
 
-def _voc_source(name: str, root: Path, split: str, setting: str) -> _Source:
-    for path in (root, root / "Annotations", root / "JPEGImages", root / "ImageSets" / "Main"):
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"The data set {name} needs the folder {path}, which is missing: point {setting} to the data."
-            )
-    split_file = root / "ImageSets" / "Main" / f"{split}.txt"
-    if not split_file.is_file():
-        there = ", ".join(sorted(path.stem for path in split_file.parent.glob("*.txt"))) or "none"
-        raise FileNotFoundError(
-            f"The data set {name} needs {split_file}, which is missing: name a split that is there ({there}) "
-            f"or point {setting} to other data."
-        )
-    return _Source(name, "voc", root, split)
+def dataset_dict(entry: dict, classes: list[str], report: ProblemReport) -> dict:
+    """Detectron2's dict of what a reader returns; an object of an unknown class is reported and left out."""
+    from dfm_d2.framework import BoxMode  # a class of torch, which a missing file should not wait for
+
+    def with_index(annotation: dict) -> dict:
+        found = {**annotation, "bbox_mode": BoxMode.XYXY_ABS}
+        name = found.pop("category")
+        if name not in classes:
+            message = f"an object is of the class {name!r}, which is not known"
+            raise Problem(Path(entry["file_name"]).name, "unknown_class", message)
+        return {**found, "category_id": classes.index(name)}
+
+    return {**entry, "annotations": report.keep(with_index, entry["annotations"])}
 
 
-def _coco_source(name: str, json_file: Path, root: Path, json_setting: str, root_setting: str) -> _Source:
-    if not json_file.is_file():
-        raise FileNotFoundError(
-            f"The data set {name} needs {json_file}, which is missing: set {json_setting} to the right place."
-        )
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"The data set {name} needs the folder {root}, which is missing: "
-            f"set {root_setting} to the right place."
-        )
-    return _Source(name, "coco", root, json_file=json_file)
-
-
-def _load(source: _Source, decode_up_to: int) -> _Loaded:
-    report = ProblemReport(source.name)
-    if source.kind == "coco":
-        records, categories = read_coco(source.json_file, source.root, report, decode_up_to)
-        return _Loaded(source, records, report, list(categories.values()), categories)
-    records = read_voc_split(source.root, source.split, report, decode_up_to)
-    found = sorted({item.name for record in records for item in record.objects})
-    return _Loaded(source, records, report, list(VOC_CLASSES) if source.official_classes else found)
-
-
-def _common_classes(loaded: list[_Loaded]) -> list[str]:
-    """The class list that these data sets share; the union if all are voc_root splits."""
-    if all(item.source.kind == "voc" and not item.source.official_classes for item in loaded):
-        return sorted({name for item in loaded for name in item.classes})
-    first = loaded[0]
-    for item in loaded[1:]:
-        if item.classes != first.classes:
-            raise ValueError(
-                f"The data sets {first.source.name} and {item.source.name} have different classes: "
+def _shared_classes(found: dict[str, _Found]) -> list[str]:
+    """The classes that these data sets have in common; of those that give none, all that occur."""
+    if all(item.classes is None for item in found.values()):
+        return sorted({name for item in found.values() for name in item.class_names()})
+    first, classes = next((name, item.class_names()) for name, item in found.items())
+    for name, item in found.items():
+        if item.class_names() != classes:
+            raise UserError(
+                f"The data sets {first} and {name} have different classes: "
                 "set DATASETS.CLASSES to the list that you want."
             )
-    return first.classes
+    return classes
 
 
-def _register(item: _Loaded, classes: list[str], on_error: str) -> None:
-    source, name = item.source, item.source.name
-    dicts = [dataset_dict(record, classes, item.report) for record in item.records]
-    item.report.conclude(on_error, logger)
-    if not dicts:
-        raise ValueError(f"The data set {name} in {source.root} has no usable image: check its files.")
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-    if name in MetadataCatalog:
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: dicts)
-    metadata = MetadataCatalog.get(name)
-    metadata.set(thing_classes=list(classes), data_problems=item.report, split=source.split)
-    if source.kind == "voc":
-        metadata.set(dirname=str(source.root), year=source.year, evaluator_type="pascal_voc")
-    else:
-        index = {label: number for number, label in enumerate(classes)}
-        mapping = {key: index[label] for key, label in item.category_ids.items() if label in index}
-        metadata.set(
-            json_file=str(source.json_file),
-            image_root=str(source.root),
-            evaluator_type="coco",
-            thing_dataset_id_to_contiguous_id=mapping,
-        )
-    boxes = sum(len(entry["annotations"]) for entry in dicts)
-    logger.info("data set %s: %d images, %d boxes, %d classes", name, len(dicts), boxes, len(classes))
+def _locate(name: str, cfg: CfgNode) -> Callable[[ProblemReport, int], _Found]:
+    keys = cfg.DATASETS
+    base = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    variable = "the environment variable DETECTRON2_DATASETS"
+    if match := re.fullmatch("voc_root_(.+)", name):
+        if not keys.VOC_ROOT:
+            raise UserError(f"The data set {name} needs DATASETS.VOC_ROOT: set it to a folder in VOC layout.")
+        return _locate_voc(name, Path(keys.VOC_ROOT), match[1], "DATASETS.VOC_ROOT")
+    if match := _VOC_NAME.fullmatch(name):
+        year, split = filter(None, match.groups())
+        return _locate_voc(name, base / f"VOC{year}", split, variable, int(year))
+    if match := re.fullmatch("coco_2017_(train|val)", name):
+        split = f"{match[1]}2017"
+        json_file = base / "coco" / "annotations" / f"instances_{split}.json"
+        return _locate_coco(name, json_file, base / "coco" / split, variable, variable)
+    if match := re.fullmatch("coco_json_(train|val)", name):
+        json_key, images_key = f"COCO_{match[1].upper()}_JSON", f"COCO_{match[1].upper()}_IMAGES"
+        settings = f"DATASETS.{json_key}", f"DATASETS.{images_key}"
+        if not keys[json_key] or not keys[images_key]:
+            raise UserError(f"The data set {name} needs {' and '.join(settings)}: set both.")
+        return _locate_coco(name, Path(keys[json_key]), Path(keys[images_key]), *settings)
+    raise UserError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN_FORMS}.")
 
 
-def dataset_dict(record: ImageRecord, classes: list[str], report: ProblemReport) -> dict:
-    """Detectron2's dict of one image; an object of an unknown class is reported and left out."""
-    annotations = []
-    for item in record.objects:
-        if item.name not in classes:
-            source = Path(record.file_name).name
-            report.add(
-                source, "unknown_class", f"an object is of the class {item.name!r}, which is not known"
-            )
-            continue
-        annotation = {
-            "bbox": list(item.box_xyxy),
-            "bbox_mode": BoxMode.XYXY_ABS,
-            "category_id": classes.index(item.name),
-            "difficult": int(item.difficult),
-            "iscrowd": int(item.crowd),
-        }
-        if item.area is not None:
-            annotation["area"] = item.area
-        annotations.append(annotation)
-    return {
-        "file_name": record.file_name,
-        "image_id": record.image_id,
-        "height": record.height,
-        "width": record.width,
-        "annotations": annotations,
-    }
+def _locate_voc(name: str, root: Path, split: str, setting: str, year: int | None = None):
+    """year: of an official set, which has the 20 classes; AP differs by it in Detectron2's evaluator."""
+    splits = root / "ImageSets" / "Main"
+    for path in (root, root / "Annotations", root / "JPEGImages", splits):
+        _require(path.is_dir(), name, f"the folder {path}", f"point {setting} to the data")
+    path = splits / f"{split}.txt"
+    there = ", ".join(sorted(path.stem for path in splits.glob("*.txt"))) or "none"
+    remedy = f"name a split that is there ({there}) or point {setting} to other data"
+    _require(path.is_file(), name, str(path), remedy)
+    metadata = {"dirname": str(root), "split": split, "year": year or 2012, "evaluator_type": "pascal_voc"}
+    return partial(_read_voc, root, split, None if year is None else VOC_CLASSES, metadata)
+
+
+def _locate_coco(name: str, json_file: Path, images: Path, json_setting: str, images_setting: str):
+    _require(json_file.is_file(), name, str(json_file), f"set {json_setting} to the right place")
+    _require(images.is_dir(), name, f"the folder {images}", f"set {images_setting} to the right place")
+    return partial(_read_coco, json_file, images)
+
+
+def _require(is_there: bool, name: str, needed: str, remedy: str) -> None:
+    if not is_there:
+        raise UserError(f"The data set {name} needs {needed}, which is missing: {remedy}.")
+
+
+def _read_voc(
+    root: Path, split: str, classes: list[str] | None, metadata: dict, report: ProblemReport, up_to: int
+) -> _Found:
+    return _Found(read_voc_split(root, split, report, up_to), classes, None, metadata)
+
+
+def _read_coco(json_file: Path, images: Path, report: ProblemReport, decode_up_to: int) -> _Found:
+    entries, ids = read_coco(json_file, images, report, decode_up_to)
+    metadata = {"json_file": str(json_file), "image_root": str(images), "evaluator_type": "coco"}
+    return _Found(entries, list(ids.values()), ids, metadata)

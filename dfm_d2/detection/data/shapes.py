@@ -1,27 +1,184 @@
 """The generated VOC-format set: coloured shapes that occlude each other on textured backgrounds.
 
-Image i of a split is a pure function of (seed, split, i, size): the same bytes every time. How a scene is
-drawn is in shapes_scene.py; this file writes the folder:
+Image i of a split is a pure function of (seed, split, i, size): the same bytes every time.
 
     <out>/Annotations/*.xml  ImageSets/Main/{train,val}.txt  JPEGImages/*.jpg  shapes.json  samples.png
 """
 
-import io
 import json
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from dfm_d2.data.files import write_atomically, write_text_atomically
-from dfm_d2.detection.data.shapes_scene import SHAPE_CLASSES, Scene, draw_scene
-from dfm_d2.detection.data.voc import split_members
+from dfm_d2.detection.data.readers import split_members
+from dfm_d2.errors import UserError
+
+SHAPE_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+
+MAX_OBJECTS = 10
+MIN_SIDE, MAX_SIDE = 0.05, 0.60  # of the image's side
+MAX_HIDDEN = 0.70  # share of an object's pixels that later objects may cover
+_SUPERSAMPLE = 4  # masks are drawn this much larger and averaged down, for soft edges
+_TRIES = 12  # placements tried for one object before it is given up
+_COUNT_DECAY = 0.85  # P(k objects) ~ 0.85^k: 4.2 on average
 
 FORMAT_VERSION = 1  # raise it when the same parameters would give other images
 _MIN_SIZE = 32  # below this, 5% of the side is not even two pixels
 _SAMPLE_ROWS, _SAMPLE_COLUMNS = 4, 6
+
+
+@dataclass
+class Scene:
+    """pixels uint8 (H, W, 3) RGB; an object: class index, visible box xyxy (int, half-open), hidden share."""
+
+    pixels: np.ndarray
+    labels: list[int]
+    boxes_xyxy: list[tuple[int, int, int, int]]
+    hidden: list[float]
+
+
+def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
+    """Draw image `index` of a split: 1 to 10 objects, later ones over earlier ones.
+
+    Boxes are those of the *visible* pixels. A placement that would hide more than 70% of an earlier object,
+    or leave it a visible side under 5% of the image, is tried again elsewhere; so every drawn object is
+    annotated.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+    canvas = _background(rng, size)
+    weights = _COUNT_DECAY ** np.arange(1, MAX_OBJECTS + 1)
+    number = 1 + int(rng.choice(MAX_OBJECTS, p=weights / weights.sum()))
+    owner = np.full((size, size), -1)  # which object each pixel shows
+    labels, areas = [], []
+    for _ in range(number):
+        for _ in range(_TRIES):
+            label = int(rng.integers(len(SHAPE_CLASSES)))
+            mask = _shape_mask(rng, SHAPE_CLASSES[label], size)
+            trial = np.where(mask > 0.5, len(labels), owner)
+            if all(_is_visible(trial == i, area) for i, area in enumerate([*areas, (mask > 0.5).sum()])):
+                canvas = _paint(rng, canvas, mask)
+                owner = trial
+                labels.append(label)
+                areas.append((mask > 0.5).sum())
+                break
+    boxes = [_extent(owner == i) for i in range(len(labels))]
+    hidden = [1.0 - float((owner == i).sum() / area) for i, area in enumerate(areas)]
+    return Scene(_camera(rng, canvas), labels, boxes, hidden)
+
+
+def _is_visible(visible: np.ndarray, area: int) -> bool:
+    """Whether enough of an object of `area` pixels is left, given the mask (H, W) of its visible ones."""
+    if area == 0 or visible.sum() < (1.0 - MAX_HIDDEN) * area:
+        return False
+    x0, y0, x1, y1 = _extent(visible)
+    return min(x1 - x0, y1 - y0) >= MIN_SIDE * len(visible)
+
+
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Half-open bounding box xyxy of the true pixels of a mask (H, W) that has some."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+    """Coverage in [0, 1], float32 (size, size), of one shape at a random place, size, stretch and turn."""
+    longest = MIN_SIDE + (MAX_SIDE - MIN_SIDE) * rng.beta(1.5, 2.6)
+    stretch = rng.uniform(0.75, 1.0)
+    sides = np.array([longest, longest * stretch] if rng.random() < 0.5 else [longest * stretch, longest])
+    sides = np.clip(sides * size, MIN_SIDE * size, MAX_SIDE * size - 1)  # a soft edge adds up to one pixel
+    contours = [_rotate(contour, rng, name) for contour in _outlines(name)]
+    low, high = contours[0].min(axis=0), contours[0].max(axis=0)
+    corner = rng.uniform(0.0, size - sides)
+    mask = np.zeros((size * _SUPERSAMPLE, size * _SUPERSAMPLE), np.uint8)
+    pixels = [((c - low) / (high - low) * sides + corner) * _SUPERSAMPLE for c in contours]
+    cv2.fillPoly(mask, [np.round(p).astype(np.int32) for p in pixels], 255)  # even-odd: a ring has a hole
+    return cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255.0
+
+
+def _outlines(name: str) -> list[np.ndarray]:
+    """Closed contours, (P, 2) around the origin, the outer one first."""
+    if name in ("circle", "ring"):
+        outer = _polygon(64, [1.0])
+        return [outer, outer * 0.55] if name == "ring" else [outer]
+    if name == "square":
+        return [_polygon(4, [1.0], turn=np.pi / 4)]
+    if name == "triangle":
+        return [_polygon(3, [1.0], turn=-np.pi / 2)]
+    if name == "star":
+        return [_polygon(10, [1.0, 0.45], turn=-np.pi / 2)]
+    arm = 0.33
+    quarter = np.array([[arm, -1.0], [arm, -arm], [1.0, -arm]])
+    turn = np.array([[0, 1], [-1, 0]])
+    return [np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])]
+
+
+def _polygon(corners: int, radii: list[float], turn: float = 0.0) -> np.ndarray:
+    """Corners on circles of the given radii, in turn, (corners, 2)."""
+    angles = turn + 2 * np.pi * np.arange(corners) / corners
+    radius = np.resize(radii, corners)
+    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+
+
+def _rotate(contour: np.ndarray, rng: np.random.Generator, name: str) -> np.ndarray:
+    # A ring is two contours and looks the same turned: its holes must not turn apart.
+    if name in ("circle", "ring"):
+        return contour
+    angle = rng.uniform(-np.pi, np.pi) if name in ("triangle", "star") else rng.uniform(-0.35, 0.35)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return contour @ np.array([[cosine, sine], [-sine, cosine]])
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The canvas, float32 (H, W, 3), with one object of a random fill laid over it."""
+    below = canvas[mask > 0.5].mean(axis=0)
+    colour = rng.uniform(0, 255, 3)
+    while np.abs(colour - below).max() < 70:  # it must be possible to see it
+        colour = rng.uniform(0, 255, 3)
+    fill = np.broadcast_to(colour.astype(np.float32), canvas.shape)
+    kind = rng.random()
+    if kind < 0.35:  # hatched with a darker or lighter tone of the same colour
+        fill = fill * (1.0 + rng.choice([-0.35, 0.3]) * (_stripes(rng, len(mask)) > 0))[..., None]
+    elif kind < 0.6:  # shaded
+        fill = fill * (1.0 + 0.25 * _ramp(rng, len(mask)))[..., None]
+    weight = mask[..., None]
+    return canvas * (1.0 - weight) + np.clip(fill, 0, 255) * weight
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth noise with a gradient and stripes, float32 (size, size, 3)."""
+    cells = int(rng.integers(2, 9))
+    noise = cv2.resize(rng.uniform(-1, 1, (cells, cells, 3)), (size, size), interpolation=cv2.INTER_CUBIC)
+    texture = rng.uniform(10, 35) * noise
+    texture = texture + (rng.uniform(0, 40) * _ramp(rng, size))[..., None]
+    if rng.random() < 0.5:
+        texture = texture + (rng.uniform(4, 18) * _stripes(rng, size))[..., None]
+    return np.clip(rng.uniform(50, 205, 3) + texture, 0, 255).astype(np.float32)
+
+
+def _ramp(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A linear gradient in a random direction, (size, size), within [-1, 1] up to a factor sqrt(2)."""
+    angle = rng.uniform(0, 2 * np.pi)
+    axis = np.linspace(-1, 1, size)
+    return np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
+
+
+def _stripes(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A sine wave in a random direction with a period of 4 to 20% of the side, (size, size), in [-1, 1]."""
+    period = rng.uniform(0.04, 0.20)
+    return np.sin(_ramp(rng, size) * np.pi / period + rng.uniform(0, 2 * np.pi))
+
+
+def _camera(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """What a camera adds: a little blur, a little noise. uint8 (H, W, 3)."""
+    canvas = cv2.GaussianBlur(canvas.astype(np.float32), (0, 0), rng.uniform(0.2, 0.9))
+    canvas = canvas + rng.normal(0.0, rng.uniform(0.0, 8.0), canvas.shape)
+    return np.clip(np.round(canvas), 0, 255).astype(np.uint8)
 
 
 def write_shapes(out: str | Path, num_train: int, num_val: int, size: int, seed: int) -> bool:
@@ -34,10 +191,10 @@ def write_shapes(out: str | Path, num_train: int, num_val: int, size: int, seed:
         seed: any non-negative integer.
 
     Returns True if it wrote, False if the set was complete.
-    Raises ValueError for bad numbers, FileExistsError if `out` holds anything else.
+    Raises UserError for bad numbers, and if `out` holds anything else.
     """
     if num_train < 1 or num_val < 1 or size < _MIN_SIZE or seed < 0:
-        raise ValueError(
+        raise UserError(
             f"Cannot generate {num_train} + {num_val} images of {size} px with seed {seed}: "
             f"give at least 1 image a split, {_MIN_SIZE} px or more and a seed of 0 or more."
         )
@@ -52,79 +209,74 @@ def write_shapes(out: str | Path, num_train: int, num_val: int, size: int, seed:
     samples = []
     with tqdm(total=num_train + num_val, desc="shapes", unit="image", mininterval=1.0) as bar:
         for split, number in splits.items():
-            names = [image_name(split, index) for index in range(number)]
+            names = _names(split, number)
             for index, name in enumerate(names):
                 scene = draw_scene(seed, split, index, size)
-                _write_scene(out, name, scene)
+                # Plain writes: shapes.json says "complete" only after the last, and a rerun writes all again.
+                image, annotation = _files(out, name)
+                Image.fromarray(scene.pixels).save(image, quality=95)
+                annotation.write_text(_scene_xml(name, scene), encoding="utf-8")
                 if split == "val" and len(samples) < _SAMPLE_ROWS * _SAMPLE_COLUMNS:
                     samples.append(scene)
                 bar.update()
-            write_text_atomically(out / "ImageSets" / "Main" / f"{split}.txt", "\n".join(names) + "\n")
-    write_atomically(out / "samples.png", lambda file: file.write(_samples_png(samples, size)))
+            write_text_atomically(_split_file(out, split), "\n".join(names) + "\n")
+    grid = _draw_samples(samples, size)
+    write_atomically(out / "samples.png", lambda file: grid.save(file, format="PNG"))
     _write_state(out, parameters, complete=True)
     return True
 
 
-def image_name(split: str, index: int) -> str:
-    """File stem (and image id) of image `index` of a split."""
-    return f"{split}_{index:06d}"
+def _names(split: str, number: int) -> list[str]:
+    """File stems, which are the image ids, of a split."""
+    return [f"{split}_{index:06d}" for index in range(number)]
+
+
+def _files(out: Path, name: str) -> tuple[Path, Path]:
+    return out / "JPEGImages" / f"{name}.jpg", out / "Annotations" / f"{name}.xml"
+
+
+def _split_file(out: Path, split: str) -> Path:
+    return out / "ImageSets" / "Main" / f"{split}.txt"
 
 
 def _write_state(out: Path, parameters: dict, complete: bool) -> None:
-    write_text_atomically(
-        out / "shapes.json", json.dumps({**parameters, "complete": complete}, indent=1) + "\n"
-    )
+    state = json.dumps({**parameters, "complete": complete}, indent=1)
+    write_text_atomically(out / "shapes.json", state + "\n")
 
 
 def _is_complete(out: Path, parameters: dict) -> bool:
-    """True if `out` holds exactly this set; False if it may be (re)written; FileExistsError if neither."""
+    """True if `out` holds exactly this set; False if it may be (re)written. Raises UserError if neither."""
     state_path = out / "shapes.json"
     if not out.exists() or not any(out.iterdir()):
         return False
     if not state_path.is_file():
-        raise FileExistsError(
+        raise UserError(
             f"{out} has files but no shapes.json, so it is not a shapes set: choose another folder."
         )
     try:
         state = json.loads(state_path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileExistsError(f"{state_path} is not json ({error}): remove the folder {out}.") from error
+        raise UserError(f"{state_path} is not json ({error}): remove the folder {out}.") from error
     complete = state.pop("complete", False) if isinstance(state, dict) else False
     if state != parameters:
-        raise FileExistsError(
+        raise UserError(
             f"{out} holds a shapes set with other parameters ({json.dumps(state)}): "
             "remove the folder or choose another."
         )
-    return bool(complete) and not _missing_files(out, parameters["splits"])
-
-
-def _missing_files(out: Path, splits: dict[str, int]) -> bool:
-    """Whether any image, annotation or split list of a complete set is gone."""
-    for split, number in splits.items():
-        names = [image_name(split, index) for index in range(number)]
-        if not (out / "ImageSets" / "Main" / f"{split}.txt").is_file():
-            return True
-        if list(split_members(out, split)) != names:
-            return True
-        for name in names:
-            if not (out / "JPEGImages" / f"{name}.jpg").is_file():
-                return True
-            if not (out / "Annotations" / f"{name}.xml").is_file():
-                return True
-    return False
-
-
-def _write_scene(out: Path, name: str, scene: Scene) -> None:
-    # Plain writes: shapes.json says "complete" only after the last one, and a rerun writes all again.
-    Image.fromarray(scene.pixels).save(out / "JPEGImages" / f"{name}.jpg", quality=95)
-    (out / "Annotations" / f"{name}.xml").write_text(_scene_xml(name, scene), encoding="utf-8")
+    names = {split: _names(split, number) for split, number in parameters["splits"].items()}
+    return (
+        bool(complete)
+        and all(_split_file(out, split).is_file() for split in names)
+        and all(split_members(out, split) == names[split] for split in names)
+        and all(path.is_file() for split in names for name in names[split] for path in _files(out, name))
+    )
 
 
 def _scene_xml(name: str, scene: Scene) -> str:
     """The annotation in VOC's convention: pixels from 1, xmax and ymax inside the box."""
     height, width = scene.pixels.shape[:2]
     objects = "".join(
-        f"<object><name>{escape(SHAPE_CLASSES[label])}</name><truncated>{int(hidden > 0.05)}</truncated>"
+        f"<object><name>{SHAPE_CLASSES[label]}</name><truncated>{int(hidden > 0.05)}</truncated>"
         f"<difficult>0</difficult><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
         f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>\n"
         for label, (x0, y0, x1, y1), hidden in zip(scene.labels, scene.boxes_xyxy, scene.hidden)
@@ -136,17 +288,15 @@ def _scene_xml(name: str, scene: Scene) -> str:
     )
 
 
-def _samples_png(samples: list[Scene], size: int) -> bytes:
-    """A grid of images with their boxes drawn, as PNG."""
+def _draw_samples(samples: list[Scene], size: int) -> Image.Image:
+    """A grid of images with their boxes."""
     cell = size + 4
     grid = Image.new("RGB", (_SAMPLE_COLUMNS * cell, -(-len(samples) // _SAMPLE_COLUMNS) * cell), "white")
     for number, scene in enumerate(samples):
-        picture = Image.fromarray(np.copy(scene.pixels))
+        picture = Image.fromarray(scene.pixels)
         draw = ImageDraw.Draw(picture)
         for label, (x0, y0, x1, y1) in zip(scene.labels, scene.boxes_xyxy):
             draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline="red")
             draw.text((x0 + 2, y0), SHAPE_CLASSES[label], fill="yellow", stroke_width=1, stroke_fill="black")
         grid.paste(picture, (number % _SAMPLE_COLUMNS * cell, number // _SAMPLE_COLUMNS * cell))
-    buffer = io.BytesIO()
-    grid.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return grid

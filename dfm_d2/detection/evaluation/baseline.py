@@ -1,4 +1,4 @@
-"""What a detector scores that answers the same boxes for every image: the floor that a data set has."""
+"""The score of a detector that finds the same boxes in every image: the floor that a data set has."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from dfm_d2.detection.evaluation.evaluator import make_categories
 def constant_box_baseline(
     train: list[dict], test: list[dict], classes: list[str]
 ) -> tuple[str, float, float]:
-    """Best of a few constant answers, made from the training boxes, on the test images.
+    """Best of a few constant sets of boxes, made from the training boxes, on the test images.
 
-    Each answers, for every class, the same boxes in all images (relative to the image's size), with the
+    Each has, for every class, the same boxes in all images (relative to the image's size), with the
     frequency of the class as their score. Returns (which one, AP50, AP) in percent.
     """
     boxes, labels = _relative_boxes(train)
@@ -26,13 +26,18 @@ def constant_box_baseline(
             {
                 "image_id": entry["image_id"],
                 "category_id": category["id"],
-                "bbox": _to_pixels(box, entry["width"], entry["height"]),
+                "bbox": [
+                    (cx - w / 2) * entry["width"],
+                    (cy - h / 2) * entry["height"],
+                    w * entry["width"],
+                    h * entry["height"],
+                ],
                 "score": float(frequency[label]),
             }
             for entry in test
             for label, category in enumerate(categories)
             if frequency[label] > 0
-            for box in rule(label)
+            for cx, cy, w, h in rule(label).tolist()
         ]
         metrics = coco_average_precisions(ground_truth, detections)
         if metrics["AP50"] > best[1]:
@@ -41,7 +46,7 @@ def constant_box_baseline(
 
 
 def _rules(boxes: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[int], np.ndarray]]:
-    """Named answers: class index -> boxes (M, 4), cxcywh relative to the image."""
+    """Named sets of boxes: class index -> boxes (M, 4), cxcywh relative to the image."""
     mean = boxes.mean(axis=0)
     centres = (np.arange(4) + 0.5) / 4
     grid = np.array([[x, y, mean[2], mean[3]] for y in centres for x in centres])
@@ -57,19 +62,11 @@ def _rules(boxes: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[int], n
 
 def _relative_boxes(dicts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """All boxes as cxcywh relative to their image's size, (M, 4), and their class indices, (M,)."""
-    boxes, labels = [], []
-    for entry in dicts:
-        for target in entry["annotations"]:
-            x0, y0, x1, y1 = target["bbox"]
-            width, height = entry["width"], entry["height"]
-            boxes.append(
-                [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
-            )
-            labels.append(target["category_id"])
-    return np.array(boxes).reshape(-1, 4), np.array(labels, dtype=np.int64)
-
-
-def _to_pixels(box: np.ndarray, width: int, height: int) -> list[float]:
-    """cxcywh relative -> COCO's XYWH in pixels."""
-    cx, cy, w, h = box.tolist()
-    return [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+    rows = [
+        (*target["bbox"], entry["width"], entry["height"], target["category_id"])
+        for entry in dicts
+        for target in entry["annotations"]
+    ]
+    x0, y0, x1, y1, width, height, labels = np.array(rows, dtype=np.float64).reshape(-1, 7).T
+    boxes = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+    return np.stack(boxes, axis=1), labels.astype(np.int64)

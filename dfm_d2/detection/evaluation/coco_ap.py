@@ -3,10 +3,6 @@
 import contextlib
 import io
 
-import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-
 _STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 
 
@@ -23,8 +19,8 @@ def coco_ground_truth(dicts: list[dict], categories: list[dict]) -> dict:
     """
     images, annotations = [], []
     for entry in dicts:
-        images.append({key: entry[key] for key in ("file_name", "height", "width")})
-        images[-1]["id"] = entry["image_id"]
+        image = {key: entry[key] for key in ("file_name", "height", "width")}
+        images.append({**image, "id": entry["image_id"]})
         for target in entry["annotations"]:
             x0, y0, x1, y1 = target["bbox"]
             annotations.append(
@@ -49,13 +45,22 @@ def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> dict[
 
     NaN where there is no ground truth; 0 everywhere else if there are no detections.
     """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def indexed(annotations: list[dict]) -> COCO:
+        coco = COCO()
+        coco.dataset = {**ground_truth, "annotations": annotations}
+        coco.createIndex()
+        return coco
+
+    # As COCO.loadRes, which fails on an empty list and writes into the entries that it gets.
+    found = [
+        {**item, "id": number, "area": item["bbox"][2] * item["bbox"][3], "iscrowd": 0}
+        for number, item in enumerate(detections, start=1)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        truth = COCO()
-        truth.dataset = ground_truth
-        truth.createIndex()
-        # loadRes fails on an empty list and writes into the entries it gets.
-        found = truth.loadRes([dict(item) for item in detections]) if detections else _empty_like(truth)
-        evaluation = COCOeval(truth, found, iouType="bbox")
+        evaluation = COCOeval(indexed(ground_truth["annotations"]), indexed(found), iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -65,23 +70,10 @@ def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> dict[
     for category in ground_truth["categories"]:
         # COCOeval keeps classes in the order of their ids, which need not be ours.
         of_class = precision[:, :, evaluation.params.catIds.index(category["id"]), 0, -1]
-        results[f"AP-{category['name']}"] = _percent(_mean(of_class))
-        results[f"AP50-{category['name']}"] = _percent(_mean(of_class[:1]))
+        for key, part in (("AP", of_class), ("AP50", of_class[:1])):
+            measured = part[part > -1]
+            results[f"{key}-{category['name']}"] = _percent(measured.mean() if measured.size else -1.0)
     return results
-
-
-def _empty_like(truth: COCO) -> COCO:
-    found = COCO()
-    found.dataset = {key: truth.dataset[key] for key in ("info", "images", "categories")} | {
-        "annotations": []
-    }
-    found.createIndex()
-    return found
-
-
-def _mean(precision: np.ndarray) -> float:
-    valid = precision[precision > -1]
-    return float(valid.mean()) if valid.size else -1.0
 
 
 def _percent(value: float) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,21 +11,24 @@ from tabulate import tabulate
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.detection.evaluation.coco_ap import coco_average_precisions, coco_ground_truth
-from dfm_d2.detection.evaluation.voc_ap import ClassDetections, ClassGroundTruth, voc_average_precisions
+from dfm_d2.detection.evaluation.voc_ap import average_precisions, match_detections
+from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, DatasetEvaluator, MetadataCatalog, comm
 
 logger = logging.getLogger(__name__)
 
-AP_KINDS = ("coco", "voc07", "voc")
-_VOC_KEYS = {"voc07": "VOC07_AP50", "voc": "VOC_AP50"}
-_VOC_INDEX = {"voc07": 0, "voc": 1}  # in what voc_per_class answers
+# The key of each VOC AP in the results, and its index in what average_precisions returns.
+_VOC_KEYS = {"voc07": ("VOC07_AP50", 0), "voc": ("VOC_AP50", 1)}
 
 
 class DetectionEvaluator(DatasetEvaluator):
     """Collects detections and computes their AP; an evaluator for Detectron2's inference_on_dataset."""
 
     def __init__(
-        self, dataset_name: str, output_dir: str | Path | None = None, ap_kinds: Sequence[str] = AP_KINDS
+        self,
+        dataset_name: str,
+        output_dir: str | Path | None = None,
+        ap_kinds: Sequence[str] = ("coco", "voc07", "voc"),
     ) -> None:
         """
         Args:
@@ -33,12 +36,7 @@ class DetectionEvaluator(DatasetEvaluator):
             output_dir: folder for coco_instances_results.json (detections) and instances_gt.json
                 (ground truth), both in COCO's format; None writes nothing.
             ap_kinds: what to compute, of "coco", "voc07" (11 points), "voc" (area).
-
-        Raises ValueError for an unknown kind.
         """
-        unknown = [kind for kind in ap_kinds if kind not in AP_KINDS]
-        if unknown or not ap_kinds:
-            raise ValueError(f"TEST.AP is {tuple(ap_kinds)}: choose at least one of {AP_KINDS}.")
         self._name, self._kinds = dataset_name, tuple(ap_kinds)
         self._output_dir = None if output_dir is None else Path(output_dir)
         metadata = MetadataCatalog.get(dataset_name)
@@ -54,7 +52,7 @@ class DetectionEvaluator(DatasetEvaluator):
     def process(self, inputs: Iterable[dict], outputs: Iterable[dict]) -> None:
         """Take the model's outputs: {"instances": Instances with pred_boxes, scores, pred_classes} an image.
 
-        Raises ValueError for an image that is not in the data set or a class that it does not have.
+        Raises ValueError for an image that is not in the data set, UserError for a class that it lacks.
         """
         for source, output in zip(inputs, outputs):
             if source["image_id"] not in self._image_ids:
@@ -66,7 +64,7 @@ class DetectionEvaluator(DatasetEvaluator):
         scores = instances.scores.detach().cpu().double().numpy()
         classes = instances.pred_classes.detach().cpu().numpy()
         if len(classes) and not 0 <= classes.min() <= classes.max() < len(self._categories):
-            raise ValueError(
+            raise UserError(
                 f"A detection in image {image_id!r} has class {classes.max()}, but {self._name} has "
                 f"{len(self._categories)} classes: MODEL.DFM.NUM_CLASSES and the data set disagree."
             )
@@ -103,9 +101,16 @@ class DetectionEvaluator(DatasetEvaluator):
             write_text_atomically(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
         if not detections:
             logger.warning("data set %s: the model made no detection at all", self._name)
-        return OrderedDict(
-            bbox=detection_metrics(self._dicts, self._categories, ground_truth, detections, self._kinds)
-        )
+        results = coco_average_precisions(ground_truth, detections) if "coco" in self._kinds else {}
+        voc_kinds = [kind for kind in _VOC_KEYS if kind in self._kinds]
+        precisions = _voc_precisions(self._dicts, self._categories, detections) if voc_kinds else {}
+        for kind in voc_kinds:
+            key, index = _VOC_KEYS[kind]
+            column = {name: 100 * values[index] for name, values in precisions.items()}
+            known = [value for value in column.values() if not np.isnan(value)]
+            results[key] = float(np.mean(known)) if known else float("nan")
+            results.update({f"{key}-{name}": value for name, value in column.items()})
+        return OrderedDict(bbox=results)
 
 
 def make_categories(classes: Sequence[str], ids: dict[int, int] | None) -> list[dict]:
@@ -115,65 +120,36 @@ def make_categories(classes: Sequence[str], ids: dict[int, int] | None) -> list[
     return [{"id": own.get(index, free + index), "name": name} for index, name in enumerate(classes)]
 
 
-def detection_metrics(
-    dicts: list[dict],
-    categories: list[dict],
-    ground_truth: dict,
-    detections: list[dict],
-    kinds: Sequence[str] = AP_KINDS,
-) -> dict[str, float]:
-    """All metrics of `DetectionEvaluator.evaluate` for detections in COCO's result format."""
-    results = coco_average_precisions(ground_truth, detections) if "coco" in kinds else {}
-    voc_kinds = [kind for kind in ("voc07", "voc") if kind in kinds]
-    if not voc_kinds:
-        return results
-    per_class = voc_per_class(dicts, categories, detections)
-    for kind in voc_kinds:
-        column = {name: 100 * values[_VOC_INDEX[kind]] for name, values in per_class.items()}
-        known = [value for value in column.values() if not np.isnan(value)]
-        results[_VOC_KEYS[kind]] = float(np.mean(known)) if known else float("nan")
-        results.update({f"{_VOC_KEYS[kind]}-{name}": value for name, value in column.items()})
-    return results
-
-
-def voc_per_class(
-    dicts: list[dict], categories: list[dict], detections: list[dict], threshold: float = 0.5
+def _voc_precisions(
+    dicts: list[dict], categories: list[dict], detections: list[dict]
 ) -> dict[str, tuple[float, float]]:
     """{class: (11-point AP, area AP)} in [0, 1]; difficult and crowd objects are ignored."""
-    by_category: dict[int, list[dict]] = {category["id"]: [] for category in categories}
+    results = {}
+    of_category = defaultdict(list)
     for item in detections:
-        by_category[item["category_id"]].append(item)
-    truths = [_class_ground_truth(dicts, index) for index in range(len(categories))]
-    return {
-        category["name"]: voc_average_precisions(
-            truths[index], _class_detections(by_category[category["id"]]), threshold
-        )
-        for index, category in enumerate(categories)
-    }
-
-
-def _class_ground_truth(dicts: list[dict], label: int) -> dict[str | int, ClassGroundTruth]:
-    found = {}
-    for entry in dicts:
-        targets = [target for target in entry["annotations"] if target["category_id"] == label]
-        if targets:
-            boxes = np.array([target["bbox"] for target in targets], dtype=np.float64)
-            ignored = [bool(target.get("difficult", 0) or target.get("iscrowd", 0)) for target in targets]
-            found[entry["image_id"]] = ClassGroundTruth(boxes, np.array(ignored))
-    return found
-
-
-def _class_detections(items: list[dict]) -> ClassDetections:
-    boxes = np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    scores = np.array([item["score"] for item in items], dtype=np.float64)
-    return ClassDetections([item["image_id"] for item in items], scores, boxes)
+        of_category[item["category_id"]].append(item)
+    for label, category in enumerate(categories):
+        truths = {}
+        for entry in dicts:
+            targets = [target for target in entry["annotations"] if target["category_id"] == label]
+            if targets:
+                ignored = [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in targets]
+                boxes = np.array([target["bbox"] for target in targets], dtype=np.float64)
+                truths[entry["image_id"]] = boxes, np.array(ignored)
+        found = of_category[category["id"]]
+        boxes = np.array([item["bbox"] for item in found], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        image_ids, scores = [item["image_id"] for item in found], np.array([item["score"] for item in found])
+        matches = match_detections(truths, image_ids, scores, boxes)
+        positives = sum(int((~ignored).sum()) for _, ignored in truths.values())
+        results[category["name"]] = average_precisions(*matches, positives)
+    return results
 
 
 def format_table(results: dict[str, dict[str, float]]) -> str:
     """A text table of {"bbox": metrics}: a row per class, then their mean; "-" where is no ground truth."""
     metrics = results["bbox"]
-    columns = [key for key in ("AP", "AP50", *_VOC_KEYS.values()) if key in metrics]
+    columns = [key for key in ("AP", "AP50", *(key for key, _ in _VOC_KEYS.values())) if key in metrics]
     prefix = f"{columns[0]}-"
     names = [key[len(prefix) :] for key in metrics if key.startswith(prefix)]
     rows = [[name, *(metrics[f"{column}-{name}"] for column in columns)] for name in names]

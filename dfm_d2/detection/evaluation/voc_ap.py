@@ -17,53 +17,43 @@ Boxes: the development kit counts pixels from 1 with xmax inside, so its sides a
 half-open with x0 = xmin - 1, so x1 - x0 is the same number and both IoUs agree. An IoU equal to the threshold
 matches, as in the kit and in COCO (Detectron2's copy of the kit wants it greater).
 
-Legend: G ground truths, M detections.
+Legend: G ground truths of one class in one image, M detections of one class in all images.
 """
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-
-@dataclass
-class ClassGroundTruth:
-    """Ground truth of one class in one image: boxes_xyxy (G, 4), difficult bool (G,)."""
-
-    boxes_xyxy: np.ndarray
-    difficult: np.ndarray
-
-
-@dataclass
-class ClassDetections:
-    """Detections of one class in all images: image_ids (M,), scores (M,), boxes_xyxy (M, 4)."""
-
-    image_ids: list[Hashable]
-    scores: np.ndarray
-    boxes_xyxy: np.ndarray
+# Boxes xyxy (G, 4) and whether each is difficult, bool (G,).
+Truth = tuple[np.ndarray, np.ndarray]
 
 
 def match_detections(
-    ground_truth: dict[Hashable, ClassGroundTruth], detections: ClassDetections, threshold: float
+    truths: dict[Hashable, Truth],
+    image_ids: Sequence[Hashable],
+    scores: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    threshold: float = 0.5,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each detection, in order of falling score, is a true and whether it is a false positive.
 
-    Images without an entry in `ground_truth` have none of this class. Returns two bool arrays (M,).
+    truths: of the images that have any of this class. image_ids, scores (M,), boxes_xyxy (M, 4): detections.
+    Returns two bool arrays (M,).
     """
-    taken = {image_id: np.zeros(len(truth.difficult), bool) for image_id, truth in ground_truth.items()}
-    order = np.argsort(-detections.scores, kind="stable")
+    taken = {image_id: np.zeros(len(difficult), bool) for image_id, (_, difficult) in truths.items()}
+    order = np.argsort(-scores, kind="stable")
     true_positive, false_positive = np.zeros(len(order), bool), np.zeros(len(order), bool)
     for rank, detection in enumerate(order):
-        image_id = detections.image_ids[detection]
-        truth = ground_truth.get(image_id)
-        if truth is None or len(truth.difficult) == 0:
+        image_id = image_ids[detection]
+        if image_id not in truths:
             false_positive[rank] = True
             continue
-        overlaps = box_iou(detections.boxes_xyxy[detection], truth.boxes_xyxy)
+        boxes, difficult = truths[image_id]
+        overlaps = box_iou(boxes_xyxy[detection], boxes)
         best = int(overlaps.argmax())
         if overlaps[best] < threshold:
             false_positive[rank] = True
-        elif not truth.difficult[best]:
+        elif not difficult[best]:
             true_positive[rank] = not taken[image_id][best]
             false_positive[rank] = taken[image_id][best]
             taken[image_id][best] = True
@@ -79,31 +69,16 @@ def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return intersection / np.maximum(union, np.finfo(np.float64).eps)
 
 
-def average_precision(
-    true_positive: np.ndarray, false_positive: np.ndarray, positives: int, eleven_points: bool
-) -> float:
-    """AP in [0, 1] from what `match_detections` answers; NaN if the class has no positives."""
+def average_precisions(
+    true_positive: np.ndarray, false_positive: np.ndarray, positives: int
+) -> tuple[float, float]:
+    """(11-point AP, area AP) in [0, 1] of what `match_detections` returns; NaN without positives."""
     if positives == 0:
-        return float("nan")
+        return float("nan"), float("nan")
     hits, misses = np.cumsum(true_positive), np.cumsum(false_positive)
     recall = hits / positives
     precision = hits / np.maximum(hits + misses, 1)
-    if eleven_points:
-        points = np.linspace(0.0, 1.0, 11)
-        # Compared without a tolerance, as everybody's numbers are: 3 x 0.1 is a little more than 0.3.
-        best = [precision[recall >= point].max(initial=0.0) for point in points]
-        return float(np.mean(best))
+    # Compared without a tolerance, as everybody's numbers are: 3 x 0.1 is a little more than 0.3.
+    best = [precision[recall >= point].max(initial=0.0) for point in np.linspace(0.0, 1.0, 11)]
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((np.diff(recall, prepend=0.0) * envelope).sum())
-
-
-def voc_average_precisions(
-    ground_truth: dict[Hashable, ClassGroundTruth], detections: ClassDetections, threshold: float = 0.5
-) -> tuple[float, float]:
-    """(11-point AP, area AP) of one class, each in [0, 1] or NaN without positives."""
-    true_positive, false_positive = match_detections(ground_truth, detections, threshold)
-    positives = sum(int((~truth.difficult).sum()) for truth in ground_truth.values())
-    return (
-        average_precision(true_positive, false_positive, positives, eleven_points=True),
-        average_precision(true_positive, false_positive, positives, eleven_points=False),
-    )
+    return float(np.mean(best)), float((np.diff(recall, prepend=0.0) * envelope).sum())

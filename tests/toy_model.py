@@ -1,6 +1,7 @@
 """A locally trainable model small enough to train in milliseconds: B images, D predictors, C channels."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_d2.framework import get_cfg
-from dfm_d2.local_update.blocks import predictor_block
+from dfm_d2.local_update import BlockLosses, HandOver, predictor_block
 
 CHANNELS = 6
 
@@ -37,8 +38,6 @@ class ToyBackbone(nn.Module):
 class ToyModel(nn.Module):
     """D multilayer perceptrons on pooled features. ``noise``: draw from every global generator."""
 
-    is_local = True
-
     def __init__(self, num_predictors: int = 3, noise: bool = False) -> None:
         super().__init__()
         self.num_predictors = num_predictors
@@ -66,30 +65,26 @@ class ToyModel(nn.Module):
             targets = targets + random.random() + np.random.rand() + torch.rand(1)
         return ToyPrepared(images, targets)
 
-    def extract_features(self, prepared: ToyPrepared, on_stage=None) -> list[Tensor]:
-        return self.backbone(prepared.images)
+    def block_losses(self, prepared: ToyPrepared, hand_over: HandOver) -> Iterator[BlockLosses]:
+        features = hand_over.open(self.backbone(prepared.images))
+        for index in range(self.num_predictors):
+            yield BlockLosses((predictor_block(index),), self.losses_of(index, features, prepared))
+        del features
+        yield from hand_over.close()
 
-    def block_losses(self, index: int, features: list[Tensor], prepared: ToyPrepared) -> dict[str, Tensor]:
+    def losses_of(self, index: int, features: list[Tensor], prepared: ToyPrepared) -> dict[str, Tensor]:
         pooled = torch.cat([feature.mean(dim=(2, 3)) for feature in features], dim=1)
         if self.noise:
             pooled = nn.functional.dropout(pooled, 0.2)
         error = self.predictors[index](pooled)[:, 0].float() - prepared.targets[:, index].float()
         if prepared.images.dtype == torch.float64:
             error = self.predictors[index](pooled)[:, 0] - prepared.targets[:, index]
+        name = predictor_block(index)
         return {
-            f"loss_square/p{index}": error.square().mean(),
-            f"loss_absolute/p{index}": 0.5 * error.abs().mean(),
-            f"error/p{index}": error.detach().abs().max(),
+            f"loss_square/{name}": error.square().mean(),
+            f"loss_absolute/{name}": 0.5 * error.abs().mean(),
+            f"error/{name}": error.detach().abs().max(),
         }
-
-    def all_losses(self, features: list[Tensor], prepared: ToyPrepared) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = {}
-        for index in range(self.num_predictors):
-            losses |= self.block_losses(index, features, prepared)
-        return losses
-
-    def all_losses_together(self, features: list[Tensor], prepared: ToyPrepared) -> dict[str, Tensor]:
-        return self.all_losses(features, prepared)
 
 
 def toy_item(position: int) -> dict:

@@ -1,0 +1,150 @@
+"""The classifier's config keys, besides those of any training, and what its values must be together."""
+
+from collections.abc import Iterator
+
+from dfm_d2.engine.keys import Key
+from dfm_d2.framework import CfgNode
+
+# The meta-architecture of every UPDATE.METHOD.
+METHODS = {
+    "flow": "FlowClassifier",
+    "backprop": "BackpropClassifier",
+    "forward_forward": "ForwardForwardClassifier",
+    "stochastic_forward_forward": "StochasticForwardForwardClassifier",
+}
+
+KEYS = (
+    # How a classifier learns; it chooses MODEL.META_ARCHITECTURE.
+    Key("UPDATE.METHOD", "flow", choices=tuple(METHODS)),
+    Key("MODEL.PIXEL_MEAN", lengths=(1, 3)),
+    # ---- data What the names `root_<split>` read: a folder or a tar of <split>/<class>/<image>, or a folder
+    # of idx files (gzip or not). Where torchvision's CIFAR lies or is downloaded to.
+    Key("DATASETS.ROOT", ""),
+    # Share of the training images that is not trained on: the temperature of the probabilities is fitted on
+    # it before each evaluation. 0: the temperature is LOSS.READOUT_TEMPERATURE.
+    Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
+    # Side in pixels to which images are resized; 0: they are taken as they are, all of one size.
+    Key("INPUT.IMAGE_SIZE", 0, least=0),
+    # Greatest shift in pixels, in either direction, of a training image (edges are filled with zeros).
+    Key("INPUT.RANDOM_SHIFT", 0, least=0),
+    Key("INPUT.RANDOM_FLIP", choices=("none", "horizontal")),
+    # ---- the model
+    # "cnn": CNN.*; "timm": TIMM.*
+    Key(
+        "MODEL.CLASSIFIER.BACKBONE",
+        "cnn",
+        choices=("cnn", "timm"),
+        gone={"resnet": "it was removed: take timm and a ResNet of its as MODEL.CLASSIFIER.TIMM.NAME"},
+    ),
+    # The number of blocks, each of them consecutive stages of the backbone (of a ViT: layers); 0: one each.
+    Key("MODEL.CLASSIFIER.BLOCKS", 0, least=0),
+    # Side of the grid to which a block's output is averaged before its predictor (or head) sees it.
+    Key("MODEL.CLASSIFIER.POOL", 1, least=1),
+    # Of each stage, a residual pair of 3x3 convolutions.
+    Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), least=1, filled=True),
+    Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), least=1),
+    Key("MODEL.CLASSIFIER.CNN.NORM", "BN", choices=("BN", "GN")),
+    Key("MODEL.CLASSIFIER.TIMM.NAME", "vit_tiny_patch16_224"),
+    # Options of timm's constructor, such as ["img_size=32", "patch_size=4", "depth=6"].
+    Key("MODEL.CLASSIFIER.TIMM.OPTIONS", [], of=str),
+    # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
+    Key("MODEL.CLASSIFIER.TIMM.WEIGHTS", ""),
+    # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
+    Key(
+        "MODEL.CLASSIFIER.EMBEDDING",
+        "orthonormal",
+        choices=("orthonormal", "learned"),
+        gone={"given": "it was removed: choose orthonormal or learned"},
+    ),
+    Key("MODEL.CLASSIFIER.EMBED_DIM", 0, least=0),  # E; 0: K, but at least 16
+    Key("MODEL.CLASSIFIER.RADIUS", 1.0, above=0),  # length of an embedding; noise has length sqrt(E)
+    Key("MODEL.CLASSIFIER.HIDDEN_DIM", 128, least=2),  # of a block's predictor
+    # Points (x_0, t) of the path on which each image trains each block in a step.
+    Key("MODEL.CLASSIFIER.NOISE_SAMPLES", 4, least=1),
+    # p of t = u^p, u uniform. Near t = 1 the point gives the class away and features learn nothing; above 1
+    # more points lie near the noise. The best velocity at a t does not depend on it.
+    Key("MODEL.CLASSIFIER.TIME_POWER", 3.0, above=0),
+    # A control: the velocity target is x_1 - x_0' x_0' the noise of another image: no transport.
+    Key("MODEL.CLASSIFIER.SHUFFLE_X0", False),
+    # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
+    Key("MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", 1.0, least=0),
+    Key("MODEL.CLASSIFIER.LOSS.READOUT_TEMPERATURE", 0.1, above=0),
+    # ---- inference, changeable at test time without retraining
+    Key("MODEL.CLASSIFIER.SAMPLER.METHOD", "euler", choices=("euler", "heun")),
+    # K. One step answers the mean over the classes that an image may have; with many steps and one sample the
+    # flow draws one of them, which is less often right (docs/classification.md).
+    Key("MODEL.CLASSIFIER.SAMPLER.STEPS", 1, least=1),
+    Key("MODEL.CLASSIFIER.SAMPLER.SAMPLES", 4, least=1),  # M, the number of noise samples of an image
+    Key("MODEL.CLASSIFIER.SAMPLER.NOISE", 1.0, least=0),  # standard deviation of the noise; 0 is a control
+    # Indices of the blocks that answer, negative from the last; empty: all.
+    Key("MODEL.CLASSIFIER.SAMPLER.BLOCKS", [], of=int),
+    # "velocity": blocks move one state by the mean of their velocities; "probability": each moves its own,
+    # and the class probabilities are averaged.
+    Key("MODEL.CLASSIFIER.SAMPLER.AGGREGATION", "velocity", choices=("velocity", "probability")),
+    # The weight of a block in that mean: equal, or its own greatest class probability.
+    Key("MODEL.CLASSIFIER.SAMPLER.WEIGHTS", "confidence", choices=("uniform", "confidence")),
+    Key("MODEL.CLASSIFIER.SAMPLER.SEED", 0),
+    # ---- Hinton's Forward-Forward: an image is positive with the probability sigmoid(SHARPNESS (goodness -
+    # THRESHOLD)); labels are added to images as waves of LABEL_SCALE standard deviations.
+    Key("MODEL.CLASSIFIER.FF.THRESHOLD", 1.0, above=0),
+    Key("MODEL.CLASSIFIER.FF.SHARPNESS", 4.0, above=0),
+    Key("MODEL.CLASSIFIER.FF.LABEL_SCALE", 1.0, least=0),
+    # The stochastic variant: noisy copies of an image, the noise on a block's input, and the weight of the
+    # dimension of the copies against that of the batch.
+    Key("MODEL.CLASSIFIER.FF.COPIES", 4, least=2),
+    Key("MODEL.CLASSIFIER.FF.NOISE", 0.3, least=0),
+    Key("MODEL.CLASSIFIER.FF.COPY_WEIGHT", 1.0, least=0),
+)
+
+# Of earlier config files: {key: (its default, what replaced it)}; "" for the keys of the detector.
+_OF_DETECTORS = (
+    "DATASETS.COCO_TRAIN_IMAGES DATASETS.COCO_TRAIN_JSON DATASETS.COCO_VAL_IMAGES DATASETS.COCO_VAL_JSON "
+    "DATASETS.VOC_ROOT INPUT.CROP_RESIZE INPUT.CROP_SIZE INPUT.DETR_CROP TEST.AP MODEL.DFM.AGGREGATION "
+    "MODEL.DFM.ASSIGNMENT MODEL.DFM.COUPLING MODEL.DFM.ENDPOINT_NOISE MODEL.DFM.FROM_NOISE "
+    "MODEL.DFM.GT_REPEAT MODEL.DFM.HEAD MODEL.DFM.LOSS MODEL.DFM.NUM_PREDICTORS MODEL.DFM.NUM_PROPOSALS "
+    "MODEL.DFM.ON_POLICY MODEL.DFM.SAMPLER MODEL.DFM.SIGNAL_SCALE MODEL.DFM.TIME MODEL.DFM.TIME_RATE"
+)
+REMOVED = {name: ({}, "") for name in _OF_DETECTORS.split()} | {
+    "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
+    "MODEL.CLASSIFIER.LOSS.WEIGHTING": ("plain", "the endpoint error weighs the same at every t"),
+}
+
+
+def choose_method(cfg: CfgNode) -> None:
+    """Set MODEL.META_ARCHITECTURE, and what goes with it, by UPDATE.METHOD.
+
+    A method whose blocks depend on each other is updated jointly, whatever MODEL.DFM.UPDATE says.
+    """
+    method = cfg.UPDATE.METHOD
+    if method in METHODS:
+        cfg.MODEL.META_ARCHITECTURE = METHODS[method]
+    if method == "backprop":
+        cfg.MODEL.DFM.UPDATE = "joint"
+        cfg.MODEL.DFM.STEP_IN_BACKWARD = False
+
+
+def problems(cfg: CfgNode) -> Iterator[str]:
+    """One error message for each value that cannot work together with others; each by itself is allowed."""
+    c, dfm, method = cfg.MODEL.CLASSIFIER, cfg.MODEL.DFM, cfg.UPDATE.METHOD
+    channels, strides, named = list(c.CNN.CHANNELS), list(c.CNN.STRIDES), list(c.SAMPLER.BLOCKS)
+    size, shift, architecture = cfg.INPUT.IMAGE_SIZE, cfg.INPUT.RANDOM_SHIFT, cfg.MODEL.META_ARCHITECTURE
+    if architecture != METHODS[method]:
+        yield f"MODEL.META_ARCHITECTURE is {architecture}; leave it to UPDATE.METHOD {method}."
+    if dfm.BACKBONE_UPDATE != "accumulate":
+        yield "MODEL.DFM.BACKBONE_UPDATE is for detectors, all classifiers are local: leave it at accumulate."
+    if dfm.PREDICTOR_RANKS > 1:
+        yield f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}; a classifier has no predictors to share."
+    if c.HIDDEN_DIM % 2:
+        yield f"MODEL.CLASSIFIER.HIDDEN_DIM is {c.HIDDEN_DIM}; it must be even."
+    if c.EMBEDDING == "learned" and c.LOSS.READOUT_WEIGHT == 0:  # nothing else would keep classes apart
+        yield "MODEL.CLASSIFIER.EMBEDDING learned needs LOSS.READOUT_WEIGHT above 0."
+    if len(channels) != len(strides):
+        yield f"MODEL.CLASSIFIER.CNN.CHANNELS is {channels}, STRIDES {strides}; give both for each stage."
+    if len(set(named)) < len(named):
+        yield f"MODEL.CLASSIFIER.SAMPLER.BLOCKS is {named}; name each block once (empty: all)."
+    if method == "stochastic_forward_forward" and cfg.SOLVER.IMS_PER_BATCH < 2:  # it compares images
+        yield f"UPDATE.METHOD {method} needs SOLVER.IMS_PER_BATCH of at least 2."
+    if c.SHUFFLE_X0 and cfg.SOLVER.IMS_PER_BATCH < 2:  # one image has no other's noise
+        yield "MODEL.CLASSIFIER.SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2."
+    if 0 < size <= shift:
+        yield f"INPUT.RANDOM_SHIFT is {shift}; it must be less than INPUT.IMAGE_SIZE {size}."

@@ -1,0 +1,241 @@
+"""Readers of images with boxes: the PASCAL VOC layout and COCO detection json.
+
+Both return Detectron2's data set dicts, except that an annotation has the name of its class, "category",
+instead of "category_id" and "bbox_mode". What is broken goes to a ProblemReport and is left out.
+
+Boxes are xyxy in pixels, counted from 0, half-open. A VOC file counts pixels from 1 and its xmax, ymax are
+inside the box, so x0 = xmin - 1, y0 = ymin - 1, x1 = xmax, y1 = ymax (as Detectron2 reads it). A VOC box with
+xmin >= xmax or ymin >= ymax has zero area *as written* and is a problem, although the inclusive reading
+would make a box of one pixel of it. A COCO file has x0, y0, width, height.
+"""
+
+import json
+import math
+import re
+from operator import itemgetter
+from pathlib import Path
+from xml.etree.ElementTree import Element, ParseError
+
+import defusedxml.ElementTree
+from defusedxml import DefusedXmlException
+
+from dfm_d2.data.images import ImageError, image_size, read_image
+from dfm_d2.data.problems import Problem, ProblemReport
+from dfm_d2.errors import UserError
+
+CLIP_TOLERANCE = 1.0  # pixels by which a box may pass the border without being a problem (rounding of tools)
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
+_MEMBER_LINE = re.compile(r"(\S+)\s+(?:-1|0|1)")  # "<name> <flag>" of the per-class split files
+# The lists of a COCO json, and the fields that we index by.
+_COCO_FIELDS = {
+    "images": {"id": int, "file_name": str},
+    "annotations": {"image_id": int, "category_id": int},
+    "categories": {"id": int, "name": str},
+}
+
+
+def read_voc_split(root: str | Path, split: str, report: ProblemReport, decode_up_to: int) -> list[dict]:
+    """Read ImageSets/Main/<split>.txt, and the files of Annotations/ and JPEGImages/ that it names.
+
+    decode_up_to: decode every image of a split of at most so many, else read its header only.
+    """
+    root = Path(root)
+    members, seen = split_members(root, split), set()
+
+    def entry_of(image_id: str) -> dict:
+        if image_id in seen:
+            raise Problem(f"ImageSets/Main/{split}.txt", "duplicate", f"lists {image_id} more than once")
+        seen.add(image_id)
+        return _voc_entry(root, image_id, report, verify=len(members) <= decode_up_to)
+
+    return report.keep(entry_of, members)
+
+
+def split_members(root: str | Path, split: str) -> list[str]:
+    """Image names listed in ImageSets/Main/<split>.txt, in its order."""
+    path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
+    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [match[1] if (match := _MEMBER_LINE.fullmatch(line)) else line for line in lines if line]
+
+
+def _voc_entry(root: Path, image_id: str, report: ProblemReport, verify: bool) -> dict:
+    path = root / "Annotations" / f"{image_id}.xml"
+    if not path.is_file():
+        message = "is listed in the split but missing in Annotations/"
+        raise Problem(f"{image_id}.xml", "missing_annotation", message)
+    stated, objects = parse_voc_xml(path.read_bytes(), path.name, report)
+    images = (root / "JPEGImages" / f"{image_id}{suffix}" for suffix in _IMAGE_SUFFIXES)
+    image_path = next((image for image in images if image.is_file()), None)
+    if image_path is None:
+        message = "is listed in the split but missing in JPEGImages/"
+        raise Problem(f"{image_id}.jpg", "missing_image", message)
+    size = _usable_size(image_path, verify)
+    if stated not in (None, size):
+        seen = f"{image_path.name} has {size[0]} x {size[1]} pixels"
+        raise Problem(path.name, "size_mismatch", f"says {stated[0]} x {stated[1]} but {seen}")
+    clipped = report.keep(lambda item: _clipped(item, size, path.name, report), objects)
+    return _entry(image_path, image_id, size, clipped)
+
+
+def parse_voc_xml(
+    data: bytes, source: str, report: ProblemReport
+) -> tuple[tuple[int, int] | None, list[dict]]:
+    """Parse one annotation; broken objects are reported under the name `source` and left out.
+
+    Returns ((width, height) or None where the file states no usable size, annotations with unclipped boxes).
+    Raises Problem if the XML is broken or carries a DTD (entity bombs need one), never anything else.
+    """
+    try:
+        root = defusedxml.ElementTree.fromstring(data, forbid_dtd=True)
+    except DefusedXmlException as error:
+        message = f"{source} is refused: it declares a DTD or entities, which no annotation needs"
+        raise Problem(source, "broken_xml", message) from error
+    except (ParseError, ValueError, LookupError) as error:
+        raise Problem(source, "broken_xml", f"{source} is not well-formed XML ({error})") from error
+    objects = report.keep(lambda node: _voc_object(node, source), root.findall("object"))
+    width, height = _number(root, "size/width") or 0, _number(root, "size/height") or 0
+    return ((int(width), int(height)) if min(width, height) >= 1 else None), objects
+
+
+def _voc_object(node: Element, source: str) -> dict:
+    name = (node.findtext("name") or "").strip()
+    if not name:
+        raise Problem(source, "unknown_class", "an object has no name")
+    corners = [_number(node, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+    if None in corners:
+        raise Problem(source, "bad_coordinates", f"a {name} box has missing or non-finite coordinates")
+    xmin, ymin, xmax, ymax = corners
+    if xmin >= xmax or ymin >= ymax:
+        written = f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
+        raise Problem(source, "zero_area", f"{name} box {written} has zero area")
+    difficult = (_number(node, "difficult") or 0) > 0
+    return _annotation(name, (xmin - 1, ymin - 1, xmax, ymax), difficult=difficult)
+
+
+def _number(node: Element, path: str) -> float | None:
+    """The finite number written in that child, or None."""
+    try:
+        value = float(node.findtext(path) or math.nan)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_coco(
+    json_path: str | Path, image_root: str | Path, report: ProblemReport, decode_up_to: int
+) -> tuple[list[dict], dict[int, str]]:
+    """Read a COCO json; decode_up_to as for read_voc_split.
+
+    Returns (entries in the order of their image ids, {category id: name} in the order of the ids).
+    Raises UserError if it is not COCO detection json.
+    """
+    json_path = Path(json_path)
+    images, annotations, categories = _coco_lists(json_path)
+    names = {category["id"]: category["name"] for category in sorted(categories, key=itemgetter("id"))}
+    if len(set(names.values())) != len(categories):
+        raise UserError(f"{json_path} has two categories of one id or name: give each its own.")
+    verify, seen = len(images) <= decode_up_to, set()
+
+    def entry_of(image: dict) -> dict:
+        path, name = Path(image_root) / image["file_name"], image["file_name"]
+        if image["id"] in seen:
+            raise Problem(name, "duplicate", f"has the image id {image['id']} of another image")
+        seen.add(image["id"])
+        if not path.is_file():
+            raise Problem(name, "missing_image", f"is listed in {json_path.name} but missing")
+        size = _usable_size(path, verify)
+        stated = (image.get("width", size[0]), image.get("height", size[1]))
+        if stated != size:
+            says = f"{json_path.name} says {stated[0]} x {stated[1]}"
+            raise Problem(name, "size_mismatch", f"has {size[0]} x {size[1]} pixels but {says}")
+        return _entry(path, image["id"], size, [])
+
+    entries = {e["image_id"]: e for e in report.keep(entry_of, sorted(images, key=itemgetter("id")))}
+
+    def add_object(annotation: dict) -> None:
+        image_id, label = annotation["image_id"], annotation.get("id", "without id")
+        if image_id not in seen:
+            message = f"annotation {label} names the unknown image {image_id}"
+            raise Problem(json_path.name, "missing_image", message)
+        if image_id in entries:  # else its image is broken, which is reported already
+            entry = entries[image_id]
+            source, size = Path(entry["file_name"]).name, (entry["width"], entry["height"])
+            found = _coco_object(annotation, f"annotation {label}", source, names)
+            entry["annotations"].append(_clipped(found, size, source, report))
+
+    report.keep(add_object, annotations)
+    return list(entries.values()), names
+
+
+def _coco_lists(json_path: Path) -> list[list[dict]]:
+    """The lists of _COCO_FIELDS, in its order, each entry with these fields of the right type."""
+    try:
+        content = json.loads(json_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{json_path} is not json ({error}).") from error
+    lists = []
+    for key, fields in _COCO_FIELDS.items():
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise UserError(f'{json_path} is not COCO detection json: it has no list "{key}".')
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(f), t) for f, t in fields.items()):
+                wanted = " and ".join(f"{field} ({kind.__name__})" for field, kind in fields.items())
+                raise UserError(f"{json_path} is not COCO detection json: {key}[{number}] needs {wanted}.")
+        lists.append(entries)
+    return lists
+
+
+def _coco_object(annotation: dict, label: str, source: str, names: dict[int, str]) -> dict:
+    name = names.get(annotation["category_id"])
+    if name is None:
+        message = f"{label} has the unknown category {annotation['category_id']}"
+        raise Problem(source, "unknown_class", message)
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        raise Problem(source, "bad_coordinates", f"{label} has no bbox of four finite numbers")
+    x, y, width, height = map(float, box)
+    if width <= 0 or height <= 0:
+        raise Problem(source, "zero_area", f"{label}, a {name} box {box}, has zero area")
+    flags = {key: bool(annotation.get(key, 0)) for key in ("difficult", "iscrowd")}
+    found = _annotation(name, (x, y, x + width, y + height), **flags)
+    area = annotation.get("area")  # of the segmentation
+    return {**found, "area": float(area)} if _is_finite(area) else found
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _annotation(name: str, box: tuple[float, ...], difficult: bool = False, iscrowd: bool = False) -> dict:
+    flags = {"difficult": int(difficult), "iscrowd": int(iscrowd)}
+    return {"bbox": box, "category": name, **flags}
+
+
+def _entry(path: Path, image_id: str | int, size: tuple[int, int], annotations: list[dict]) -> dict:
+    width, height = size
+    image = {"file_name": str(path), "image_id": image_id, "height": height, "width": width}
+    return {**image, "annotations": annotations}
+
+
+def _usable_size(path: Path, verify: bool) -> tuple[int, int]:
+    """(width, height) of an image, of its header alone if not `verify`. Raises Problem if it is broken."""
+    try:
+        return read_image(path).shape[1::-1] if verify else image_size(path)
+    except ImageError as error:
+        raise Problem(path.name, "broken_image", str(error)) from error
+
+
+def _clipped(annotation: dict, size: tuple[int, int], source: str, report: ProblemReport) -> dict:
+    """The annotation with its box clipped to the image of `size` (width, height).
+
+    A box that is cut is reported; raises Problem where nothing is left of it.
+    """
+    (width, height), box, name = size, annotation["bbox"], annotation["category"]
+    x0, y0, x1, y1 = box
+    clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise Problem(source, "box_outside", f"{name} box {box} is outside the image, {size}")
+    if max(abs(a - b) for a, b in zip(clipped, box)) > CLIP_TOLERANCE:
+        report.add(source, "box_clipped", f"{name} box {box} is cut to the image, {size}")
+    return {**annotation, "bbox": clipped}

@@ -1,0 +1,89 @@
+"""The config keys that any training has, and the bounds of Detectron2's own."""
+
+import re
+from collections.abc import Iterator
+
+from dfm_d2.engine.keys import Key
+from dfm_d2.framework import CfgNode
+
+KEYS = (
+    Key("DATALOADER.NUM_WORKERS", least=0),
+    # Class names in the order of their indices; empty: found in the data, sorted.
+    Key("DATASETS.CLASSES", [], of=str),
+    # A broken annotation, a missing or truncated image, a box of zero area: "skip" counts and reports them
+    # with their file names and goes on without them, "fatal" stops. Registration, before training, finds all
+    # of it but truncated images that it did not decode (VERIFY_IMAGES).
+    Key("DATASETS.ON_ERROR", "skip", choices=("skip", "fatal")),
+    # Decode every image when a data set is registered, so that truncated files are known before training:
+    # "auto" for sets of at most 2,000 images (headers only for larger ones).
+    Key("DATASETS.VERIFY_IMAGES", "auto", choices=("auto", "always", "never")),
+    Key("INPUT.FORMAT", choices=("BGR", "RGB")),
+    Key("MODEL.PIXEL_STD", above=0),
+    Key("SEED", below=2**31),  # negative: a random one
+    # ---- the model
+    # K; 0: that of the training set.
+    Key("MODEL.DFM.NUM_CLASSES", 0, least=0),
+    # What a predictor answers: the endpoint x_1, or the velocity.
+    Key("MODEL.DFM.PREDICTION", "endpoint", choices=("endpoint", "velocity")),
+    # "triton": the kernels of docs/kernels.md, an error where one cannot run; "auto": for CUDA tensors that
+    # they take. With either the detector's sampler is one CUDA graph for each padded shape that comes back.
+    # "torch" stays the default until they have been measured on a GPU.
+    Key("MODEL.DFM.KERNELS", "torch", choices=("auto", "torch", "triton")),
+    # Who is updated when (docs/math.md, section 5). "parallel": on a GPU all predictors at once, batched,
+    # with the memory of "joint"; if they train on-policy, after a pass without gradients.
+    Key("MODEL.DFM.UPDATE", "sequential", choices=("joint", "sequential", "parallel")),
+    # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
+    # "local": each stage of the ResNet is a block with a predictor of its own (in training only) and detached
+    # input, the FPN the shared block. docs/results.md has what that costs.
+    Key("MODEL.DFM.BACKBONE_UPDATE", "accumulate", choices=("accumulate", "frozen", "local")),
+    # With UPDATE "parallel": processes that share out the predictors of the same images (docs/scaling.md). It
+    # divides their number; 1: each process has all predictors.
+    Key("MODEL.DFM.PREDICTOR_RANKS", 1, least=1),
+    # Step each block's optimizer right after its backward and free its gradients.
+    Key("MODEL.DFM.STEP_IN_BACKWARD", False),
+    # Seed of noise and t in training; the sampler has its own.
+    Key("MODEL.DFM.SEED", 0),
+    # ---- training
+    Key("SOLVER.OPTIMIZER", "adamw", choices=("adamw", "sgd")),
+    # Learning-rate factor of the backbone (not of the FPN).
+    Key("SOLVER.BACKBONE_MULTIPLIER", 1.0),
+    # Each block's gradient is clipped to this norm, by itself; 0 is off. (Detectron2's SOLVER.CLIP_GRADIENTS
+    # would clip over all blocks, which local updates cannot know.)
+    Key("SOLVER.BLOCK_CLIP_NORM", 1.0, least=0),
+    # "auto": bfloat16 where the processor or GPU computes in it, else float32. With SOLVER.AMP.ENABLED only.
+    Key("SOLVER.AMP.DTYPE", "auto", choices=("auto", "bfloat16", "float16")),
+    # Exponential moving average of the weights, evaluated and saved beside the weights; 0 is off.
+    Key("SOLVER.EMA_DECAY", 0.0, least=0, below=1),
+    # A line of progress and of metrics.json every so many iterations, each the median since the last one.
+    Key("SOLVER.LOG_PERIOD", 20, least=1),
+    # How many of the periodic checkpoints stay on the disk; 0: all.
+    Key("SOLVER.CHECKPOINTS_TO_KEEP", 2, least=0),
+    Key("SOLVER.BASE_LR", above=0),
+    Key("SOLVER.CHECKPOINT_PERIOD", least=1),
+    Key("SOLVER.IMS_PER_BATCH", least=1),
+    Key("SOLVER.LR_SCHEDULER_NAME", choices=("WarmupMultiStepLR", "WarmupCosineLR")),
+    Key("SOLVER.MAX_ITER", least=1),
+    Key("SOLVER.WARMUP_ITERS", least=0),
+    Key("SOLVER.WARMUP_METHOD", choices=("linear", "constant")),
+    # ---- evaluation
+    # Images in a batch of evaluation.
+    Key("TEST.BATCH_SIZE", 1, least=1),
+    # Keep the checkpoint that is best by this metric, for example "bbox/AP50"; empty: do not.
+    Key("TEST.BEST_METRIC", ""),
+    Key("TEST.EVAL_PERIOD", least=0),
+)
+
+
+def problems(cfg: CfgNode) -> Iterator[str]:
+    """One error message for each value that cannot work together with others; each by itself is allowed."""
+    model, dfm, solver = cfg.MODEL, cfg.MODEL.DFM, cfg.SOLVER
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", model.DEVICE):
+        yield f"MODEL.DEVICE is {model.DEVICE!r}: set it to cpu, cuda or cuda:0."
+    if len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
+        yield "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have as many numbers."
+    if "CLIP_GRADIENTS" in solver and solver.CLIP_GRADIENTS.ENABLED:
+        yield "SOLVER.CLIP_GRADIENTS would clip over all blocks together: set SOLVER.BLOCK_CLIP_NORM instead."
+    if dfm.STEP_IN_BACKWARD and dfm.PREDICTOR_RANKS == 1 and dfm.UPDATE != "sequential":
+        yield "MODEL.DFM.STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential: the others have one backward."
+    if dfm.PREDICTOR_RANKS > 1 and dfm.UPDATE != "parallel":
+        yield f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}, which needs MODEL.DFM.UPDATE parallel."

@@ -1,0 +1,143 @@
+"""Predictors shared out among processes (docs/scaling.md).
+
+A process evaluates its own predictors on the images of its whole row (ProcessGrid). Features are broadcast
+within the row, their gradients are reduced to the process that they come from, and where predictors train
+on-policy the detached boxes go to the owner of the next one. Besides, a row exchanges the ground truth of its
+images. Shapes: L levels, B images of the row, C channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dfm_d2.local_update.block_optimizer import BlockOptimizer
+from dfm_d2.local_update.blocks import BlockLosses, predictor_index
+from dfm_d2.local_update.hand_over import HandOver, Leaves
+from dfm_d2.local_update.processes import ProcessGrid, among
+from dfm_d2.local_update.updates import SequentialUpdate
+
+
+class RanksUpdate(SequentialUpdate):
+    """As sequential, over the predictors that this process owns.
+
+    Predictors are owned in turns and boxes leave before the backward begins, so that a chain of predictors is
+    a pipeline: while one is in its backward the next one, elsewhere, is in its forward.
+    """
+
+    def __init__(self, grid: ProcessGrid, step_in_backward: bool = False):
+        super().__init__(step_in_backward)
+        self.grid = grid
+        self._counts: list[int] = []
+
+    def share(self, batch: list[dict]) -> list[dict]:
+        """The images of the row, in the order of its members; those of others are without pixels."""
+        told = [{**item, "image": tuple(item["image"].shape)} for item in batch]
+        shares: list[list[dict]] = [[]] * self.grid.members
+        dist.all_gather_object(shares, told, group=self.grid.host)
+        self._counts = [len(share) for share in shares]
+        for share in shares:
+            for item in share:  # as large as the image, and of one number
+                item["image"] = torch.zeros((), dtype=torch.uint8).expand(item["image"])
+        shares[self.grid.member] = batch
+        return [item for share in shares for item in share]
+
+    def hand_over(self) -> HandOver:
+        return RankLeaves(self.grid, self._counts)
+
+    def backward(self, item: BlockLosses, optimizer: BlockOptimizer) -> None:
+        # The losses of a predictor are checked among its owners.
+        owned = predictor_index(item.blocks[0]) is not None
+        with among(self.grid.replicas) if owned else nullcontext():
+            super().backward(item, optimizer)
+
+    def of_all_processes(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """What ``step`` returned, as numbers: of each name the mean over the processes that have it."""
+        own = {key: float(value) for key, value in metrics.items()}
+        gathered: list[dict[str, float]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+        values: dict[str, list[float]] = {}
+        for found in gathered:
+            for key, value in found.items():
+                values.setdefault(key, []).append(value)
+        return {key: sum(found) / len(found) for key, found in values.items()}
+
+
+class RankLeaves(Leaves):
+    """Leaves of the features of all images of the row, of which each member has computed its own.
+
+    Args:
+        counts: the number of images of each member. What is prepared has ``part(images: slice)``.
+    """
+
+    def __init__(self, grid: ProcessGrid, counts: Sequence[int]):
+        super().__init__()
+        self.grid = grid
+        self._counts = counts
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        self._rows = [slice(end - count, end) for end, count in zip(ends, counts)]
+        self._sent: list[dist.Work] = []
+
+    def own(self, prepared: Any) -> Any:
+        return prepared.part(self._rows[self.grid.member])
+
+    @torch.no_grad()
+    def detached(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features `(B, C, H_l, W_l)` of all images of the row."""
+        parts = []
+        for member, count in enumerate(self._counts):
+            shapes = [(count, *feature.shape[1:]) for feature in features]
+            if member == self.grid.member:
+                flat = torch.cat([feature.detach().reshape(-1) for feature in features])
+            else:
+                flat = features[0].new_empty(sum(torch.Size(shape).numel() for shape in shapes))
+            dist.broadcast(flat, self.grid.first + member, group=self.grid.row)
+            parts.append(_unflatten(flat, shapes))
+        whole = [torch.cat(level) for level in zip(*parts)]
+        if features[0].is_contiguous():
+            return whole
+        return [level.contiguous(memory_format=torch.channels_last) for level in whole]
+
+    def gradients(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        """From all predictors of the row."""
+        if not leaves[0].requires_grad:
+            return [None] * len(leaves)
+        gradients: list[Tensor | None] = []
+        for member, rows in enumerate(self._rows):
+            parts = [torch.zeros_like(x[rows]) if x.grad is None else x.grad[rows] for x in leaves]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            dist.reduce(flat, self.grid.first + member, group=self.grid.row)
+            if member == self.grid.member:
+                gradients = _unflatten(flat, [part.shape for part in parts])
+        return gradients
+
+    def close(self) -> Iterator[BlockLosses]:
+        for work in self._sent:
+            work.wait()
+        return super().close()
+
+    def owns(self, block: str) -> bool:
+        return self.grid.owns(block)
+
+    def among_owners(self) -> AbstractContextManager:
+        return among(self.grid.replicas)
+
+    def receive(self, index: int, state: Tensor) -> Tensor:
+        if self.grid.owner(index - 1) == self.grid.member:
+            return state
+        state = torch.empty_like(state)
+        dist.recv(state, self.grid.first + self.grid.owner(index - 1), group=self.grid.row)
+        return state
+
+    def send(self, index: int, state: Tensor) -> None:
+        if self.grid.owner(index) != self.grid.member:
+            to = self.grid.first + self.grid.owner(index)
+            self._sent.append(dist.isend(state.contiguous(), to, group=self.grid.row))
+
+
+def _unflatten(flat: Tensor, shapes: list) -> list[Tensor]:
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)]

@@ -1,0 +1,75 @@
+"""Image ids and their order, which must never change: noise and the order of training depend on them."""
+
+import pytest
+from data_helpers import write_idx
+
+from dfm_d2.classification.data.registration import HELD_OUT, register_class_sets
+from dfm_d2.classification.data.sources import read_digits, read_root
+from dfm_d2.data.stream import SampleStream
+from dfm_d2.detection.data.registration import register_datasets
+from dfm_d2.framework import DatasetCatalog
+
+
+def ids(name):
+    return [entry["image_id"] for entry in DatasetCatalog.get(name)]
+
+
+def test_voc_ids_are_the_names_in_the_order_of_the_split_file(voc, make_cfg):
+    voc.split("train", {"b": ["cat"], "my cat": ["cat"], "a": ["cat"]})
+    voc.split("train", ["my cat", "", "b  -1", "a 1"])
+    register_datasets(make_cfg(voc.root))
+    assert ids("voc_root_train") == ["my cat", "b", "a"]
+
+
+def test_coco_ids_are_the_numbers_in_rising_order(coco, make_cfg):
+    register_datasets(make_cfg("", ("coco_json_train",), **coco[1]()))
+    assert ids("coco_json_train") == [3, 7]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ids_of_a_folder_and_a_tar_are_class_and_name_in_the_order_of_text(
+    folder, make_tar, make_cfg, packed
+):
+    (folder / "train/class9/notes.txt").write_text("no image")
+    (folder / "train/class9/0.png").rename(folder / "train/class9/10.PNG")
+    (folder / "train/class9/2.png").rename(folder / "train/2.png")
+    register_class_sets(make_cfg(make_tar() if packed else folder, ("root_train",)))
+    names = ["class10/0.png", "class10/1.png", "class10/2.png", "class10/3.png"]
+    assert ids("root_train") == [*names, "class9/1.png", "class9/10.PNG", "class9/3.png"]
+
+
+def test_idx_ids_are_the_indices_of_a_fixed_split(tmp_path, make_cfg):
+    write_idx(tmp_path, "t10k", 20)
+    register_class_sets(make_cfg(tmp_path, ("root_train",), ("root_test",), HOLD_OUT=0.2))
+    assert ids("root_test") == ["1", "9", "14", "15"] and ids(HELD_OUT) == ["12", "13", "18"]
+    assert len(ids("root_train")) == 13 and not {*ids("root_test"), *ids(HELD_OUT)} & set(ids("root_train"))
+    for entry in DatasetCatalog.get("root_train") + DatasetCatalog.get("root_test"):
+        number = int(entry["image_id"])
+        assert entry["label"] == number % 3 and entry["read"]().ravel().tolist() == [
+            *range(4 * number, 4 * number + 4)
+        ]
+        assert entry["read"]().shape == (2, 2, 1)
+    write_idx(tmp_path, "train", 7)
+    register_class_sets(make_cfg(tmp_path, ("root_train",), ("root_test",)))
+    assert [ids("root_train"), ids("root_test")] == [[*map(str, range(n))] for n in (7, 20)]
+
+
+def test_the_digits_are_split():
+    train, test = read_digits("train"), read_digits("test")
+    assert (len(train), len(test), test[0].image_id) == (1438, 359, "1")
+    assert train[0].read().shape == (8, 8, 1) and max(sample.read().max() for sample in train) == 240
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("mnist_t10k", (8000, 2000)), ("cifar10_jpg_12k.tar", (10000, 2000))]
+)
+def test_the_shared_sets(shared_data, name, sizes):
+    assert tuple(len(read_root(shared_data(name), split)) for split in ("train", "test")) == sizes
+
+
+def test_the_order_of_training_and_its_augmentation_are_fixed():
+    dicts = [{"number": number} for number in range(6)]
+    stream = SampleStream(dicts, 5, lambda entry, rng: (entry["number"], int(rng.integers(100))))
+    numbers, drawn = zip(*(stream[position][0] for position in range(12)))
+    assert numbers == (2, 0, 5, 4, 3, 1, 3, 0, 1, 5, 4, 2)
+    assert drawn == (79, 66, 89, 50, 81, 2, 80, 45, 11, 11, 81, 88)
