@@ -20,7 +20,6 @@ ORDER = [
     "classification",
     "config",
     "registry",
-    "command_line",
     "tools",
     "benchmarks",
 ]

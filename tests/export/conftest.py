@@ -4,14 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from detections import CLASSES
-from tiny_model import spread, tiny_cfg
+from small_detector import CLASSES, small_cfg, small_detector
 
 from dfm_d2.data.images import read_image
 from dfm_d2.detection.data.loader import resized_item
 from dfm_d2.detection.exportable import export_detector
 from dfm_d2.detection.exported_detector import ExportedDetector
-from dfm_d2.framework import build_model
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 # Photograph: its shortest side before the detector. Three sizes and both orientations.
@@ -24,22 +22,15 @@ PHOTOGRAPHS = {
 
 @pytest.fixture(scope="session")
 def cfg():
-    """Two stages of the backbone, of a third of its graph."""
-    cfg = tiny_cfg(
-        NUM_PREDICTORS=2, NUM_PROPOSALS=24, SAMPLER__SCORE_THRESH=0.05, HEAD__POOLER_SAMPLING_RATIO=1
-    )
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3"]
-    cfg.MODEL.DFM.HEAD.IN_FEATURES = ["p2", "p3"]
-    cfg.INPUT.FORMAT = "RGB"
+    cfg = small_cfg(SAMPLER__SCORE_THRESH=0.05, HEAD__POOLER_SAMPLING_RATIO=1)
+    cfg.INPUT.FORMAT, cfg.TEST.DETECTIONS_PER_IMAGE = "RGB", 20
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 192, 640
-    cfg.TEST.DETECTIONS_PER_IMAGE = 20
     return cfg
 
 
 @pytest.fixture(scope="session")
 def detector(cfg):
-    torch.manual_seed(1)  # one whose detections are many
-    return spread(build_model(cfg)).eval()
+    return small_detector(cfg)
 
 
 class _Made(dict):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detections import BATCHED, EVERY_FORMAT, assert_equal_detections
+from small_detector import BATCHED, EVERY_FORMAT, assert_equal_detections
 from tiny_model import spread
 from tool_loader import ROOT
 

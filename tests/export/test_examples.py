@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from detections import CLASSES
 from PIL import Image
+from small_detector import CLASSES
 from tool_loader import ROOT
 
 EXAMPLE = str(ROOT / "examples" / "run_exported.py")
