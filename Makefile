@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+D2 := .detectron2
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-detectron2 test-slow lint clean
 
 setup: $(STAMP)
 
@@ -19,8 +20,21 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
+# One process a core, each of one thread: a file's tests stay together, with what they share.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# The tests that compare with the real Detectron2, which lies in a folder of its own: the environment stays without it.
+test-detectron2: $(D2)/.installed
+	DFM_REQUIRE_D2=1 PYTHONPATH=$(CURDIR)/$(D2) $(BIN)/python -m pytest -m 'd2 and not gpu and not slow'
+
+# The wheel says that it is for Python 3.10, because of its compiled part; that is not needed, and does not load.
+$(D2)/.installed: tests/framework/requirements.txt | $(STAMP)
+	rm -rf $(D2)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(D2) --require-hashes --no-deps --no-compile \
+		--python-version 3.10 --implementation cp --abi none --platform any -r tests/framework/requirements.txt
+	rm $(D2)/detectron2/_C.*
+	@touch $@
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -30,4 +44,4 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) output data/shapes build *.egg-info
+	rm -rf $(VENV) $(D2) output data/shapes build *.egg-info

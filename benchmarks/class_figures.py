@@ -22,7 +22,7 @@ def draw_panels(path: Path, title: str, panels: Mapping[str, tuple[str, Mapping[
     """
     from matplotlib.ticker import MaxNLocator
 
-    from dfm_d2.visualize.pictures import plt, save_figure
+    from dfm_d2.visualize.figures import plt, save_figure
 
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)}

@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace, mode: str, depth: int) -> dict[str, list[f
 
 def draw(found: dict[str, dict[int, float]], title: str, path: Path) -> None:
     """Saved activations against depth, one line a mode."""
-    from dfm_d2.visualize.pictures import plt, save_figure
+    from dfm_d2.visualize.figures import plt, save_figure
 
     figure, axis = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
     for mode, points in found.items():

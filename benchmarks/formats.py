@@ -71,35 +71,32 @@ def in_process(framework: str) -> list[Row]:
 
 def measure_files(args: argparse.Namespace, steps: int) -> list[tuple]:
     """(format, steps, metric, unit, values, note) of every format."""
+    from dfm_d2.detection.exportable import export_detector, prepared_model
+    from dfm_d2.detection.exported_detector import ExportedDetector
     from dfm_d2.detection.loading import load_detector
     from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.setup import load_config
-    from dfm_d2.export import ExportSettings, export_model, load_artefact
-    from dfm_d2.export.formats import Preparation, prepared_model
     from dfm_d2.framework import build_model
 
-    cfg = load_config(DETECTION, args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    opts = ["MODEL.DEVICE", "cpu", *args.opts, "MODEL.DFM.SAMPLER.STEPS", str(steps)]
+    cfg = load_config(DETECTION, args.config_file, opts)
     if cfg.MODEL.WEIGHTS:
         model, classes = load_detector(cfg)
     else:
         cfg.MODEL.DFM.NUM_CLASSES = cfg.MODEL.DFM.NUM_CLASSES or 6
         torch.manual_seed(0)
         model, classes = build_model(cfg).eval(), [str(i) for i in range(cfg.MODEL.DFM.NUM_CLASSES)]
-    settings = ExportSettings(steps=steps)
-    eager = prepared_model(model, settings)
+    eager = prepared_model(model)
     items = items_of(args, cfg)
     found = []
     runs = {"eager": lambda: eager(items[:1])}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for name in args.formats:
             start = time.perf_counter()
-            path = export_model(
-                model, name, folder, Preparation.from_config(cfg, model, classes), settings,
-                items[0]["image"].float(),
-            )  # fmt: skip
+            path = export_detector(model, name, folder, cfg, classes, items[0]["image"].float())
             found.append((name, steps, "export time", "s", [time.perf_counter() - start], ""))
             found.append((name, steps, "file size", "MiB", [path.stat().st_size / 2**20], ""))
-            file = load_artefact(path)
+            file = ExportedDetector(path)
             pairs = [(file([item])[0]["instances"], eager([item])[0]["instances"]) for item in items]
             found += [(name, steps, *row) for row in differences(pairs)]
             runs[name] = lambda file=file: file(items[:1])

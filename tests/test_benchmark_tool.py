@@ -1,10 +1,7 @@
-"""tools/benchmark.py on both providers, and Detectron2's own scripts through tools/run_detectron2.py."""
+"""tools/benchmark.py on both providers."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,50 +66,3 @@ def test_an_evaluation_without_a_data_set_is_one_sentence(run, capsys):
     words = ["--task", "eval", "--config-file", str(run / "config.yaml"), "DATASETS.TEST", "()"]
     assert load_tool("benchmark").run_command(words) == 2
     assert "error: DATASETS.TEST is empty" in capsys.readouterr().err
-
-
-def test_run_detectron2_names_what_is_missing(run, capsys):
-    tool = load_tool("run_detectron2")
-    assert tool.main(["analyze_model.py", "--tasks", "flop"]) == 2
-    assert "--config-file is missing" in capsys.readouterr().err
-    assert tool.main(["no_script.py", "--config-file", str(run / "config.yaml")]) == 2
-    assert "no_script.py does not exist" in capsys.readouterr().err
-
-
-def test_run_detectron2_without_detectron2(run, tmp_path):
-    """In a process where the builtin framework is chosen."""
-    script = tmp_path / "script.py"
-    script.write_text("raise SystemExit('it ran')\n")
-    done = in_process(script, ["--config-file", str(run / "config.yaml")], DFM_FRAMEWORK="builtin")
-    assert done.returncode == 2 and "needs Detectron2" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.d2
-def test_detectron2s_own_analysis_runs_on_a_config_of_ours(run):
-    detectron2 = detectron2_checkout()
-    words = ["--num-inputs", "2", "--tasks", "flop", "activation", "parameter", "structure"]
-    words += ["--config-file", str(run / "config.yaml"), "MODEL.DFM.SAMPLER.STEPS", "1"]
-    done = in_process(detectron2 / "tools" / "analyze_model.py", words)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = done.stdout + done.stderr
-    assert "predictors.1.class_logits.weight" in said and "(6, 16)" in said, "the classes of the data set"
-    assert float(re.search(r"Total GFlops: ([\d.]+)", said)[1]) > 0
-    assert float(re.search(r"Total \(Million\) Activations: ([\d.]+)", said)[1]) > 0
-
-
-def detectron2_checkout() -> Path:
-    """The checkout that detectron2 is imported from; its tools/ is no part of an installed package."""
-    spec = importlib.util.find_spec("detectron2")
-    if spec is None:
-        if os.environ.get("DFM_REQUIRE_D2") == "1":
-            pytest.fail("DFM_REQUIRE_D2=1, but Detectron2 is not installed (requirements-detectron2.txt)")
-        pytest.skip("needs the real Detectron2 (requirements-detectron2.txt)")
-    root = Path(spec.origin).resolve().parents[1]
-    if not (root / "tools" / "analyze_model.py").is_file():
-        pytest.skip("needs a checkout of Detectron2: an installed package lacks tools/")
-    return root
-
-
-def in_process(script: Path, words: list[str], **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "run_detectron2.py"), str(script), *words]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)

@@ -1,11 +1,12 @@
-"""tools/demo.py: all of it in one folder, the one that is asked for."""
+"""tools/demo.py: all of it in one folder, the one that is asked for. The help of the tools needs no torch."""
 
-import importlib.util
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+from tool_loader import ROOT, load_tool
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "demo.py"
+TOOLS = ("analyze_model", "demo", "detect", "export_model", "make_shapes", "visualize_flow")
 SMALL = (
     "SOLVER.MAX_ITER 2 SOLVER.WARMUP_ITERS 1 SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu "
     "MODEL.FPN.OUT_CHANNELS 16 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 10 "
@@ -17,9 +18,7 @@ SMALL = (
 @pytest.fixture
 def demo(monkeypatch):
     """tools/demo.py as a module, with a few images."""
-    spec = importlib.util.spec_from_file_location("demo", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("demo")
     for name, value in {"NUM_TRAIN": 4, "NUM_VAL": 2, "IMAGE_SIZE": 96}.items():
         monkeypatch.setattr(module, name, value)
     return module
@@ -31,14 +30,33 @@ def test_it_trains_and_draws_in_the_folder_that_is_asked_for(demo, tmp_path, mon
     words = ["OUTPUT_DIR", str(out), "DATASETS.VOC_ROOT", str(shapes)]
     assert demo.main([*SMALL, *words]) == 0
     assert not (tmp_path / "default").exists() and (shapes / "JPEGImages").is_dir()
-    pictures = {"predictions.png", "flow.png", "flow.gif", "curves.png"}
+    pictures = {"predictions.png", "flow.png", "curves.png"}
     assert pictures | {"model_final.pth", "config.yaml"} <= {path.name for path in out.iterdir()}
     written = capsys.readouterr().out.split("written:")[1]
     assert f"  {out / 'model_final.pth'}\n" in written and f"  {out / 'curves.png'}\n" in written
 
 
-def test_a_key_that_is_not_there_is_one_sentence(demo, tmp_path, capsys):
+def test_a_key_that_is_not_there_is_one_error_message(demo, tmp_path, capsys):
     assert demo.main(["OUTPUT_DIR", str(tmp_path / "x"), "SOLVER.NOTHING", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "SOLVER.NOTHING" in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+HELP = """
+import runpy, sys
+for tool in sys.argv[1:]:
+    sys.argv = [tool, "--help"]
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as done:
+        assert not done.code, tool
+    assert "torch" not in sys.modules, tool
+"""
+
+
+def test_help_needs_no_torch():
+    tools = [str(ROOT / "tools" / f"{name}.py") for name in TOOLS]
+    done = subprocess.run([sys.executable, "-c", HELP, *tools], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: {name}.py" in done.stdout for name in TOOLS)

@@ -4,6 +4,7 @@
 python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_r18.yaml, OUTPUT_DIR among them
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import visualize_flow  # noqa: E402
 
 from dfm_d2.detection.task import DETECTION  # noqa: E402
 from dfm_d2.engine.setup import load_config  # noqa: E402
-from dfm_d2.errors import UserError  # noqa: E402
+from dfm_d2.errors import UserError, report  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
 SHAPES = ROOT / "data" / "shapes"
@@ -25,32 +26,32 @@ OUTPUT = ROOT / "output" / "demo"
 NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 2000, 300, 128
 
 
-def main(overrides: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit status of the first part that failed, else 0."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
+    overrides = parser.parse_args(arguments).opts
     started = time.perf_counter()
     opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *overrides]
     try:
         cfg = load_config(DETECTION, CONFIG, opts)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    output = Path(cfg.OUTPUT_DIR)
-    shapes = ["--out", cfg.DATASETS.VOC_ROOT, "--train", str(NUM_TRAIN), "--val", str(NUM_VAL)]
-    shapes += ["--size", str(IMAGE_SIZE)]
-    weights = str(output / "model_final.pth")
+        return report(error)
+    output, command = Path(cfg.OUTPUT_DIR), ["--config-file", CONFIG, *opts]
+    numbers = ["--train", str(NUM_TRAIN), "--val", str(NUM_VAL), "--size", str(IMAGE_SIZE)]
     status = (
-        make_shapes.main(shapes)
-        or train_net.run_command(["--config-file", CONFIG, *opts])
-        or visualize_flow.main(["--config-file", CONFIG, *opts, "MODEL.WEIGHTS", weights])
+        make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *numbers])
+        or train_net.run_command(command)
+        or visualize_flow.main([*command, "MODEL.WEIGHTS", str(output / "model_final.pth")])
     )
     if status == 0:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")
-        names = ["model_final.pth", "metrics.json", "*.png", "*.gif", "*.html", "events.out.tfevents.*"]
-        for name in names:
-            for path in sorted(output.glob(name)):
-                print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+        names = ["model_final.pth", "metrics.json", "*.png", "*.html", "events.out.tfevents.*"]
+        for path in (path for name in names for path in sorted(output.glob(name))):
+            print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 from dfm_d2.classification.task import CLASSIFICATION  # noqa: E402
-from dfm_d2.engine.launch import run_task, run_tool  # noqa: E402
+from dfm_d2.engine.setup import run_task, run_tool  # noqa: E402
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 r"""Draw what a trained detector finds, how its boxes flow there, and how it was trained.
 
-Writes predictions.png, flow.png, flow.gif, a page that needs no network (NAME.html), and curves.png of the
-metrics.json in OUTPUT_DIR where there is one.
+Writes predictions.png, flow.png, a page that needs no network (NAME.html), and curves.png of the metrics.json
+in OUTPUT_DIR where there is one.
 
 python tools/visualize_flow.py --config-file output/demo/config.yaml MODEL.WEIGHTS output/demo/model_final.pth
 python tools/visualize_flow.py --config-file output/demo/config.yaml --image a.jpg b.jpg --out pictures \
@@ -16,16 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import split_overrides  # noqa: E402
-from dfm_d2.detection.loading import load_detector  # noqa: E402
-from dfm_d2.detection.pictures import KINDS, write_pictures  # noqa: E402
-from dfm_d2.detection.task import DETECTION  # noqa: E402
-from dfm_d2.engine.metrics import METRICS_FILE, read_metrics  # noqa: E402
-from dfm_d2.engine.run import load_for_inference  # noqa: E402
-from dfm_d2.engine.setup import load_config, setup_run  # noqa: E402
-from dfm_d2.errors import UserError, input_errors  # noqa: E402
-from dfm_d2.visualize import draw_curves  # noqa: E402
+from dfm_d2.errors import UserError, input_errors, report  # noqa: E402
+from dfm_d2.visualize import KINDS  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,34 +37,47 @@ def main(arguments: list[str] | None = None) -> int:
     words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(words)
     args.opts += opts
-    args.eval_only = True
     if args.number < 1:
         parser.error(f"--number is {args.number}; it must be at least 1")
     try:
-        if args.metrics and not Path(args.metrics).is_file():
-            raise UserError(f"--metrics {args.metrics} does not exist: check the path.")
-        cfg = load_config(DETECTION, args.config_file, args.opts)
-        if args.image:  # no data set is needed
-            model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
-        elif not cfg.DATASETS.TEST:
-            raise UserError("DATASETS.TEST is empty: name a data set, or give files with --image.")
-        else:
-            classes = setup_run(DETECTION, cfg, args)
-            model = load_for_inference(DETECTION, cfg, classes)
-        folder = args.out or cfg.OUTPUT_DIR
         with input_errors():
-            paths = write_pictures(
-                cfg, model, classes, folder, args.image, args.number, args.score, args.kinds, args.color
-            )
-            metrics = args.metrics or Path(cfg.OUTPUT_DIR) / METRICS_FILE
-            if args.metrics or metrics.is_file():
-                paths.append(draw_curves(Path(folder) / "curves.png", read_metrics(metrics)))
-        for path in paths:
-            print(path)
+            run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    from dfm_d2.detection.task import DETECTION
+    from dfm_d2.engine.setup import load_config, setup_run, validate_config
+
+    if args.metrics and not Path(args.metrics).is_file():
+        raise UserError(f"--metrics {args.metrics} does not exist: check the path.")
+    cfg = load_config(DETECTION, args.config_file, args.opts)
+    validate_config(DETECTION, cfg)
+    if not args.image and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name a data set, or give files with --image.")
+    # Now that the config is right, what brings torch.
+    from dfm_d2.detection.flow_pictures import write_pictures
+    from dfm_d2.detection.loading import load_detector
+    from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
+    from dfm_d2.engine.run import load_for_inference
+    from dfm_d2.visualize.curves import draw_curves
+
+    if args.image:  # no data set is needed
+        model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
+    else:
+        classes = setup_run(DETECTION, cfg, args)
+        model = load_for_inference(DETECTION, cfg, classes)
+    folder = args.out or cfg.OUTPUT_DIR
+    paths = write_pictures(
+        cfg, model, classes, folder, args.image, args.number, args.score, args.kinds, args.color
+    )
+    metrics = args.metrics or Path(cfg.OUTPUT_DIR) / METRICS_FILE
+    if args.metrics or metrics.is_file():
+        paths.append(draw_curves(Path(folder) / "curves.png", read_metrics(metrics)))
+    for path in paths:
+        print(path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from dfm_d2.classification.backbone import SplitBackbone
@@ -37,7 +36,7 @@ class Classifier(nn.Module, ABC):
 
     is_local = True
     # Buffers that weights to start a training from do not replace; a resume and an evaluation do.
-    set_by_config = ("temperature", "label_space.weight")
+    set_by_config = ("temperature",)
 
     def __init__(
         self,
@@ -111,6 +110,8 @@ class Classifier(nn.Module, ABC):
         Args:
             logits: `(n, S, K)` at temperature 1 of images that were not trained on. labels: `(n,)`.
         """
+        from scipy.optimize import minimize_scalar
+
         logits, labels = logits.double().cpu(), labels.cpu()
 
         def loss(log_temperature: float) -> float:

@@ -34,26 +34,28 @@ KEYS = (
         "MODEL.CLASSIFIER.BACKBONE",
         "cnn",
         choices=("cnn", "timm"),
-        gone={
-            "resnet": "it was removed: set it to timm, which has ResNets, too (MODEL.CLASSIFIER.TIMM.NAME)"
-        },
+        gone={"resnet": "it was removed: take timm and a ResNet of its as MODEL.CLASSIFIER.TIMM.NAME"},
     ),
     # The number of blocks, each of them consecutive stages of the backbone (of a ViT: layers); 0: one each.
     Key("MODEL.CLASSIFIER.BLOCKS", 0, least=0),
     # Side of the grid to which a block's output is averaged before its predictor (or head) sees it.
     Key("MODEL.CLASSIFIER.POOL", 1, least=1),
     # Of each stage, a residual pair of 3x3 convolutions.
-    Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), of=int, least=1, filled=True),
-    Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), of=int, least=1),
+    Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), least=1, filled=True),
+    Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), least=1),
     Key("MODEL.CLASSIFIER.CNN.NORM", "BN", choices=("BN", "GN")),
     Key("MODEL.CLASSIFIER.TIMM.NAME", "vit_tiny_patch16_224"),
     # Options of timm's constructor, such as ["img_size=32", "patch_size=4", "depth=6"].
     Key("MODEL.CLASSIFIER.TIMM.OPTIONS", [], of=str),
     # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
     Key("MODEL.CLASSIFIER.TIMM.WEIGHTS", ""),
-    # x_1 of a class: fixed orthonormal, learned (normalised; by the read-out term), or EMBEDDING_FILE's rows.
-    Key("MODEL.CLASSIFIER.EMBEDDING", "orthonormal", choices=("orthonormal", "learned", "given")),
-    Key("MODEL.CLASSIFIER.EMBEDDING_FILE", ""),  # a .npy or a text file of numbers, one row a class
+    # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
+    Key(
+        "MODEL.CLASSIFIER.EMBEDDING",
+        "orthonormal",
+        choices=("orthonormal", "learned"),
+        gone={"given": "it was removed: choose orthonormal or learned"},
+    ),
     Key("MODEL.CLASSIFIER.EMBED_DIM", 0, least=0),  # E; 0: K, but at least 16
     Key("MODEL.CLASSIFIER.RADIUS", 1.0, above=0),  # length of an embedding; noise has length sqrt(E)
     Key("MODEL.CLASSIFIER.HIDDEN_DIM", 128, least=2),  # of a block's predictor
@@ -64,8 +66,6 @@ KEYS = (
     Key("MODEL.CLASSIFIER.TIME_POWER", 3.0, above=0),
     # A control: the velocity target is x_1 - x_0' x_0' the noise of another image: no transport.
     Key("MODEL.CLASSIFIER.SHUFFLE_X0", False),
-    # Weight of the endpoint error at t: min((1 - t)^-2, MODEL.DFM.LOSS.VELOCITY_MAX), or 1.
-    Key("MODEL.CLASSIFIER.LOSS.WEIGHTING", "plain", choices=("velocity", "plain")),
     # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
     Key("MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", 1.0, least=0),
     Key("MODEL.CLASSIFIER.LOSS.READOUT_TEMPERATURE", 0.1, above=0),
@@ -96,24 +96,19 @@ KEYS = (
     Key("MODEL.CLASSIFIER.FF.COPY_WEIGHT", 1.0, least=0),
 )
 
+# Of earlier config files: {key: (its default, what replaced it)}; "" for the keys of the detector.
 _OF_DETECTORS = (
-    "AGGREGATION ASSIGNMENT COUPLING ENDPOINT_NOISE FROM_NOISE GT_REPEAT HEAD.* LOSS.CLS LOSS.CLS_WEIGHT "
-    "LOSS.FOCAL_ALPHA LOSS.FOCAL_GAMMA LOSS.GIOU_WEIGHT LOSS.L1_WEIGHT LOSS.VELOCITY_WEIGHT NUM_PREDICTORS "
-    "NUM_PROPOSALS ON_POLICY SAMPLER.* SIGNAL_SCALE TIME TIME_RATE"
+    "DATASETS.COCO_TRAIN_IMAGES DATASETS.COCO_TRAIN_JSON DATASETS.COCO_VAL_IMAGES DATASETS.COCO_VAL_JSON "
+    "DATASETS.VOC_ROOT INPUT.CROP_RESIZE INPUT.CROP_SIZE INPUT.DETR_CROP TEST.AP MODEL.DFM.AGGREGATION "
+    "MODEL.DFM.ASSIGNMENT MODEL.DFM.COUPLING MODEL.DFM.ENDPOINT_NOISE MODEL.DFM.FROM_NOISE "
+    "MODEL.DFM.GT_REPEAT MODEL.DFM.HEAD MODEL.DFM.LOSS MODEL.DFM.NUM_PREDICTORS MODEL.DFM.NUM_PROPOSALS "
+    "MODEL.DFM.ON_POLICY MODEL.DFM.SAMPLER MODEL.DFM.SIGNAL_SCALE MODEL.DFM.TIME MODEL.DFM.TIME_RATE"
 )
-# Keys of the detector, which config files of earlier versions hold, too.
-FOREIGN = (
-    "DATASETS.COCO_TRAIN_IMAGES",
-    "DATASETS.COCO_TRAIN_JSON",
-    "DATASETS.COCO_VAL_IMAGES",
-    "DATASETS.COCO_VAL_JSON",
-    "DATASETS.VOC_ROOT",
-    "INPUT.CROP_RESIZE",
-    "INPUT.CROP_SIZE",
-    "INPUT.DETR_CROP",
-    "TEST.AP",
-    *(f"MODEL.DFM.{name}" for name in _OF_DETECTORS.split()),
-)
+REMOVED = {name: ({}, "") for name in _OF_DETECTORS.split()} | {
+    "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
+    "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint"),
+    "MODEL.CLASSIFIER.LOSS.WEIGHTING": ("plain", "the endpoint error weighs the same at every t"),
+}
 
 
 def choose_method(cfg: CfgNode) -> None:
@@ -132,42 +127,25 @@ def choose_method(cfg: CfgNode) -> None:
 def problems(cfg: CfgNode) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
     c, dfm, method = cfg.MODEL.CLASSIFIER, cfg.MODEL.DFM, cfg.UPDATE.METHOD
-    if cfg.MODEL.META_ARCHITECTURE != METHODS[method]:
-        yield f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; leave it to UPDATE.METHOD {method}."
+    channels, strides, named = list(c.CNN.CHANNELS), list(c.CNN.STRIDES), list(c.SAMPLER.BLOCKS)
+    size, shift, architecture = cfg.INPUT.IMAGE_SIZE, cfg.INPUT.RANDOM_SHIFT, cfg.MODEL.META_ARCHITECTURE
+    if architecture != METHODS[method]:
+        yield f"MODEL.META_ARCHITECTURE is {architecture}; leave it to UPDATE.METHOD {method}."
     if dfm.BACKBONE_UPDATE != "accumulate":
-        yield (
-            f"MODEL.DFM.BACKBONE_UPDATE is {dfm.BACKBONE_UPDATE!r}, but every block of a classifier is "
-            "updated by its own loss already: leave it at accumulate."
-        )
+        yield "MODEL.DFM.BACKBONE_UPDATE is for detectors, all classifiers are local: leave it at accumulate."
     if dfm.PREDICTOR_RANKS > 1:
         yield f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}; a classifier has no predictors to share."
     if c.HIDDEN_DIM % 2:
         yield f"MODEL.CLASSIFIER.HIDDEN_DIM is {c.HIDDEN_DIM}; it must be even."
-    if c.EMBEDDING == "learned" and c.LOSS.READOUT_WEIGHT == 0:
-        yield (
-            "MODEL.CLASSIFIER.EMBEDDING learned needs LOSS.READOUT_WEIGHT above 0: nothing else keeps the "
-            "embeddings of classes apart."
-        )
-    if len(c.CNN.CHANNELS) != len(c.CNN.STRIDES):
-        yield (
-            f"MODEL.CLASSIFIER.CNN.CHANNELS is {list(c.CNN.CHANNELS)}, STRIDES {list(c.CNN.STRIDES)}; give "
-            "both for each stage."
-        )
-    named = list(c.SAMPLER.BLOCKS)
+    if c.EMBEDDING == "learned" and c.LOSS.READOUT_WEIGHT == 0:  # nothing else would keep classes apart
+        yield "MODEL.CLASSIFIER.EMBEDDING learned needs LOSS.READOUT_WEIGHT above 0."
+    if len(channels) != len(strides):
+        yield f"MODEL.CLASSIFIER.CNN.CHANNELS is {channels}, STRIDES {strides}; give both for each stage."
     if len(set(named)) < len(named):
         yield f"MODEL.CLASSIFIER.SAMPLER.BLOCKS is {named}; name each block once (empty: all)."
-    if method == "stochastic_forward_forward" and cfg.SOLVER.IMS_PER_BATCH < 2:
-        yield (
-            "UPDATE.METHOD stochastic_forward_forward needs SOLVER.IMS_PER_BATCH of at least 2: it compares "
-            "the images of a batch."
-        )
-    if c.SHUFFLE_X0 and cfg.SOLVER.IMS_PER_BATCH < 2:
-        yield (
-            "MODEL.CLASSIFIER.SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2: one image has no other's "
-            "noise, and the control would be what it controls."
-        )
-    if 0 < cfg.INPUT.IMAGE_SIZE <= cfg.INPUT.RANDOM_SHIFT:
-        yield (
-            f"INPUT.RANDOM_SHIFT is {cfg.INPUT.RANDOM_SHIFT}; it must be less than INPUT.IMAGE_SIZE "
-            f"{cfg.INPUT.IMAGE_SIZE}."
-        )
+    if method == "stochastic_forward_forward" and cfg.SOLVER.IMS_PER_BATCH < 2:  # it compares images
+        yield f"UPDATE.METHOD {method} needs SOLVER.IMS_PER_BATCH of at least 2."
+    if c.SHUFFLE_X0 and cfg.SOLVER.IMS_PER_BATCH < 2:  # one image has no other's noise
+        yield "MODEL.CLASSIFIER.SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2."
+    if 0 < size <= shift:
+        yield f"INPUT.RANDOM_SHIFT is {shift}; it must be less than INPUT.IMAGE_SIZE {size}."

@@ -4,23 +4,88 @@ Shapes: B images, S points of the path an image, M noise samples, D blocks, E em
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gelu, silu
 
 from dfm_d2.classification.backbone import block_outputs, build_split_backbone
 from dfm_d2.classification.base import Classifier, block_name, classifier_arguments
-from dfm_d2.classification.endpoint_predictor import ClassPredictor
-from dfm_d2.classification.loss import EndpointLoss
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
 from dfm_d2.errors import UserError
 from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_STAGE_TIME
+from dfm_d2.flow.time_embedding import TimeEmbedding
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
 from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
+
+
+class ClassPredictor(nn.Module):
+    """Two residual layers, the second modulated by the time.
+
+    Args:
+        in_channels: C. embed_dim: E. hidden_dim: width, even.
+    """
+
+    def __init__(self, *, in_channels: int, embed_dim: int, hidden_dim: int):
+        super().__init__()
+        self.norm_in = nn.LayerNorm(in_channels)
+        self.features = nn.Linear(in_channels, hidden_dim)
+        self.state = nn.Linear(embed_dim, hidden_dim)
+        self.time_embedding = TimeEmbedding(hidden_dim)
+        self.time_modulation = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.norm_hidden, self.hidden = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        self.norm_out, self.answer = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, embed_dim)
+        nn.init.zeros_(self.time_modulation.weight)  # begin as a predictor that ignores the time
+        nn.init.zeros_(self.time_modulation.bias)
+        # Begin near the middle of the classes: an answer of the length of noise is wrong, and sure of it.
+        nn.init.normal_(self.answer.weight, std=0.01)
+        nn.init.zeros_(self.answer.bias)
+
+    def forward(self, features: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The raw answer `(B, S, E)`.
+
+        Args:
+            features: `(B, C)`. x_t: `(B, S, E)`. t: `(B, S)` in [0, 1].
+        """
+        dtype = self.features.weight.dtype
+        seen = self.features(gelu(self.norm_in(features.to(dtype))))
+        stream = seen[:, None] + self.state(x_t.to(dtype))
+        time = self.time_embedding(t.reshape(-1)).view(*t.shape, -1)
+        scale, shift = self.time_modulation(silu(time)).chunk(2, dim=-1)
+        stream = stream + gelu(self.hidden(self.norm_hidden(stream) * (1 + scale) + shift))
+        return self.answer(self.norm_out(stream))
+
+
+@dataclass(frozen=True)
+class EndpointLoss:
+    """`mean |x_1_hat - x_1|^2 + w_r CE(<x_1_hat, e_k> / T)` (docs/classification.md, equation 3).
+
+    Args:
+        readout_weight: w_r; 0 leaves the term out. temperature: T.
+    """
+
+    readout_weight: float = 1.0
+    temperature: float = 0.1
+
+    def __call__(
+        self, x_1_hat: Tensor, target: Tensor, embeddings: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted scalars "flow" and "readout".
+
+        Args:
+            x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`. labels: `(B,)`.
+        """
+        # Detached: learned embeddings must not come to their endpoints, where all would be one.
+        losses = {"flow": (x_1_hat - target.detach()).square().sum(-1).mean()}
+        if self.readout_weight > 0:
+            logits = x_1_hat @ embeddings.T / self.temperature
+            repeated = labels[:, None].expand(-1, x_1_hat.shape[1])
+            term = cross_entropy(logits.flatten(0, 1), repeated.flatten())
+            losses["readout"] = self.readout_weight * term
+        return losses
 
 
 class PreparedFlow(NamedTuple):
@@ -38,7 +103,6 @@ class FlowClassifier(Classifier):
     Args (besides those of Classifier):
         label_space: the class embeddings. hidden_dim: of the predictors.
         criterion: the loss of a block. sampler: inference.
-        prediction: "endpoint" or "velocity", what a predictor's answer is.
         noise_samples: S. time_power: p of `t = u^p`, u uniform. shuffle_x_0: see MODEL.CLASSIFIER.SHUFFLE_X0.
     """
 
@@ -50,7 +114,6 @@ class FlowClassifier(Classifier):
         hidden_dim: int,
         criterion: EndpointLoss,
         sampler: ClassSampler,
-        prediction: str = "endpoint",
         noise_samples: int = 1,
         time_power: float = 1.0,
         shuffle_x_0: bool = False,
@@ -61,7 +124,6 @@ class FlowClassifier(Classifier):
         self.label_space = label_space
         self.criterion = criterion
         self.sampler = sampler
-        self.prediction = prediction
         self.noise_samples = noise_samples
         self.time_power = time_power
         self.shuffle_x_0 = shuffle_x_0
@@ -80,13 +142,10 @@ class FlowClassifier(Classifier):
             "label_space": build_label_space(c, common["num_classes"]),
             "hidden_dim": c.HIDDEN_DIM,
             "criterion": EndpointLoss(
-                weighting=c.LOSS.WEIGHTING,
-                velocity_max=cfg.MODEL.DFM.LOSS.VELOCITY_MAX,
                 readout_weight=c.LOSS.READOUT_WEIGHT,
                 temperature=c.LOSS.READOUT_TEMPERATURE,
             ),
             "sampler": ClassSampler(sampler_settings(c.SAMPLER), c.LOSS.READOUT_TEMPERATURE),
-            "prediction": cfg.MODEL.DFM.PREDICTION,
             "noise_samples": c.NOISE_SAMPLES,
             "time_power": c.TIME_POWER,
             "shuffle_x_0": c.SHUFFLE_X0,
@@ -141,7 +200,7 @@ class FlowClassifier(Classifier):
             wrong = (sample.x_1 - sample.x_0.unflatten(0, shape).roll(1, 0).flatten(0, 1)).unflatten(0, shape)
             target = x_t + (1 - t)[..., None] * wrong
         embeddings = self.label_space.embeddings.to(x_1_hat.dtype)
-        losses = self.criterion(x_1_hat, target, t, embeddings, prepared.labels)
+        losses = self.criterion(x_1_hat, target, embeddings, prepared.labels)
         name = block_name(index)
         right = self.label_space.decode(x_1_hat.detach()) == prepared.labels[:, None]
         found = {f"loss_{key}/{name}": value for key, value in losses.items()}
@@ -149,10 +208,7 @@ class FlowClassifier(Classifier):
 
     def _endpoint(self, index: int, pooled: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The endpoint `(B, S, E)` of a block, from pooled `(B, C)`, `x_t` `(B, S, E)` and t `(B, S)`."""
-        answer = at_least_float32(self.block_predictors[index](pooled, x_t, t)).to(x_t.dtype)
-        if self.prediction == "velocity":
-            return x_t + (1 - t)[..., None] * answer
-        return answer
+        return at_least_float32(self.block_predictors[index](pooled, x_t, t)).to(x_t.dtype)
 
     # --------------------------------------------------------------- inference
 
@@ -196,7 +252,7 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
     """The class embeddings of a node MODEL.CLASSIFIER.
 
     Raises:
-        UserError: a dimension below K, or a file that does not have K rows of numbers.
+        UserError: orthonormal embeddings of a dimension below K.
     """
     dim = classifier.EMBED_DIM or max(num_classes, 16)
     if classifier.EMBEDDING == "orthonormal":
@@ -206,27 +262,6 @@ def build_label_space(classifier, num_classes: int) -> LabelSpace:
                 "dimensions or more: set it to 0, or EMBEDDING to learned."
             )
         return LabelSpace.orthonormal(num_classes, dim, radius=classifier.RADIUS)
-    if classifier.EMBEDDING == "learned":
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(num_classes, dim, generator=generator)
-        return LabelSpace(start, learned=True, radius=classifier.RADIUS)
-    path = Path(classifier.EMBEDDING_FILE)
-    try:
-        matrix = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
-        if matrix.dtype.kind not in "fiu":
-            raise ValueError(f"its entries are of the type {matrix.dtype}")
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} is no matrix of numbers: {error}") from error
-    if matrix.ndim != 2 or len(matrix) != num_classes:
-        raise UserError(
-            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has the shape {matrix.shape}: give one row for each of "
-            f"the {num_classes} classes, in their order."
-        )
-    if len(np.unique(matrix, axis=0)) < num_classes:
-        raise UserError(
-            f"MODEL.CLASSIFIER.EMBEDDING_FILE {path} has equal rows: their classes cannot be told apart."
-        )
-    try:
-        return LabelSpace(torch.as_tensor(matrix, dtype=torch.float32), radius=classifier.RADIUS)
-    except ValueError as error:
-        raise UserError(f"MODEL.CLASSIFIER.EMBEDDING_FILE {path}: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(num_classes, dim, generator=generator)
+    return LabelSpace(start, learned=True, radius=classifier.RADIUS)

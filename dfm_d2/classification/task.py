@@ -19,8 +19,7 @@ def _without_pretrained(cfg):
 
 CLASSIFICATION = Task(
     keys=config.KEYS,
-    removed={},
-    foreign=config.FOREIGN,
+    removed=config.REMOVED,
     complete=config.choose_method,
     problems=config.problems,
     models=tuple(
@@ -34,6 +33,6 @@ CLASSIFICATION = Task(
     evaluator=lambda cfg, name, folder: _evaluator(name, folder),
     summary=Imported(_EVALUATION, "class_summary"),
     before_evaluation=Imported("dfm_d2.classification.calibration", "calibrate"),
-    after_training=Imported("dfm_d2.classification.pictures", "write_class_pictures"),
+    after_training=Imported("dfm_d2.classification.training_pictures", "write_class_pictures"),
     without_pretrained=_without_pretrained,
 )

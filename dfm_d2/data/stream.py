@@ -29,7 +29,7 @@ Sample = tuple[dict | None, list[tuple[str, str]]]
 class SampleStream(Dataset):
     """A training stream as a function of the position; see the head of this file.
 
-    make: answers the model's input dict of an entry, augmented by the generator; raises ImageError.
+    make: returns the model's input dict of an entry, augmented by the generator; raises ImageError.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class _TestImages(Dataset):
 class TestLoader(DataLoader):
     """Batches of a set in order, with a length, as Detectron2's inference_on_dataset wants it.
 
-    make: answers the model's input dict of an entry; raises ImageError. Each rank gets a contiguous share.
+    make: returns the model's input dict of an entry; raises ImageError. Each rank gets a contiguous share.
     """
 
     __test__ = False  # pytest: not a test

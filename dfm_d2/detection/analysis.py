@@ -1,73 +1,64 @@
-"""Parameters, multiply-adds and activations of a detector, room by room.
-
-Shapes: B images, N proposals, D predictors, S samples of a cell of RoIAlign's grid.
-"""
+"""Parameters, multiply-adds and activations of a detector, part by part."""
 
 import math
-import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis, parameter_count
 
 from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.export.formats import recording
 from dfm_d2.framework import TracingAdapter
 
 
-@dataclass(frozen=True)
-class RoomCost:
-    """room: a part of the detector. parameters: their number. multiply_adds: of one image, in convolutions,
-    matrix products, attention, norms, interpolation and RoIAlign's sums. activations: numbers that
-    convolutions and matrix products answer.
+class PartCost(NamedTuple):
+    """part: of the detector. parameters: their number. multiply_adds: of one image, in convolutions, matrix
+    products, attention, norms, interpolation and RoIAlign's sums. activations: numbers that convolutions and
+    matrix products answer.
     """
 
-    room: str
+    part: str
     parameters: int
     multiply_adds: int
     activations: int
 
+    def millions(self) -> tuple[float, float, float]:
+        """Parameters in millions, multiply-adds in billions, activations in millions."""
+        return self.parameters / 1e6, self.multiply_adds / 1e9, self.activations / 1e6
 
-def analyze(model: FlowDetector, image: torch.Tensor) -> list[RoomCost]:
-    """The rooms in the order in which an image passes them, then "total".
+
+def analyze(model: FlowDetector, image: torch.Tensor) -> list[PartCost]:
+    """The parts in the order in which an image passes them, then "total".
 
     Args:
         model: in evaluation mode, its ops on the backend "torch". image: `(3, H, W)`.
     """
     adapter = TracingAdapter(model, [{"image": image, "image_id": 0}], allow_non_tensor=True)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            flops = FlopCountAnalysis(adapter, adapter.flattened_inputs)
-            flops.set_op_handle("aten::embedding_bag", _embedding_bag)
-            flops.set_op_handle("aten::scaled_dot_product_attention", _attention)
-            work = flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_module()
-            activations = ActivationCountAnalysis(adapter, adapter.flattened_inputs)
-            numbers = activations.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_module()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    parameters = parameter_count(model)
+    with recording():
+        work = FlopCountAnalysis(adapter, adapter.flattened_inputs)
+        work.set_op_handle("aten::embedding_bag", _embedding_bag)
+        work.set_op_handle("aten::scaled_dot_product_attention", _attention)
+        numbers = ActivationCountAnalysis(adapter, adapter.flattened_inputs)
+        counts = [
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_module()
+            for analysis in (work, numbers)
+        ]
+    counts.insert(0, parameter_count(adapter))
+
+    def cost(part: str, module: str, without: str = "") -> PartCost:
+        numbers = (count[module] - (count[without] if without else 0) for count in counts)
+        return PartCost(part, *map(int, numbers))
+
     # The pooler is one object, which all predictors share: its work is counted under the first of them.
-    rooms = {"backbone.bottom_up": "backbone", "backbone": "FPN", "predictors.0.pooler": "RoIAlign"}
-    rooms |= {f"predictors.{d}": f"predictor {d}" for d in range(model.num_predictors)}
-    costs = [
-        RoomCost(name, parameters[module], int(work[f"model.{module}"]), int(numbers[f"model.{module}"]))
-        for module, name in rooms.items()
+    pooler = "model.predictors.0.pooler"
+    return [
+        cost("backbone", "model.backbone.bottom_up"),
+        cost("FPN", "model.backbone", "model.backbone.bottom_up"),
+        cost("RoIAlign", pooler),
+        cost("predictor 0", "model.predictors.0", pooler),
+        *(cost(f"predictor {d}", f"model.predictors.{d}") for d in range(1, model.num_predictors)),
+        cost("total", ""),
     ]
-    costs[1], costs[3] = _without(costs[1], costs[0]), _without(costs[3], costs[2])
-    total = RoomCost("total", parameters[""], int(work[""]), int(numbers[""]))
-    return [*costs, total]
-
-
-def _without(whole: RoomCost, part: RoomCost) -> RoomCost:
-    return RoomCost(
-        whole.room,
-        whole.parameters - part.parameters,
-        whole.multiply_adds - part.multiply_adds,
-        whole.activations - part.activations,
-    )
 
 
 def _size(value: Any) -> list[int]:

@@ -8,7 +8,7 @@ Shapes: B images, N proposals, D heads, K classes.
 
 from collections.abc import Iterator, Sequence
 
-from dfm_kernels.reference import BoxFlowUpdate
+from dfm_kernels.box_flow_update import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.detection.detector import FlowDetector
@@ -48,7 +48,7 @@ class CascadeDetector(FlowDetector):
         for head in self.predictors:
             answer = head(features, self.space.proposals(x, image_sizes), x, t, queries)
             yield x, answer
-            x, queries = self.space.clamp(self.flow.endpoint(x, answer.boxes, t).detach()), answer.queries
+            x, queries = self.space.clamp(self.flow.endpoint(x, answer.boxes).detach()), answer.queries
 
     def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
         """One solver step towards the endpoint of the last head, after all the others."""

@@ -17,7 +17,7 @@ KEYS = (
     Key("DATASETS.COCO_TRAIN_IMAGES", ""),
     Key("DATASETS.COCO_VAL_JSON", ""),
     Key("DATASETS.COCO_VAL_IMAGES", ""),
-    Key("INPUT.MIN_SIZE_TRAIN", of=int, least=0, filled=True),  # 0: no resize
+    Key("INPUT.MIN_SIZE_TRAIN", least=0, filled=True),  # 0: no resize
     Key("INPUT.MIN_SIZE_TRAIN_SAMPLING", choices=("choice", "range")),
     Key("INPUT.MAX_SIZE_TRAIN", least=1),
     Key("INPUT.MIN_SIZE_TEST", least=0),
@@ -26,8 +26,8 @@ KEYS = (
     # Probability of the second branch of the DETR recipe: resize to one of CROP_RESIZE, crop a random window
     # of CROP_SIZE (least and greatest side in pixels), then the usual resize. 0 is off.
     Key("INPUT.DETR_CROP", 0.0, least=0, most=1),
-    Key("INPUT.CROP_RESIZE", (400, 500, 600), of=int, least=1, filled=True),
-    Key("INPUT.CROP_SIZE", (384, 600), of=int, least=1, lengths=(2,)),
+    Key("INPUT.CROP_RESIZE", (400, 500, 600), least=1, filled=True),
+    Key("INPUT.CROP_SIZE", (384, 600), least=1, lengths=(2,)),
     # ---- the flow
     # D, the number of predictors, each a block of local update.
     Key("MODEL.DFM.NUM_PREDICTORS", 4, least=1),
@@ -51,7 +51,7 @@ KEYS = (
     # How the D answers of TIME "shared" are averaged.
     Key("MODEL.DFM.AGGREGATION", "uniform", choices=("uniform", "confidence")),
     # ---- the heads
-    Key("MODEL.DFM.HEAD.IN_FEATURES", ["p2", "p3", "p4", "p5"], of=str, filled=True),
+    Key("MODEL.DFM.HEAD.IN_FEATURES", ["p2", "p3", "p4", "p5"], filled=True),
     Key("MODEL.DFM.HEAD.HIDDEN_DIM", 256, least=1),
     Key("MODEL.DFM.HEAD.NUM_HEADS", 8, least=1),
     Key("MODEL.DFM.HEAD.FEEDFORWARD_DIM", 2048, least=1),
@@ -61,9 +61,7 @@ KEYS = (
         "MODEL.DFM.HEAD.INTERACTION",
         "dynamic_conv",
         choices=("dynamic_conv", "grid_linear"),
-        gone={
-            "cross_attention": "it was removed, as it lost to both others: choose dynamic_conv or grid_linear"
-        },
+        gone={"cross_attention": "it lost to both others and was removed: train with one of them"},
     ),
     Key("MODEL.DFM.HEAD.DYNAMIC_DIM", 64, least=1),
     # Hidden layers of the class and box towers.
@@ -74,7 +72,7 @@ KEYS = (
     # Side in pixels of a box that is pooled from the level of stride 16.
     Key("MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE", 224, least=1),
     # (w_x, w_y, w_w, w_h) by which box deltas are divided.
-    Key("MODEL.DFM.HEAD.BOX_WEIGHTS", (2.0, 2.0, 1.0, 1.0), of=float, above=0, lengths=(4,)),
+    Key("MODEL.DFM.HEAD.BOX_WEIGHTS", (2.0, 2.0, 1.0, 1.0), above=0, lengths=(4,)),
     # ---- the loss
     Key("MODEL.DFM.LOSS.CLS", "focal", choices=("focal", "quality_focal")),
     Key("MODEL.DFM.LOSS.FOCAL_ALPHA", 0.25, above=0, below=1),
@@ -83,13 +81,13 @@ KEYS = (
     Key("MODEL.DFM.LOSS.L1_WEIGHT", 5.0, least=0),
     Key("MODEL.DFM.LOSS.GIOU_WEIGHT", 2.0, least=0),
     Key("MODEL.DFM.LOSS.VELOCITY_WEIGHT", 0.0, least=0),
+    # The bound w_max on (1 - t)^-2, by which the error of a velocity weighs that of its endpoint.
+    Key("MODEL.DFM.LOSS.VELOCITY_MAX", 25.0, least=0),
     # ---- the sampler, all of it changeable at test time without retraining
     # Heun's correction divides by 1 - t_next: a small TIME_RATE suits it best.
     Key("MODEL.DFM.SAMPLER.METHOD", "euler", choices=("euler", "heun")),
     # K, the number of steps; 0: D for TIME "partitioned", 1 for "shared".
     Key("MODEL.DFM.SAMPLER.STEPS", 0, least=0),
-    # An explicit time grid from 0 to 1 (STEPS is then ignored); empty: uniform.
-    Key("MODEL.DFM.SAMPLER.TIME_GRID", [], of=float, least=0, most=1),
     Key("MODEL.DFM.SAMPLER.NUM_PROPOSALS", 0, least=0),  # 0: as in training
     # Indices of the predictors that answer (TIME "shared" only); empty: all.
     Key("MODEL.DFM.SAMPLER.PREDICTORS", [], of=int, least=0),
@@ -104,99 +102,64 @@ KEYS = (
     Key("TEST.DETECTIONS_PER_IMAGE", least=1),
 )
 
-# Options that earlier versions had: {key: (its default, what to do instead)}.
+_ON_POLICY = "MODEL.DFM.ON_POLICY trains on the states of inference"
+# What config files of earlier versions have: {key: (its default, what replaced it)}; "" for the classifier's
+# keys.
 REMOVED = {
-    "MODEL.DFM.ENDPOINT_NOISE": (0.0, "leave it out; MODEL.DFM.ON_POLICY trains on the states of inference"),
-    "MODEL.DFM.FROM_NOISE": (0.0, "leave it out; t is drawn from all of a predictor's interval"),
-    "MODEL.DFM.SAMPLER.ENSEMBLE_STEPS": (
-        False,
-        "leave it out; MODEL.DFM.SAMPLER.NOISE_PASSES merges the detections of several passes",
-    ),
-    "MODEL.DFM.SAMPLER.RENEWAL_THRESH": (
-        0.0,
-        "leave it out; MODEL.DFM.SAMPLER.NUM_PROPOSALS or NOISE_PASSES gives more proposals",
-    ),
+    "MODEL.DFM.ENDPOINT_NOISE": (0.0, _ON_POLICY),
+    "MODEL.DFM.FROM_NOISE": (0.0, _ON_POLICY),
+    "MODEL.DFM.SAMPLER.ENSEMBLE_STEPS": (False, "MODEL.DFM.SAMPLER.NOISE_PASSES merges several passes"),
+    "MODEL.DFM.SAMPLER.RENEWAL_THRESH": (0.0, "MODEL.DFM.SAMPLER.NUM_PROPOSALS gives more proposals"),
+    "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint, which was better by 8 AP50"),
+    "MODEL.DFM.SAMPLER.TIME_GRID": ([], "MODEL.DFM.SAMPLER.STEPS are even in the warped time"),
+    "DATASETS.HOLD_OUT": (0.0, ""),
+    "DATASETS.ROOT": ("", ""),
+    "INPUT.IMAGE_SIZE": (0, ""),
+    "INPUT.RANDOM_SHIFT": (0, ""),
+    "MODEL.CLASSIFIER": ({}, ""),
+    "UPDATE": ({}, ""),
 }
-
-# Keys of the classifier, which config files of earlier versions hold, too.
-FOREIGN = (
-    "DATASETS.HOLD_OUT",
-    "DATASETS.ROOT",
-    "INPUT.IMAGE_SIZE",
-    "INPUT.RANDOM_SHIFT",
-    "MODEL.CLASSIFIER.*",
-    "UPDATE.*",
-)
 
 
 def problems(cfg: CfgNode) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
-    dfm = cfg.MODEL.DFM
+    dfm, sizes = cfg.MODEL.DFM, tuple(cfg.INPUT.MIN_SIZE_TRAIN)
+    head, loss, sampler = dfm.HEAD, dfm.LOSS, dfm.SAMPLER
+    predictors = list(sampler.PREDICTORS)
     if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector":
         if dfm.UPDATE != "joint":
-            yield (
-                f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but CascadeDetector passes gradients between its "
-                "predictors: set MODEL.DFM.UPDATE joint."
-            )
+            yield f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but gradients cross a CascadeDetector: set joint."
         if dfm.BACKBONE_UPDATE == "local":
             yield "MODEL.DFM.BACKBONE_UPDATE local is for FlowDetector, not CascadeDetector: set accumulate."
-        if dfm.TIME != "partitioned" or dfm.SAMPLER.PREDICTORS:
-            yield (
-                "CascadeDetector asks all its heads in a row: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS as "
-                "they are."
-            )
+        if dfm.TIME != "partitioned" or predictors:
+            yield "CascadeDetector asks all its heads: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS alone."
     if dfm.PREDICTOR_RANKS > dfm.NUM_PREDICTORS:
-        yield (
-            f"MODEL.DFM.PREDICTOR_RANKS is {dfm.PREDICTOR_RANKS}, but MODEL.DFM.NUM_PREDICTORS "
-            f"{dfm.NUM_PREDICTORS}: give each rank one."
-        )
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
-        sizes = tuple(cfg.INPUT.MIN_SIZE_TRAIN)
+        yield f"MODEL.DFM.PREDICTOR_RANKS is above NUM_PREDICTORS {dfm.NUM_PREDICTORS}: give each rank one."
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
         yield f"INPUT.MIN_SIZE_TRAIN is {sizes}, but MIN_SIZE_TRAIN_SAMPLING range wants (low, high)."
-    if 0 < dfm.LOSS.FOCAL_GAMMA < 1:
-        yield (
-            f"MODEL.DFM.LOSS.FOCAL_GAMMA is {dfm.LOSS.FOCAL_GAMMA}; set 0 or at least 1: between them the "
-            "gradient of a saturated class is infinite."
-        )
-    weights = ("CLS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "VELOCITY_WEIGHT")
-    if not any(dfm.LOSS[key] > 0 for key in weights):
-        yield f"MODEL.DFM.LOSS has no weight above 0; set one of {', '.join(weights)}."
-    head, sampler = dfm.HEAD, dfm.SAMPLER
+    if 0 < loss.FOCAL_GAMMA < 1:  # the gradient of a saturated class would be infinite
+        yield f"MODEL.DFM.LOSS.FOCAL_GAMMA is {loss.FOCAL_GAMMA}; set 0 or at least 1."
+    if not any(loss[name] for name in ("CLS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "VELOCITY_WEIGHT")):
+        yield "MODEL.DFM.LOSS has no weight above 0: set one of CLS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT."
     if head.HIDDEN_DIM % head.NUM_HEADS:
-        yield (
-            f"MODEL.DFM.HEAD.NUM_HEADS is {head.NUM_HEADS}; it must divide MODEL.DFM.HEAD.HIDDEN_DIM "
-            f"{head.HIDDEN_DIM}."
-        )
-    grid = list(sampler.TIME_GRID)
-    if grid and (grid[0] != 0 or grid[-1] != 1 or any(a >= b for a, b in zip(grid, grid[1:]))):
-        yield f"MODEL.DFM.SAMPLER.TIME_GRID is {grid}; it must increase from 0 to 1."
+        yield f"MODEL.DFM.HEAD.NUM_HEADS is {head.NUM_HEADS}; it must divide HIDDEN_DIM {head.HIDDEN_DIM}."
     if sampler.NMS_THRESH == 0 and sampler.NOISE_PASSES > 1:
         yield "MODEL.DFM.SAMPLER.NMS_THRESH is 0, but NOISE_PASSES merges detections by NMS: set it to 0.6."
-    predictors = list(sampler.PREDICTORS)
-    if len(set(predictors)) < len(predictors):
-        yield f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; name each predictor once."
     if predictors and dfm.TIME == "partitioned":
         yield "MODEL.DFM.SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared: partitioned time needs them all."
+    if len(set(predictors)) < len(predictors):
+        yield f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; name each predictor once."
     if any(index >= dfm.NUM_PREDICTORS for index in predictors):
-        yield (
-            f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; indices go from 0 to {dfm.NUM_PREDICTORS - 1} "
-            "(MODEL.DFM.NUM_PREDICTORS - 1)."
-        )
+        yield f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; indices go from 0 to {dfm.NUM_PREDICTORS - 1}."
 
 
 def check_start(cfg: CfgNode) -> None:
     """UserError if training from scratch (``MODEL.WEIGHTS`` empty) would leave random layers untrained."""
-    if cfg.MODEL.WEIGHTS:
-        return
-    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
-        raise UserError(
-            "MODEL.RESNETS.NORM FrozenBN cannot train from scratch, its statistics never move; "
-            "set it to GN or BN, or give MODEL.WEIGHTS."
-        )
-    if cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.DFM.BACKBONE_UPDATE == "frozen":
-        key = (
-            "MODEL.BACKBONE.FREEZE_AT 0" if cfg.MODEL.BACKBONE.FREEZE_AT > 0 else "BACKBONE_UPDATE accumulate"
-        )
-        raise UserError(
-            f"Training from scratch would keep random layers frozen: set {key}, or give MODEL.WEIGHTS."
-        )
+    frozen = (
+        (cfg.MODEL.RESNETS.NORM == "FrozenBN", "MODEL.RESNETS.NORM BN or GN"),
+        (cfg.MODEL.BACKBONE.FREEZE_AT > 0, "MODEL.BACKBONE.FREEZE_AT 0"),
+        (cfg.MODEL.DFM.BACKBONE_UPDATE == "frozen", "MODEL.DFM.BACKBONE_UPDATE accumulate"),
+    )
+    for is_frozen, remedy in frozen:
+        if is_frozen and not cfg.MODEL.WEIGHTS:
+            raise UserError(f"Random layers would stay frozen: set {remedy}, or give MODEL.WEIGHTS.")

@@ -1,9 +1,10 @@
-"""FlowPredictor: files, arrays or tensors in, detections out, as Detectron2's DefaultPredictor for one image.
+"""FlowPredictor: files or arrays in, detections out, as Detectron2's DefaultPredictor for one image.
 
 Shapes: H, W height and width of an image.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfm_d2.data.images import ImageError, read_image
-from dfm_d2.detection.data.loader import resized_item
+from dfm_d2.data.images import ImageError
+from dfm_d2.detection.data.loader import read_test_item, resized_item
 from dfm_d2.detection.loading import load_detector
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.precision import inference_autocast
@@ -46,7 +47,7 @@ class FlowPredictor:
     def __init__(self, cfg: CfgNode, batch_size: int = 1):
         """cfg: with MODEL.WEIGHTS. batch_size: images of a list that are computed at once.
 
-        Raises UserError for weights that are missing or of another model; ValueError for a bad batch size.
+        Raises UserError for weights that are missing or of another model, and for a bad batch size.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
@@ -80,53 +81,46 @@ class FlowPredictor:
         return list(self.stream(images, return_trajectory))
 
     def stream(
-        self,
-        images: Iterable[ImageLike],
-        return_trajectory: bool = False,
-        on_error: Callable[[ImageError], None] | None = None,
-    ) -> Iterator[Instances | Flowed]:
+        self, images: Iterable[ImageLike], return_trajectory: bool = False, return_errors: bool = False
+    ) -> Iterator[Instances | Flowed | ImageError]:
         """As a call, one answer after another, for more images than fit into memory.
 
-        on_error: takes the error of a file that cannot be read, which then has no answer; None: it is raised.
+        return_errors: the answer for a file that cannot be read is its ImageError, which is raised otherwise.
         """
-        batch: list[dict] = []
-        for number, image in enumerate(images):
-            try:
-                batch.append(self._item(image, number))
-            except ImageError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-                continue
-            # A trajectory's boxes are decoded with one size: each image by itself.
-            if len(batch) == (1 if return_trajectory else self.batch_size):
-                yield from self._run(batch, return_trajectory)
-                batch = []
-        if batch:
-            yield from self._run(batch, return_trajectory)
+        # A trajectory's boxes are decoded with one size: each image by itself.
+        size = 1 if return_trajectory else self.batch_size
+        numbered = enumerate(images)
+        while chunk := list(itertools.islice(numbered, size)):
+            items = [self._item(image, number, return_errors) for number, image in chunk]
+            found = self._run([item for item in items if isinstance(item, dict)], return_trajectory)
+            for item in items:
+                yield next(found) if isinstance(item, dict) else item
 
-    def _item(self, image: ImageLike, number: int) -> dict:
-        if isinstance(image, np.ndarray):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-                raise ValueError(
-                    f"an image must be uint8 (H, W, 3) in the order {self.cfg.INPUT.FORMAT}, "
-                    f"got {image.dtype} {image.shape}"
-                )
-            return resized_item({"file_name": "", "image_id": number}, image, self.cfg)
-        if not isinstance(image, (str, Path)):
+    def _item(self, image: ImageLike, number: int, return_errors: bool) -> dict | ImageError:
+        if isinstance(image, (str, Path)):
+            # Noise by the name of the file, as tools/visualize_flow.py has it: the same answer in any order.
+            entry = {"file_name": str(image), "image_id": Path(image).stem}
+            try:
+                return read_test_item(entry, self.cfg)
+            except ImageError as error:
+                if return_errors:
+                    return error
+                raise
+        is_array = isinstance(image, np.ndarray)
+        if not (is_array and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size):
+            got = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
             raise ValueError(
-                "an image must be a path or a uint8 array (H, W, 3) in the order "
-                f"{self.cfg.INPUT.FORMAT}, got {type(image).__name__}"
+                f"an image must be a path or a uint8 array (H, W, 3) in the order {self.cfg.INPUT.FORMAT}, "
+                f"got {got}"
             )
-        pixels = read_image(image, self.cfg.INPUT.FORMAT)
-        # Noise by the name of the file, as tools/visualize_flow.py has it: the same answer in any order.
-        return resized_item({"file_name": str(image), "image_id": Path(image).stem}, pixels, self.cfg)
+        return resized_item({"file_name": "", "image_id": number}, image, self.cfg)
 
     @torch.no_grad()
-    def _run(self, batch: list[dict], return_trajectory: bool) -> list[Instances] | list[Flowed]:
+    def _run(self, batch: list[dict], return_trajectory: bool) -> Iterator[Instances | Flowed]:
+        if not batch:
+            return iter(())
         with inference_autocast(self.cfg):
             found = [answer["instances"].to("cpu") for answer in self.model(batch)]
-            if not return_trajectory:
-                return found
-            trajectory, image_size = self.model.trajectory(batch)
-        return [Flowed(found[0], trajectory, image_size)]
+            if return_trajectory:
+                return iter([Flowed(found[0], *self.model.trajectory(batch))])
+        return iter(found)

@@ -11,7 +11,6 @@ _evaluator = Imported(_EVALUATOR, "DetectionEvaluator")
 DETECTION = Task(
     keys=config.KEYS,
     removed=config.REMOVED,
-    foreign=config.FOREIGN,
     problems=config.problems,
     check_start=config.check_start,
     models=("dfm_d2.detection.cascade",),  # FlowDetector, too

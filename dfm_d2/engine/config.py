@@ -18,16 +18,11 @@ KEYS = (
     # "auto" for sets of at most 2,000 images (headers only for larger ones).
     Key("DATASETS.VERIFY_IMAGES", "auto", choices=("auto", "always", "never")),
     Key("INPUT.FORMAT", choices=("BGR", "RGB")),
-    Key("MODEL.PIXEL_MEAN", of=float),
-    Key("MODEL.PIXEL_STD", of=float, above=0),
+    Key("MODEL.PIXEL_STD", above=0),
     Key("SEED", below=2**31),  # negative: a random one
     # ---- the model
     # K; 0: that of the training set.
     Key("MODEL.DFM.NUM_CLASSES", 0, least=0),
-    # What a predictor answers: the endpoint x_1, or the velocity.
-    Key("MODEL.DFM.PREDICTION", "endpoint", choices=("endpoint", "velocity")),
-    # The bound w_max on (1 - t)^-2, by which the error of a velocity weighs that of its endpoint.
-    Key("MODEL.DFM.LOSS.VELOCITY_MAX", 25.0, least=0),
     # "triton": the kernels of docs/kernels.md, an error where one cannot run; "auto": for CUDA tensors that
     # they take. With either the detector's sampler is one CUDA graph for each padded shape that comes back.
     # "torch" stays the default until they have been measured on a GPU.
@@ -66,7 +61,6 @@ KEYS = (
     Key("SOLVER.IMS_PER_BATCH", least=1),
     Key("SOLVER.LR_SCHEDULER_NAME", choices=("WarmupMultiStepLR", "WarmupCosineLR")),
     Key("SOLVER.MAX_ITER", least=1),
-    Key("SOLVER.STEPS", of=int),
     Key("SOLVER.WARMUP_ITERS", least=0),
     Key("SOLVER.WARMUP_METHOD", choices=("linear", "constant")),
     # ---- evaluation
@@ -80,16 +74,13 @@ KEYS = (
 
 def problems(cfg: CfgNode) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
-    dfm = cfg.MODEL.DFM
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", cfg.MODEL.DEVICE):
-        yield f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: set it to cpu, cuda or cuda:0."
-    if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
+    model, dfm, solver = cfg.MODEL, cfg.MODEL.DFM, cfg.SOLVER
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", model.DEVICE):
+        yield f"MODEL.DEVICE is {model.DEVICE!r}: set it to cpu, cuda or cuda:0."
+    if len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         yield "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have as many numbers."
-    if "CLIP_GRADIENTS" in cfg.SOLVER and cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-        yield (
-            "SOLVER.CLIP_GRADIENTS would clip over all blocks, which local updates cannot know; "
-            "set SOLVER.BLOCK_CLIP_NORM instead."
-        )
+    if "CLIP_GRADIENTS" in solver and solver.CLIP_GRADIENTS.ENABLED:
+        yield "SOLVER.CLIP_GRADIENTS would clip over all blocks together: set SOLVER.BLOCK_CLIP_NORM instead."
     if dfm.STEP_IN_BACKWARD and dfm.PREDICTOR_RANKS == 1 and dfm.UPDATE != "sequential":
         yield "MODEL.DFM.STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential: the others have one backward."
     if dfm.PREDICTOR_RANKS > 1 and dfm.UPDATE != "parallel":

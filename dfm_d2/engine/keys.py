@@ -3,24 +3,18 @@
 import copy
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfm_d2.errors import UserError
+from dfm_d2.framework import CfgNode
 
-_BOUNDS = (
-    ("least", "at least", operator.ge),
-    ("above", "greater than", operator.gt),
-    ("most", "at most", operator.le),
-    ("below", "less than", operator.lt),
-)
-_TYPES = {
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    str: (str, "a word"),
-    None: (object, ""),
+_BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("greater than", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("less than", operator.lt),
 }
+_NOUNS = {int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -28,10 +22,10 @@ class Key:
     """A config key and the values that it may have.
 
     name: with dots. default: None for a key of Detectron2, which has one.
-    choices: what the value may be, or each entry of a list.
-    least, most: bounds of the value, or of each entry of a list; above, below: bounds that it must not reach.
-    of: type of each entry of a list. lengths: how many entries a list may have, empty: any number.
-    filled: whether a list must have an entry.
+    choices: what the value may be. least, most: its bounds; above, below: bounds that it must not reach. Of a
+    list, each entry is meant.
+    of: type of the entries of a list whose default is empty. filled: whether a list must have an entry.
+    lengths: how many entries a list may have; empty: any number.
     gone: {former choice: what replaced it}.
     """
 
@@ -43,14 +37,14 @@ class Key:
     most: float | None = None
     below: float | None = None
     of: type | None = None
-    lengths: Sequence[int] = ()
     filled: bool = False
+    lengths: Sequence[int] = ()
     gone: Mapping[str, str] = field(default_factory=dict)
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value, as the second half of an error message; empty: nothing."""
+        """What is wrong with a value of the right type, as the end of an error message; empty: nothing."""
         is_list = isinstance(value, (list, tuple))
-        entries = value if is_list else (value,)
+        entries, each = (value, "each") if is_list else ([value], "it")
         if str(value) in self.gone:
             return self.gone[str(value)]
         if self.choices and not all(entry in self.choices for entry in entries):
@@ -59,73 +53,36 @@ class Key:
             return f"it must have {' or '.join(map(str, self.lengths))} numbers"
         if self.filled and not entries:
             return "it must not be empty"
+        if self.of and not all(isinstance(entry, self.of) for entry in entries):
+            return f"each must be {_NOUNS[self.of]}"
         bounds = [
-            (words, getattr(self, name), holds)
-            for name, words, holds in _BOUNDS
-            if getattr(self, name) is not None
+            (*_BOUNDS[name], getattr(self, name)) for name in _BOUNDS if getattr(self, name) is not None
         ]
-        types, noun = _TYPES[self.of or (float if bounds else None)]
-        # NaN is within no bounds.
-        if all(
-            isinstance(entry, types) and all(holds(entry, bound) for _, bound, holds in bounds)
-            for entry in entries
-        ):
+        if all(holds(entry, bound) for _, holds, bound in bounds for entry in entries):  # never for NaN
             return ""
-        allowed = " and ".join(f"{words} {bound}" for words, bound, _ in bounds)
-        words = ", ".join(filter(None, [noun if is_list else "", allowed])) or noun
-        return f"{'each' if is_list else 'it'} must be {words}"
+        return f"{each} must be {' and '.join(f'{words} {bound}' for words, _, bound in bounds)}"
 
 
-def add_keys(cfg: Any, keys: Iterable[Key]) -> None:
+def add_keys(cfg: CfgNode, keys: Iterable[Key]) -> None:
     """Add those keys to a config, in place, that are not Detectron2's own."""
     for key in keys:
         if key.default is not None:
-            _put(cfg, key.name, copy.copy(key.default))
+            node, (*path, last) = cfg, key.name.split(".")
+            for part in path:
+                node = node.setdefault(part, CfgNode())
+            node[last] = copy.copy(key.default)
 
 
-def get_key(cfg: Any, name: str) -> Any:
+def get_key(cfg: CfgNode, name: str) -> Any:
     """The value of a dotted key."""
     for part in name.split("."):
         cfg = cfg[part]
     return cfg
 
 
-def problems_of(cfg: Any, keys: Iterable[Key]) -> Iterator[str]:
+def problems_of(cfg: CfgNode, keys: Iterable[Key]) -> Iterator[str]:
     """One error message for each key whose value is none of its choices or out of its bounds."""
     for key in keys:
         value = get_key(cfg, key.name)
         if problem := key.problem(value):
             yield f"{key.name} is {value!r}; {problem}."
-
-
-@contextmanager
-def former_keys(cfg: Any, removed: Mapping[str, tuple[Any, str]], foreign: Sequence[str]) -> Iterator[None]:
-    """Within it a config has keys besides its own that config files of earlier versions hold.
-
-    removed: {key: (its default, what replaced it)}; UserError for another value than that default.
-    foreign: keys of another task, of any value; "SECTION.*" is all of a section.
-    """
-    for name in foreign:
-        section, star, _ = name.partition(".*")
-        _put(cfg, section, type(cfg)(new_allowed=True) if star else None)
-    for name, (default, _) in removed.items():
-        _put(cfg, name, default)
-    yield
-    for name in foreign:
-        _take(cfg, name.removesuffix(".*"))
-    values = {name: _take(cfg, name) for name in removed}
-    for name, (default, instead) in removed.items():
-        if values[name] != default:
-            raise UserError(f"{name} is {values[name]!r}, but this option was removed: {instead}.")
-
-
-def _put(cfg: Any, name: str, value: Any) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        cfg = cfg.setdefault(part, type(cfg)())
-    cfg[last] = value
-
-
-def _take(cfg: Any, name: str) -> Any:
-    *path, last = name.split(".")
-    return get_key(cfg, ".".join(path)).pop(last) if path else cfg.pop(last)

@@ -5,50 +5,17 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
-from dfm_d2.engine.setup import check_run, load_config, setup_run, uses_gpu
-from dfm_d2.engine.task import Task
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
 from dfm_d2.errors import UserError, report
 from dfm_d2.framework import default_argument_parser
-
-if TYPE_CHECKING:
-    import torch.multiprocessing as mp
+from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.processes import TIMEOUT
 
 Main = Callable[[argparse.Namespace], object]
-
-
-def run_tool(task: Task, main: Main, arguments: list[str] | None = None) -> int:
-    """Run ``main`` with the arguments of ``default_argument_parser`` (None: the command line's).
-
-    main: a function of a module, which other processes can import, that calls ``run_task`` with the task.
-    Returns the exit status, as ``run_processes``.
-    """
-    args = default_argument_parser().parse_args(arguments)
-    try:
-        cfg = load_config(task, args.config_file, args.opts)
-        check_run(task, cfg, args)
-    except UserError as error:
-        return report(error)
-    return run_processes(main, args, uses_gpu(cfg))
-
-
-def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
-    """Train and evaluate, or evaluate only, as the arguments say. Returns the results.
-
-    Raises UserError, one line, for whatever the user can put right.
-    """
-    cfg = load_config(task, args.config_file, args.opts)
-    classes = setup_run(task, cfg, args)
-    from dfm_d2.engine.run import evaluate_only, train
-    from dfm_d2.framework import comm
-
-    if args.eval_only:
-        return evaluate_only(task, cfg, classes, args.resume)
-    results = train(task, cfg, classes, args.resume)
-    if comm.is_main_process():
-        task.after_training(cfg, classes)
-    return results
 
 
 def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
@@ -69,8 +36,6 @@ def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
     url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.num_gpus, 1))
-    import torch.multiprocessing as mp
-
     context = mp.start_processes(
         _worker, (main, args, on_gpu, url), nprocs=args.num_gpus, join=False, start_method="spawn"
     )
@@ -83,15 +48,11 @@ def _check(args: argparse.Namespace, on_gpu: bool) -> None:
             f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} --machine-rank "
             f"{args.machine_rank}: give at least one of each, and ranks from 0."
         )
-    if on_gpu:
-        import torch
-
-        there = torch.cuda.device_count()
-        if args.num_gpus > there:
-            raise UserError(
-                f"--num-gpus is {args.num_gpus}, but this machine has {there} GPUs: give as many as there "
-                "are, or MODEL.DEVICE cpu for processes on the CPU."
-            )
+    if on_gpu and args.num_gpus > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs: give as "
+            "many as there are, or MODEL.DEVICE cpu for processes on the CPU."
+        )
     if args.num_machines > 1 and args.dist_url in ("", "auto", _default_url()):
         raise UserError(
             "--num-machines needs --dist-url: the address of machine 0, such as tcp://10.0.0.1:29500."
@@ -118,11 +79,6 @@ def _worker(local_rank: int, main: Main, args: argparse.Namespace, on_gpu: bool,
 
 def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int, url: str | None) -> int:
     """Run ``main`` as one process of the group. url: None where torchrun's environment says all."""
-    import torch
-    import torch.distributed as dist
-
-    from dfm_d2.local_update.processes import TIMEOUT
-
     place = {}
     if url is not None:
         rank = args.machine_rank * args.num_gpus + local_rank
@@ -142,10 +98,6 @@ def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int,
 
 def _guarded(main: Main, args: argparse.Namespace) -> int:
     """Exit status of ``main``; its errors that say all there is to say become one line."""
-    import torch.distributed as dist
-
-    from dfm_d2.local_update.errors import NonFiniteLossError
-
     try:
         main(args)
     except (UserError, NonFiniteLossError) as error:
@@ -154,10 +106,8 @@ def _guarded(main: Main, args: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(context: "mp.ProcessContext") -> int:
+def _wait(context: mp.ProcessContext) -> int:
     """Wait for the processes; when one ends badly, stop the others and say which it was."""
-    import torch.multiprocessing as mp
-
     try:
         while not context.join(timeout=1.0):
             pass

@@ -1,20 +1,61 @@
 """From a command line to a run that is ready: config, device, folder, log, seed, data sets, classes.
 
-What comes before ``setup_run`` needs no torch, so that a mistake is named at once.
+Torch is imported once the config and what it names have been looked at: a mistake is an error at once.
 """
 
 import argparse
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dfm_d2 import __version__
 from dfm_d2.engine import config
-from dfm_d2.engine.keys import add_keys, former_keys, problems_of
+from dfm_d2.engine.keys import add_keys, problems_of
 from dfm_d2.engine.task import Task
-from dfm_d2.errors import CheckpointError, UserError, input_errors
-from dfm_d2.framework import PROVIDER, CfgNode, get_cfg, merge_config_file, merge_config_opts
+from dfm_d2.errors import CheckpointError, UserError, input_errors, report
+from dfm_d2.framework import (
+    PROVIDER,
+    CfgNode,
+    default_argument_parser,
+    get_cfg,
+    merge_config_file,
+    merge_config_opts,
+)
 
 _logger = logging.getLogger(__name__)
+
+
+def run_tool(task: Task, main: Callable[[argparse.Namespace], Any], words: list[str] | None = None) -> int:
+    """Run ``main``, in each process, with the arguments of a command line (None: this one's).
+
+    main: a function of a module, which other processes can import, that calls ``run_task`` with the task.
+    Returns the exit status, as ``run_processes``.
+    """
+    args = default_argument_parser().parse_args(words)
+    try:
+        cfg = load_config(task, args.config_file, args.opts)
+        check_run(task, cfg, args)
+    except UserError as error:
+        return report(error)
+    from dfm_d2.engine.launch import run_processes
+
+    return run_processes(main, args, uses_gpu(cfg))
+
+
+def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate, or evaluate only, as the arguments say. Returns the results. Raises UserError."""
+    from dfm_d2.engine.run import evaluate_only, train
+    from dfm_d2.framework import comm
+
+    cfg = load_config(task, args.config_file, args.opts)
+    classes = setup_run(task, cfg, args)
+    if args.eval_only:
+        return evaluate_only(task, cfg, classes, args.resume)
+    results = train(task, cfg, classes, args.resume)
+    if comm.is_main_process():
+        task.after_training(cfg, classes)
+    return results
 
 
 def load_config(task: Task, config_file: str, opts: list[str]) -> CfgNode:
@@ -25,10 +66,10 @@ def load_config(task: Task, config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_keys(cfg, (*config.KEYS, *task.keys))
     try:
-        with former_keys(cfg, task.removed, task.foreign), input_errors():
+        with input_errors():
             if config_file:
-                merge_config_file(cfg, config_file)
-            merge_config_opts(cfg, opts)
+                merge_config_file(cfg, config_file, task.removed)
+            merge_config_opts(cfg, opts, task.removed)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(" ".join(str(error).split())) from error
     task.complete(cfg)
@@ -66,7 +107,7 @@ def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     missing data.
     """
     import torch
-    from dfm_kernels.dispatch import BackendError, use_triton
+    from dfm_kernels import BackendError, kernels, use_triton
 
     from dfm_d2.engine.log import start_log
     from dfm_d2.engine.precision import resolve_amp_dtype
@@ -76,7 +117,8 @@ def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
     device = torch.device(cfg.MODEL.DEVICE)
     try:
-        use_triton("MODEL.DFM.KERNELS", cfg.MODEL.DFM.KERNELS, torch.empty(0, device=device))
+        with kernels(cfg.MODEL.DFM.KERNELS):
+            use_triton("MODEL.DFM.KERNELS", torch.empty(0, device=device))
     except BackendError as error:
         raise UserError(str(error)) from error
     resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)

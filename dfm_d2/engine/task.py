@@ -36,7 +36,7 @@ class Task:
     register: read and register the data sets of a config.
     train_loader: of a config and a position. test_loader: of a config and the name of a set.
     evaluator: of a config, a set and a folder. summary: its results as text.
-    removed, foreign: keys of config files of earlier versions, see ``former_keys``.
+    removed: keys that config files of earlier versions have, as ``merge_config_file`` takes them.
     complete: set, in place, what follows from other keys; after every merge.
     check_start: UserError if training from scratch would leave random layers untrained.
     before_evaluation: of a config and a model, what its evaluation wants done first.
@@ -54,7 +54,6 @@ class Task:
     evaluator: "Callable[[CfgNode, str, Any], DatasetEvaluator]"
     summary: Callable[[Mapping[str, Any]], str]
     removed: Mapping[str, tuple[Any, str]]
-    foreign: Sequence[str]
     complete: Callable[[CfgNode], None] = lambda cfg: None
     check_start: Callable[[CfgNode], None] = lambda cfg: None
     before_evaluation: "Callable[[CfgNode, nn.Module], None]" = lambda cfg, model: None

@@ -1,6 +1,6 @@
-"""A trained detector as one file: TorchScript, ONNX, pt2 or pt2 compiled, and the means to run it."""
+"""A torch module as one file, TorchScript, ONNX, pt2 or pt2 compiled, and the means to run it."""
 
-from dfm_d2.export.artefact import ExportedDetector, load_artefact
-from dfm_d2.export.formats import FORMATS, ExportSettings, export_model
-
-__all__ = ["FORMATS", "ExportSettings", "ExportedDetector", "export_model", "load_artefact"]
+# Format: the file's name.
+FORMATS = {"torchscript": "model.ts", "onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.aoti.pt2"}
+# Under this name a file carries its metadata, as JSON.
+ABOUT = "dfm_d2.json"

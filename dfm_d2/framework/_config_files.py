@@ -1,39 +1,55 @@
-"""Read config files and KEY VALUE overrides safely, with errors that a user can act on."""
+"""Read config files and KEY VALUE overrides safely, with error messages that a user can act on."""
 
+import ast
 import difflib
+import functools
+import json
+import logging
 import os
-import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any
 
 import yaml
 
 _BASE_KEY = "_BASE_"
+# Keys that may be None, which is what they are in Detectron2, or a number.
+OPTIONAL_NUMBERS = ("SOLVER.WEIGHT_DECAY_BIAS",)
+
+_logger = logging.getLogger(__name__)
 
 
-def merge_config_file(cfg, path: str) -> None:
+# What config files of earlier versions set and the config does not have any more. Full name of a key or of a
+# section: (its former default, for a section a dict; what replaced it, "" for what is another task's).
+Removed = Mapping[str, tuple[Any, str]]
+
+
+def merge_config_file(cfg, path: str, removed: Removed | None = None) -> None:
     """Merge the YAML file at `path`, and the files that its `_BASE_` names, into `cfg`, in place.
 
-    Never runs code from a file: Python tags in YAML are refused (Detectron2's own default accepts them).
+    removed: a key of it changes nothing at its former default; another value is an error that says what
+    replaced the key; what is another task's is ignored. Keys of Detectron2 that the framework does not have
+    are left out, so that what a run under Detectron2 dumped can be read; one warning names those whose value
+    is not Detectron2's default. No code from a file is ever run.
 
     Raises FileNotFoundError for a missing file, and ValueError for broken YAML, Python tags, unknown keys and
-    values of the wrong type; the message is one sentence that names the file and the key.
+    values of the wrong kind; the message is one line that names the file and the key.
     """
-    _check_yaml(cfg, path, parents=())
-    try:
-        cfg.merge_from_file(path, allow_unsafe=False)
-    except KeyError as error:
-        key = str(error.args[0]).removeprefix("Non-existent config key: ")
-        raise ValueError(
-            f"Config file '{path}' sets the unknown key {key}{_suggestion(cfg, key)}."
-        ) from error
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"Config file '{path}': {_one_line(error)}.") from error
+    merge = _Merge(cfg, removed, unused_keys())
+    values = merge.read(path)
+    version = values.get("VERSION", cfg.get("VERSION"))
+    if version != cfg.get("VERSION"):
+        raise ValueError(f"Config file '{path}' has VERSION {version}: only {cfg.VERSION} can be read.")
+    cfg.merge_from_list([word for pair in values.items() for word in pair])
+    if merge.ignored:
+        _warn_once(f"'{path}': the framework ignores {', '.join(sorted(merge.ignored))}")
 
 
-def merge_config_opts(cfg, opts: list[str] | None) -> None:
+def merge_config_opts(cfg, opts: Sequence[str] | None, removed: Removed | None = None) -> None:
     """Merge `[KEY, VALUE, KEY, VALUE, ...]`, as typed at the end of a command, into `cfg`, in place.
 
-    Raises ValueError, in one sentence that names the key, for an odd count, an unknown key or a value of the
-    wrong type.
+    removed: as for `merge_config_file`. Raises ValueError, in one line that names the key, for an odd count,
+    an unknown key or a value of the wrong kind.
     """
     opts = list(opts or [])
     if len(opts) % 2:
@@ -41,25 +57,95 @@ def merge_config_opts(cfg, opts: list[str] | None) -> None:
             f"Config overrides come in pairs KEY VALUE, but {len(opts)} words were given "
             f"({' '.join(opts)}): the value of {opts[-1]} is missing or a space is."
         )
-    known = _leaf_values(cfg)
-    for key, value in zip(opts[0::2], opts[1::2]):
-        if key not in known:
-            if any(name.startswith(f"{key}.") for name in known):
-                raise ValueError(f"Config key {key} is a section: name a key inside of it.")
-            raise ValueError(f"Unknown config key {key}{_suggestion(cfg, key)}.")
-        if isinstance(known[key], float) and re.fullmatch(r"[+-]?\d+", str(value)):
-            value = f"{value}.0"  # a whole number typed for a key that holds a float
-        try:
-            cfg.merge_from_list([key, value])
-        except (ValueError, AssertionError) as error:
-            raise ValueError(f"Config key {key} cannot be {value!r}: {_one_line(error)}.") from error
+    values = _Merge(cfg, removed, {}).checked(dict(zip(opts[0::2], opts[1::2])), "The command line")
+    cfg.merge_from_list([word for pair in values.items() for word in pair])
 
 
-def _check_yaml(cfg, path: str, parents: tuple[str, ...]) -> None:
-    """Raise if `path`, or a file in its chain of `_BASE_`, is missing, is no mapping, or includes itself."""
-    named = f"Config file '{path}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
-    if path in parents:
-        raise ValueError(f"{named} includes itself through {_BASE_KEY}: break the circle.")
+@functools.cache
+def unused_keys() -> dict[str, Any]:
+    """Full name and default of each key of Detectron2 that the builtin config has not, frozen as data."""
+    file = resources.files("dfm_d2.framework._builtin").joinpath("unused_keys.json")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A command may read its config more than once."""
+    _logger.warning(text)
+
+
+class _Merge:
+    """Reads and checks what is about to be merged into `cfg`; all keys are full names.
+
+    ignored: "KEY VALUE" of what was left out and is not at its default.
+    """
+
+    def __init__(self, cfg, removed: Removed | None, unused: Mapping[str, Any]):
+        self.cfg = cfg
+        self.removed = removed or {}
+        self.unused = unused
+        self.ignored: list[str] = []
+        self._leaves = dict(_leaves(cfg))
+        self._read: dict[str, dict[str, Any]] = {}
+
+    def read(self, path: str, parents: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The checked values of a file on top of those of its bases. `parents`: the files that led to it."""
+        named = f"Config file '{path}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
+        file = os.path.realpath(path)
+        if file in map(os.path.realpath, parents):
+            raise ValueError(f"{named} includes itself through {_BASE_KEY}: break the circle.")
+        if file in self._read:
+            return self._read[file]
+        content = _load(self.cfg, path, named)
+        bases = content.pop(_BASE_KEY, [])
+        values: dict[str, Any] = {}
+        for base in bases if isinstance(bases, list) else [bases]:
+            base = os.path.expanduser(str(base))
+            if not base.startswith(("/", "https://", "http://")):
+                base = os.path.join(os.path.dirname(path), base)
+            values |= self.read(base, (*parents, path))
+        self._read[file] = values | self.checked(dict(_leaves(content)), named)
+        return self._read[file]
+
+    def checked(self, values: dict[str, Any], named: str) -> dict[str, Any]:
+        """The values that are to be merged. Raises ValueError for the first that cannot be."""
+        checked = {}
+        for key, value in values.items():
+            if key in self._leaves:
+                checked[key] = self._checked_value(key, value, named)
+            elif section := next((name for name in self.removed if f"{key}.".startswith(f"{name}.")), None):
+                self._check_removed(key, value, section, named)
+            elif key in self.unused:
+                if _plain(value) != self.unused[key]:
+                    self.ignored.append(f"{key} {value!r}")
+            elif any(name.startswith(f"{key}.") for name in self._leaves):
+                if value != {}:
+                    raise ValueError(f"{named} sets the section {key} to {value!r}: set a key inside of it.")
+            else:
+                close = difflib.get_close_matches(key, self._leaves, n=1, cutoff=0.8)
+                hint = f": did you mean {close[0]}?" if close else "."
+                raise ValueError(f"{named} sets the unknown key {key}{hint}")
+        return checked
+
+    def _checked_value(self, key: str, value: Any, named: str) -> Any:
+        """`value`, as a float where the key holds one."""
+        default = None if key in OPTIONAL_NUMBERS else self._leaves[key]
+        meant = _decoded(value)
+        if not _fits(meant, default):
+            raise ValueError(f"{named} sets {key} to {value!r}: it must be {_kind(default)}.")
+        if isinstance(default, float) or (default is None and meant is not None):
+            return float(meant)
+        return value
+
+    def _check_removed(self, key: str, value: Any, section: str, named: str) -> None:
+        default, instead = self.removed[section]
+        before = dict(_leaves(default, section))
+        if instead and (key not in before or _plain(value) != _plain(before[key])):
+            raise ValueError(f"{named} sets {key} to {value!r}, but this option was removed: {instead}.")
+
+
+def _load(cfg, path: str, named: str) -> dict:
+    """The mapping that a YAML file holds."""
     try:
         # The node knows how its framework opens files.
         with cfg._open_cfg(path) as file:
@@ -77,52 +163,56 @@ def _check_yaml(cfg, path: str, parents: tuple[str, ...]) -> None:
         raise ValueError(f"{named} is not a text file: give a YAML config file.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{named} holds no keys: it must be a YAML mapping such as 'MODEL: ...'.")
-    _check_keys(cfg, content, named)
-    bases = content.get(_BASE_KEY, [])
-    for base in bases if isinstance(bases, list) else [bases]:
-        base = os.path.expanduser(str(base))
-        if not base.startswith(("/", "https://", "http://")):
-            base = os.path.join(os.path.dirname(path), base)
-        _check_yaml(cfg, base, (*parents, path))
-
-
-def _check_keys(cfg, content: dict, named: str, prefix: str = "") -> None:
-    """Raise for keys that are no words, and for sections of `cfg` that are given a value."""
-    for key, value in content.items():
-        if not isinstance(key, str):
-            raise ValueError(
-                f"{named} has the key {key!r}, which is not a word: put it in quotes or correct it."
-            )
-        default = cfg.get(key) if isinstance(cfg, dict) else None
-        if isinstance(value, dict):
-            _check_keys(default, value, named, f"{prefix}{key}.")
-        elif isinstance(default, dict):
-            raise ValueError(f"{named} sets the section {prefix}{key} to {value!r}: set a key inside of it.")
+    return content
 
 
 def _where(error: yaml.YAMLError) -> str:
     """The place and the nature of a YAML error, on one line."""
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    text = " ".join(str(problem).split())
+    text = " ".join(str(getattr(error, "problem", None) or error).split())
     return f"line {mark.line + 1}: {text}" if mark is not None else text
 
 
-def _one_line(error: Exception) -> str:
-    """The message of a yacs error, on one line and without a full stop at the end."""
-    text = " ".join(str(error).split())
-    # yacs says it as types in angle brackets; the names alone are readable.
-    return re.sub(r"<class '([^']*)'>", r"\1", text).rstrip(".")
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full name and value of whatever is no section, and of sections without anything in them."""
+    if not isinstance(node, dict) or (prefix and not node):
+        yield prefix, node
+        return
+    for key, value in node.items():
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _leaf_values(cfg, prefix: str = "") -> dict[str, object]:
-    leaves: dict[str, object] = {}
-    for name, value in cfg.items():
-        full = f"{prefix}{name}"
-        leaves |= _leaf_values(value, full + ".") if isinstance(value, dict) else {full: value}
-    return leaves
+def _decoded(value: Any) -> Any:
+    """What the config node will take a value for: it reads text as Python does, where it can."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+    except (TypeError, MemoryError, RecursionError):
+        return ...  # the node would fail: it is no value of any kind
 
 
-def _suggestion(cfg, key: str) -> str:
-    close = difflib.get_close_matches(key, _leaf_values(cfg), n=1, cutoff=0.8)
-    return f": did you mean {close[0]}?" if close else ": see dfm_d2/config.py and Detectron2's defaults"
+def _plain(value: Any) -> Any:
+    """Decoded, with lists for tuples, which YAML and JSON do not have."""
+    value = _decoded(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a key with this default can have this value."""
+    if default is None:
+        return value is None or _fits(value, 0.0)
+    if isinstance(default, (list, tuple)):
+        items = [float(item) if type(item) is int else item for item in default[:1]]
+        return isinstance(value, (list, tuple)) and all(_fits(v, item) for v in value for item in items)
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    return type(value) in kinds
+
+
+def _kind(default: Any) -> str:
+    """The values that a key with this default can have, for an error message."""
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    items = {int: " of numbers", float: " of numbers", str: " of texts"}
+    if isinstance(default, (list, tuple)):
+        return "a list" + (items.get(type(default[0]), "") if default else "")
+    return names.get(type(default), "a number or None")

@@ -1,16 +1,16 @@
-"""Training curves and AP against iterations, of a metrics.json. Shapes: none."""
+"""Curves of a training run: losses of every block, and what evaluations measured."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-
 from dfm_d2.errors import UserError
-from dfm_d2.visualize.pictures import predictor_color, save_figure
+from dfm_d2.visualize.figures import plt, predictor_color, save_figure
 
 # Keys of evaluations, where they are there.
 _SCORES = ("bbox/AP50", "bbox/AP", "bbox_ema/AP50", "bbox_ema/AP", "accuracy")
+
+Curve = Sequence[tuple[float, float]]
 
 
 def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
@@ -23,7 +23,7 @@ def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
         The path written.
 
     Raises:
-        ValueError: no line has an iteration.
+        UserError: no line has an iteration.
     """
     entries = [entry for entry in entries if "iteration" in entry]
     if not entries:
@@ -34,17 +34,13 @@ def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
     scores = [key for key in _SCORES if key in keys]
     panels += [("accuracy" if scores == ["accuracy"] else "AP", scores)]
     panels += [("learning rate", ["lr"])] * ("lr" in keys)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.3 * len(panels), 2.8), squeeze=False, layout="constrained"
-    )
+    size = (3.3 * len(panels), 2.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for panel, (title, names) in zip(axes[0], panels):
         for number, key in enumerate(names):
             points = [(entry["iteration"], entry[key]) for entry in entries if entry.get(key) is not None]
-            x, y = zip(*points)
-            style = "o-" if names == scores else "-"
-            panel.plot(
-                x, y, style, color=predictor_color(number), lw=1.2, ms=3.5, label=key.rsplit("/", 1)[-1]
-            )
+            style, label = "o-" if names == scores else "-", key.rsplit("/", 1)[-1]
+            panel.plot(*zip(*points), style, color=predictor_color(number), lw=1.2, ms=3.5, label=label)
         panel.set_title(title, fontsize=9)
         panel.set_xlim(0, 1.03 * max(entry["iteration"] for entry in entries))
         panel.set_xlabel("iteration", fontsize=8)
@@ -53,9 +49,23 @@ def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
         if names == scores:
             panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
         if names and names != ["lr"]:
-            # Losses fall and scores rise: there is room in the other corner.
+            # Losses fall and scores rise: the other corner is free.
             corner = "lower right" if names == scores else "upper right"
             panel.legend(fontsize=7, frameon=False, loc=corner)
         if not names:
             panel.text(0.5, 0.5, "no evaluation yet", ha="center", transform=panel.transAxes, fontsize=8)
+    return save_figure(figure, path)
+
+
+def draw_class_curves(path: str | Path, losses: Mapping[str, Curve], accuracies: Mapping[str, Curve]) -> Path:
+    """Losses (left) and accuracies in percent (right) against epochs; curves of (epoch, value) by name."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for panel, curves, title in zip(axes, (losses, accuracies), ("loss of each block", "accuracy (%)")):
+        for name, points in curves.items():
+            panel.plot(*zip(*points), label=name, linewidth=1.2, marker="." if len(points) < 30 else "")
+        panel.set_xlabel("epoch")
+        panel.set_title(title, fontsize=9)
+        panel.grid(alpha=0.3)
+        if curves:
+            panel.legend(fontsize=7)
     return save_figure(figure, path)

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from dfm_d2.data.files import write_text_atomically
-from dfm_d2.visualize.pictures import class_color, predictor_color
+from dfm_d2.visualize.figures import class_color, predictor_color
 from dfm_d2.visualize.record import FlowRecord
 
-_TEMPLATE = "page.html"
+# Where the template takes the data.
 _DATA = "__FLOW_DATA__"
 
 
@@ -36,7 +36,7 @@ def write_page(
         The path written.
     """
     path = Path(path)
-    template = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # In the script element that the data stands in, "</script" and "<!--" mean something.
     data = json.dumps(_page_data(record, image, class_names, title)).replace("<", "\\u003c")
     write_text_atomically(path, template.replace(_DATA, data))

@@ -37,7 +37,7 @@ def voc(tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """(content of a COCO json to change, function that writes it and answers the DATASETS keys)."""
+    """(content of a COCO json to change, function that writes it and returns the DATASETS keys)."""
     images, json_path = tmp_path / "images", tmp_path / "instances.json"
     images.mkdir()
     for name in ("a.jpg", "b.jpg"):

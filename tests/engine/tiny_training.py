@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dfm_d2.detection.task import DETECTION
-from dfm_d2.engine.launch import run_task, run_tool
+from dfm_d2.engine.setup import run_task, run_tool
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

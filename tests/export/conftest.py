@@ -4,17 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import spread, tiny_cfg
+from small_detector import CLASSES, small_cfg, small_detector
 
 from dfm_d2.data.images import read_image
 from dfm_d2.detection.data.loader import resized_item
-from dfm_d2.engine.run import build_checkpointer
-from dfm_d2.export import ExportSettings, export_model, load_artefact
-from dfm_d2.export.formats import Preparation
-from dfm_d2.framework import build_model
+from dfm_d2.detection.exportable import export_detector
+from dfm_d2.detection.exported_detector import ExportedDetector
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-CLASSES = ("RBC", "WBC", "Platelets")
 # Photograph: its shortest side before the detector. Three sizes and both orientations.
 PHOTOGRAPHS = {
     "bccd/JPEGImages/BloodImage_00007.jpg": 192,
@@ -23,25 +20,17 @@ PHOTOGRAPHS = {
 }
 
 
-def export_cfg():
-    cfg = tiny_cfg(
-        NUM_PREDICTORS=2, NUM_PROPOSALS=24, SAMPLER__SCORE_THRESH=0.05, HEAD__POOLER_SAMPLING_RATIO=1
-    )
-    cfg.INPUT.FORMAT = "RGB"
+@pytest.fixture(scope="session")
+def cfg():
+    cfg = small_cfg(SAMPLER__SCORE_THRESH=0.05, HEAD__POOLER_SAMPLING_RATIO=1)
+    cfg.INPUT.FORMAT, cfg.TEST.DETECTIONS_PER_IMAGE = "RGB", 20
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 192, 640
-    cfg.TEST.DETECTIONS_PER_IMAGE = 20
     return cfg
 
 
 @pytest.fixture(scope="session")
-def detector():
-    torch.manual_seed(0)
-    return spread(build_model(export_cfg())).eval()
-
-
-@pytest.fixture(scope="session")
-def preparation(detector):
-    return Preparation.from_config(export_cfg(), detector, CLASSES)
+def detector(cfg):
+    return small_detector(cfg)
 
 
 class _Made(dict):
@@ -57,37 +46,24 @@ class _Made(dict):
 
 
 @pytest.fixture(scope="session")
-def files(detector, preparation, tmp_path_factory):
+def files(detector, cfg, tmp_path_factory):
     """{format: path}, the noise an input."""
-    folder = tmp_path_factory.mktemp("exported")
-    sample = torch.zeros(3, 96, 128)
-    return _Made(lambda name: export_model(detector, name, folder, preparation, ExportSettings(), sample))
+    folder, image = tmp_path_factory.mktemp("exported"), torch.zeros(3, 96, 128)
+    return _Made(lambda name: export_detector(detector, name, folder, cfg, CLASSES, image))
 
 
 @pytest.fixture(scope="session")
 def runs(files):
     """{format: the detector of its file}"""
-    return _Made(lambda name: load_artefact(files[name]))
+    return _Made(lambda name: ExportedDetector(files[name]))
 
 
 @pytest.fixture(scope="session")
-def photographs():
+def photographs(cfg):
     if not SHARED.is_dir():
         pytest.skip("needs the photographs of ../shared/data")
-    items = []
-    for name, side in PHOTOGRAPHS.items():
-        cfg = export_cfg()
-        cfg.INPUT.MIN_SIZE_TEST = side
+    items, sized = [], cfg.clone()
+    for name, sized.INPUT.MIN_SIZE_TEST in PHOTOGRAPHS.items():
         entry = {"file_name": str(SHARED / name), "image_id": name}
-        items.append(resized_item(entry, read_image(entry["file_name"], "RGB"), cfg))
+        items.append(resized_item(entry, read_image(entry["file_name"], "RGB"), sized))
     return items
-
-
-@pytest.fixture
-def checkpoint(detector, tmp_path):
-    """A weight file as training writes it, and its config file."""
-    cfg = export_cfg()
-    cfg.OUTPUT_DIR = str(tmp_path)
-    build_checkpointer(cfg, detector, CLASSES).save("model_final")
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    return tmp_path / "config.yaml", tmp_path / "model_final.pth"

@@ -1,39 +1,32 @@
 """The same detections from the detector and from its files, on photographs."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from detections import BATCHED, EVERY_FORMAT, assert_equal_detections
+from small_detector import BATCHED, EVERY_FORMAT, assert_equal_detections
 from tiny_model import spread
+from tool_loader import ROOT
 
+from dfm_d2.detection.exportable import ConstantNoise, TensorDetector, export_detector, prepared_model
+from dfm_d2.detection.exported_detector import ExportedDetector
 from dfm_d2.detection.postprocess import _kept_by_nms
 from dfm_d2.detection.task import DETECTION
-from dfm_d2.detection.tensor_detector import TensorDetector
 from dfm_d2.engine.setup import load_config
-from dfm_d2.export import ExportSettings, export_model, load_artefact
-from dfm_d2.export.formats import Preparation, prepared_model
 from dfm_d2.framework import build_model
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_three_sizes(detector, runs, photographs, format):
-    run = runs[format]
     assert len({item["image"].shape for item in photographs}) == 3
     for item in photographs:
         expected = detector([item])[0]["instances"]
-        found = run([item])[0]["instances"]
+        found = runs[format]([item])[0]["instances"]
         assert found.image_size == expected.image_size == (item["height"], item["width"])
         assert_equal_detections(found, expected)
 
 
 @pytest.mark.parametrize("format", BATCHED)
 def test_a_batch_of_different_sizes(detector, runs, photographs, format):
-    expected = detector(photographs)
-    found = runs[format](photographs)
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(runs[format](photographs), detector(photographs), strict=True):
         assert_equal_detections(mine["instances"], theirs["instances"])
 
 
@@ -54,13 +47,23 @@ def test_noise_is_an_input(detector, runs, photographs, format):
 def test_a_photograph_without_detections(detector, runs, photographs, format):
     """Padding alone comes out where no score passes."""
     item = photographs[0]
-    thresh = detector.sampler.settings.score_thresh
-    run = runs[format]
     far = torch.full((1, 24, 4), -50.0)  # boxes without extent in a corner
     expected = detector.inference([item], far)[0]["instances"]
-    found = run([item], far)[0]["instances"]
+    found = runs[format]([item], far)[0]["instances"]
     assert len(found) == len(expected)
-    assert (found.scores > thresh).all()
+    assert (found.scores > detector.sampler.settings.score_thresh).all()
+
+
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("pt2", marks=pytest.mark.slow)])
+def test_constant_noise_repeats(detector, cfg, tmp_path, make_input, format):
+    image = torch.zeros(3, 96, 96)
+    path = export_detector(detector, format, tmp_path, cfg, ["a", "b", "c"], image, constant_noise=True)
+    run, item = ExportedDetector(path), make_input("a", size=(100, 140))
+    eager = ConstantNoise(prepared_model(detector))([item])[0]["instances"]
+    for image_id in ("a", "b"):
+        assert_equal_detections(run([{**item, "image_id": image_id}])[0]["instances"], eager)
+    with pytest.raises(ValueError, match="constant noise"):
+        run([item], torch.zeros(1, 24, 4))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_a_photograph_without_detections(detector, runs, photographs, format):
         {"SAMPLER__SCORE_THRESH": 0.6},
         {"NUM_CLASSES": 37, "SAMPLER__NMS_THRESH": 0.2},
         {"NUM_CLASSES": 1, "NUM_PROPOSALS": 3},
-        {"SAMPLER__NOISE_PASSES": 2, "SAMPLER__ENSEMBLE_STEPS": True},
+        {"SAMPLER__NOISE_PASSES": 2},
     ],
 )
 @pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
@@ -82,37 +85,38 @@ def test_padded_tensors_hold_the_instances(make_model, make_input, architecture,
     items = [
         {**make_input(name, size=size), "height": size[0], "width": size[1]} for name, size in sizes.items()
     ]
-    images = torch.zeros(3, 3, 128, 128)
+    images, image_sizes = torch.zeros(3, 3, 128, 128), torch.tensor(list(sizes.values())).float()
     for place, item in zip(images, items):
         place[:, : item["image"].shape[1], : item["image"].shape[2]] = item["image"]
-    x_0 = model.sampler.noise(list(sizes), model.device)
+    x_0, constant = model.sampler.noise(list(sizes), model.device), ConstantNoise(model)
     with torch.no_grad():
-        found = TensorDetector(model, constant=False)(images, torch.tensor(list(sizes.values())).float(), x_0)
-    for boxes, scores, classes, count, expected in zip(*found, model(items), strict=True):
-        expected, n = expected["instances"], int(count)
-        assert (
-            n == len(expected) and (classes[n:] == -1).all() and not scores[n:].any() and not boxes[n:].any()
-        )
-        torch.testing.assert_close(boxes[:n], expected.pred_boxes.tensor, rtol=0, atol=1e-3)
-        torch.testing.assert_close(scores[:n], expected.scores, rtol=0, atol=1e-5)
-        assert torch.equal(classes[:n], expected.pred_classes)
+        answers = [
+            (TensorDetector(model, constant_noise=False)(images, image_sizes, x_0), model(items)),
+            (TensorDetector(model, constant_noise=True)(images, image_sizes), constant(items)),
+        ]
+    for found, expected_items in answers:
+        for boxes, scores, classes, count, expected in zip(*found, expected_items, strict=True):
+            expected, n = expected["instances"], int(count)
+            assert n == len(expected) and (classes[n:] == -1).all()
+            assert not scores[n:].any() and not boxes[n:].any()
+            torch.testing.assert_close(boxes[:n], expected.pred_boxes.tensor, rtol=0, atol=1e-3)
+            torch.testing.assert_close(scores[:n], expected.scores, rtol=0, atol=1e-5)
+            assert torch.equal(classes[:n], expected.pred_classes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_a_resnet50_config(photographs, tmp_path, format):
     """configs/voc_flow_r50.yaml at full width, with random weights."""
-    words = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.DFM.NUM_CLASSES", "20"]
-    cfg = load_config(DETECTION, str(CONFIGS / "voc_flow_r50.yaml"), words)
+    words = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 20".split()
+    words += "MODEL.DFM.SAMPLER.STEPS 2 MODEL.DFM.SAMPLER.NUM_PROPOSALS 100".split()
+    cfg = load_config(DETECTION, str(ROOT / "configs/voc_flow_r50.yaml"), [*words, "MODEL.WEIGHTS", ""])
     torch.manual_seed(0)
     model = spread(build_model(cfg)).eval()
-    settings = ExportSettings(steps=2, proposals=100)
-    preparation = Preparation.from_config(cfg, model, [str(i) for i in range(20)])
-    sample = torch.zeros(3, 96, 128)
-    run = load_artefact(export_model(model, format, tmp_path, preparation, settings, sample))
-    eager = prepared_model(model, settings)
+    names = [str(i) for i in range(20)]
+    run = ExportedDetector(export_detector(model, format, tmp_path, cfg, names, torch.zeros(3, 96, 128)))
     for item in photographs:
-        assert_equal_detections(run([item])[0]["instances"], eager([item])[0]["instances"])
+        assert_equal_detections(run([item])[0]["instances"], model([item])[0]["instances"])
 
 
 def test_the_graph_of_nms_may_keep_one_box():

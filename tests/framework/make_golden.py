@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "kernels")]
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "kernels")]
 
 import observations  # noqa: E402
 from pooler_cases import detectron2_pooler_values  # noqa: E402
-
-from dfm_d2.framework import _builtin, _detectron2  # noqa: E402
+from providers import detectron2_provider  # noqa: E402
 
 
 def _rounded(value):
@@ -37,13 +37,13 @@ def _write(path: Path, values: dict) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    detectron2 = detectron2_provider()
     for name, table in (("names", observations.BY_NAME), ("backbones", observations.BACKBONES)):
-        values = {key: observations.as_json(observe(_detectron2)) for key, observe in table.items()}
+        values = {key: observations.as_json(observe(detectron2)) for key, observe in table.items()}
         _write(HERE / "golden" / f"{name}.json", _rounded(values))
     _write(HERE / "golden" / "pooler.json", _rounded(observations.as_json(detectron2_pooler_values())))
-    _write(
-        Path(_builtin.__file__).with_name("unused_keys.json"), observations.unused_config_keys(_detectron2)
-    )
+    unused = ROOT / "dfm_d2" / "framework" / "_builtin" / "unused_keys.json"
+    _write(unused, observations.unused_config_keys(detectron2))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import observe_export as export
 import observe_modeling as modeling
 import observe_structures as structures
 import observe_training as training
-
-from dfm_d2.framework import _builtin
+from observe_structures import leaves
+from providers import BUILTIN
 
 # One observation for each name of dfm_d2.framework that a provider supplies.
 BY_NAME = {
@@ -27,7 +27,7 @@ BY_NAME = {
     "IterationTimer": training.observe_iteration_timer,
     "JSONWriter": training.observe_json_writer,
     "LRScheduler": training.observe_lr_scheduler,
-    "META_ARCH_REGISTRY": modeling.observe_meta_arch_registry,
+    "META_ARCH_REGISTRY": modeling.observe_build_model,
     "MetadataCatalog": structures.observe_metadata_catalog,
     "PathManager": structures.observe_path_manager,
     "PeriodicCheckpointer": training.observe_periodic_checkpointer,
@@ -44,6 +44,7 @@ BY_NAME = {
     "default_argument_parser": training.observe_default_argument_parser,
     "detector_postprocess": modeling.observe_detector_postprocess,
     "get_cfg": structures.observe_get_cfg,
+    "get_event_storage": training.observe_get_event_storage,
     "inference_on_dataset": training.observe_inference_on_dataset,
     "seed_all_rng": structures.observe_seed_all_rng,
 }
@@ -79,18 +80,14 @@ LIVE_ONLY = {
 }
 
 
+# Keys that a Detectron2 older than the given commit has not; April 2024 is the oldest that is tested.
+LATER_KEYS = {"FLOAT32_PRECISION": "5b72c27a (August 2024)"}
+
+
 def unused_config_keys(detectron2) -> dict:
     """Full name and default of each key of Detectron2's config that the builtin subset does not honour."""
-    honoured = dict(_leaves(_builtin.get_cfg()))
-    return {name: value for name, value in _leaves(detectron2.get_cfg()) if name not in honoured}
-
-
-def _leaves(cfg, prefix=""):
-    for key, value in sorted(cfg.items()):
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    honoured = dict(leaves(BUILTIN.get_cfg()))
+    return {name: value for name, value in leaves(detectron2.get_cfg()) if name not in honoured}
 
 
 def as_json(value):

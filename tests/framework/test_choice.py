@@ -1,4 +1,4 @@
-"""Which provider is chosen, in real processes."""
+"""Which provider is chosen, and what choosing it imports."""
 
 import os
 import subprocess
@@ -6,28 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from require_detectron2 import detectron2_provider
 
-from dfm_d2.framework._choice import choose_provider
+from dfm_d2.framework._providers import choose_provider
 
 ROOT = Path(__file__).resolve().parents[2]
-PRINT_PROVIDER = "import dfm_d2.framework as f; print(f.PROVIDER, f.Boxes.__module__)"
-# Python code that makes `import detectron2` impossible, as on a machine without it.
-HIDE = (
-    "import importlib.util as u; find = u.find_spec; "
-    "u.find_spec = lambda name, package=None: None if name == 'detectron2' else find(name, package); "
-)
 
 
-def _run(code: str, choice: str | None, extra_path: Path | None = None) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "DFM_FRAMEWORK"}
-    paths = [extra_path, ROOT, ROOT / "kernels", env.get("PYTHONPATH")]
-    env["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
-    if choice is not None:
-        env["DFM_FRAMEWORK"] = choice
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True
-    )
+def _run(code: str, choice: str, *folders: Path) -> subprocess.CompletedProcess:
+    paths = [*map(str, folders), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "DFM_FRAMEWORK": choice, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -38,48 +27,41 @@ def broken_detectron2(tmp_path):
     return tmp_path
 
 
-def test_auto_without_detectron2_is_builtin():
-    done = _run(HIDE + PRINT_PROVIDER, None)
-    assert done.stdout.split() == ["builtin", "dfm_d2.framework._builtin.boxes"], done.stderr
+def test_choices():
+    assert choose_provider("auto", lambda: True) == "detectron2"
+    assert choose_provider("auto", lambda: False) == "builtin"
+    assert choose_provider("detectron2", lambda: True) == "detectron2"
+    assert choose_provider("builtin", lambda: pytest.fail("asked")) == "builtin"
+    with pytest.raises(ImportError, match="not installed: run .*requirements-detectron2.txt"):
+        choose_provider("detectron2", lambda: False)
+    with pytest.raises(ValueError, match="'detectron': set it to one of auto, detectron2, builtin"):
+        choose_provider("detectron")
 
 
 def test_builtin_where_detectron2_is_importable(broken_detectron2):
-    """That the broken one does no harm proves that it is not imported. The choice is logged."""
-    code = "import logging; logging.basicConfig(level=logging.INFO); " + PRINT_PROVIDER
+    """That the broken one does no harm proves that it is not imported. The choice is logged. What a command
+    needs before it knows what to do imports no torch, and NMS alone imports torchvision."""
+    code = """
+import logging, sys
+logging.basicConfig(level=logging.INFO)
+import dfm_d2.framework as f
+from dfm_d2.framework import META_ARCH_REGISTRY, DatasetCatalog, MetadataCatalog, PathManager, configurable
+from dfm_d2.framework import CfgNode, DatasetEvaluator, HookBase, TrainerBase, build_model
+f.default_argument_parser().parse_args(["--config-file", "a.yaml"])
+f.merge_config_opts(f.get_cfg(), ["SEED", "1"])
+assert not {"torch", "torchvision"} & sys.modules.keys()
+assert all(hasattr(f, name) for name in f.__all__)
+assert "torchvision" not in sys.modules
+print(f.PROVIDER, f.Boxes.__module__)
+"""
     done = _run(code, "builtin", broken_detectron2)
-    assert done.stdout.split() == ["builtin", "dfm_d2.framework._builtin.boxes"], done.stderr
+    assert done.stdout.split() == ["builtin", "dfm_d2.framework._builtin.structures"], done.stderr
     assert "provider builtin" in done.stderr
 
 
-def test_detectron2_asked_for_and_absent():
-    done = _run(HIDE + PRINT_PROVIDER, "detectron2")
-    assert done.returncode != 0
-    assert "DFM_FRAMEWORK is 'detectron2' but Detectron2 is not installed" in done.stderr
-    assert "requirements-detectron2.txt" in done.stderr
-
-
-@pytest.mark.parametrize("choice", ["auto", "detectron2"])
-def test_present_but_broken_raises(choice, broken_detectron2):
-    done = _run(PRINT_PROVIDER, choice, broken_detectron2)
-    assert done.returncode != 0
+def test_present_but_broken_raises(broken_detectron2):
+    """Also that it is found. The parser of a command, whose --help must not wait, does not import it."""
+    code = "import dfm_d2.framework as f; f.default_argument_parser(); print(f.PROVIDER); f.get_cfg()"
+    done = _run(code, "auto", broken_detectron2)
+    assert done.stdout == "detectron2\n" and done.returncode != 0
     assert "this Detectron2 is broken" in done.stderr
-
-
-def test_bad_value():
-    done = _run(PRINT_PROVIDER, "detectron")
-    assert done.returncode != 0
-    assert "DFM_FRAMEWORK is 'detectron': set it to one of auto, detectron2, builtin" in done.stderr
-
-
-@pytest.mark.d2
-@pytest.mark.parametrize("choice", [None, "detectron2"])
-def test_the_real_detectron2_is_used(choice):
-    detectron2_provider()
-    done = _run(PRINT_PROVIDER, choice)
-    assert done.stdout.split() == ["detectron2", "detectron2.structures.boxes"], done.stderr
-
-
-def test_presence_is_asked_only_where_it_matters():
-    assert choose_provider("auto", lambda: True) == "detectron2"
-    assert choose_provider("auto", lambda: False) == "builtin"
-    assert choose_provider("builtin", lambda: pytest.fail("asked")) == "builtin"

@@ -1,4 +1,4 @@
-"""A whole detector under both providers, each in its process: same parameters, losses and detections."""
+"""A whole detector under both providers: same config, parameters, losses and detections."""
 
 import json
 import os
@@ -7,67 +7,75 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from observations import differences
-from require_detectron2 import detectron2_provider
+from observe_modeling import fill_by_formula
+from providers import detectron2_provider
 
+import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config
-from dfm_d2.framework import get_cfg, merge_config_file
+from dfm_d2.detection.task import DETECTION
+from dfm_d2.engine.setup import load_config
+from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model, get_cfg, merge_config_file
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-
-DESCRIBE = """
-import json
-import torch
-import dfm_d2.registry
-from dfm_d2.config import add_dfm_config
-from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model
-from dfm_d2.framework import get_cfg, merge_config_file, merge_config_opts
-from observe_modeling import fill_by_formula
-
-torch.set_num_threads(1)
-cfg = get_cfg()
-add_dfm_config(cfg)
-merge_config_file(cfg, "configs/shapes_flow_r18.yaml")
-merge_config_opts(cfg, ["MODEL.DEVICE", "cpu", "MODEL.DFM.NUM_CLASSES", "3", "MODEL.DFM.NUM_PROPOSALS", "8"])
-model = build_model(cfg)
-fill_by_formula(model)
-image = (torch.arange(3 * 64 * 96) * 7 % 256).reshape(3, 64, 96).to(torch.uint8)
-truth = Instances((64, 96), gt_boxes=Boxes([[8.0, 8.0, 40.0, 50.0]]), gt_classes=torch.tensor([1]))
-batch = [{"image": image, "height": 128, "width": 192, "image_id": "a", "instances": truth}]
-model.train()
-losses = model(batch)
-model.eval()
-with torch.no_grad():
-    found = model(batch)[0]["instances"]
-print(json.dumps({
-    "provider": PROVIDER,
-    "state": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
-    "losses": {name: float(loss) for name, loss in losses.items()},
-    "boxes": found.pred_boxes.tensor.tolist(),
-    "scores": found.scores.tolist(),
-    "classes": found.pred_classes.tolist(),
-}))
-"""
+TINY = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 3 MODEL.DFM.NUM_PROPOSALS 8 SOLVER.BASE_LR 0.5"
 
 
-def _describe(provider: str) -> dict:
-    paths = [str(HERE), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "DFM_FRAMEWORK": provider, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-W", "ignore", "-c", DESCRIBE]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def _describe(cfg) -> dict:
+    """What the provider of this process makes of a config."""
+    torch.set_num_threads(1)
+    model = build_model(cfg)
+    fill_by_formula(model)
+    image = (torch.arange(3 * 64 * 96) * 7 % 256).reshape(3, 64, 96).to(torch.uint8)
+    truth = Instances((64, 96), gt_boxes=Boxes([[8.0, 8.0, 40.0, 50.0]]), gt_classes=torch.tensor([1]))
+    batch = [{"image": image, "height": 128, "width": 192, "image_id": "a", "instances": truth}]
+    model.train()
+    losses = model(batch)
+    model.eval()
+    with torch.no_grad():
+        found = model(batch)[0]["instances"]
+    return {
+        "provider": [PROVIDER, Boxes.__module__],
+        "config": yaml.safe_load(cfg.dump()),
+        "state": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        "losses": {name: loss.item() for name, loss in losses.items()},
+        "boxes": found.pred_boxes.tensor.tolist(),
+        "scores": found.scores.tolist(),
+        "classes": found.pred_classes.tolist(),
+    }
 
 
 @pytest.mark.d2
-def test_detector_is_the_same():
+def test_detector_is_the_same(tmp_path):
+    """The builtin provider reads what the config is under Detectron2, with all of Detectron2's keys."""
     detectron2_provider()
-    ours, theirs = _describe("builtin"), _describe("detectron2")
-    assert (ours.pop("provider"), theirs.pop("provider")) == ("builtin", "detectron2")
+    cfg = load_config(DETECTION, str(ROOT / "configs" / "shapes_flow_r18.yaml"), TINY.split())
+    theirs = _describe(cfg)
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    env = {**os.environ, "DFM_FRAMEWORK": "builtin", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    command = [sys.executable, "-W", "ignore", __file__, str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(done.stdout.splitlines()[-1])
+    assert theirs.pop("provider") == ["detectron2", "detectron2.structures.boxes"]
+    assert ours.pop("provider") == ["builtin", "dfm_d2.framework._builtin.structures"]
+    assert "ignores" not in done.stderr, "nothing differs from Detectron2's defaults"
+    read, wanted = ours.pop("config"), theirs.pop("config")
+    assert "ASPECT_RATIO_GROUPING" in wanted["DATALOADER"]
+    assert read["SOLVER"]["BASE_LR"] == 0.5 and read["MODEL"]["DFM"] == wanted["MODEL"]["DFM"]
+    assert _parts(read, wanted) == read
     assert ours["scores"], "the comparison needs detections"
     assert not differences(ours, theirs, tolerance=1e-5)
+
+
+def _parts(names: dict, values: dict) -> dict:
+    """What `values` has under the keys of `names`."""
+    return {k: _parts(v, values[k]) if isinstance(v, dict) else values[k] for k, v in names.items()}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -77,3 +85,7 @@ def test_configs_load(path):
     add_dfm_config(cfg)
     merge_config_file(cfg, str(path))
     assert cfg.MODEL.META_ARCHITECTURE in ("FlowDetector", "CascadeDetector", "FlowClassifier")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_describe(load_config(DETECTION, sys.argv[1], []))))

@@ -1,11 +1,10 @@
 """Classifiers: whose gradients go where, what inference depends on, embeddings and backbones."""
 
-import numpy as np
 import pytest
 import torch
 from tiny_classifier import TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
 
-from dfm_d2.classification.loss import EndpointLoss
+from dfm_d2.classification.flow_classifier import EndpointLoss
 from dfm_d2.framework import build_model
 from dfm_d2.local_update import HandOver, check_blocks, sum_losses
 
@@ -115,21 +114,14 @@ def test_one_euler_step_answers_the_weighted_mean_endpoint():
     torch.testing.assert_close(model.logits_of(inputs), expected)
 
 
-def test_velocity_answers_become_endpoints():
-    model = make_classifier("MODEL.DFM.PREDICTION", "velocity").eval()
-    pooled, x_t, t = torch.randn(2, 8), torch.randn(2, 3, 6), torch.rand(2, 3)
-    answer = model.block_predictors[0](pooled, x_t, t)
-    torch.testing.assert_close(model._endpoint(0, pooled, x_t, t), x_t + (1 - t)[..., None] * answer)
-
-
-def test_the_loss_is_the_velocity_error_where_the_bound_does_not_bind():
-    x_1_hat, x_1, x_t = torch.randn(3, 2, 5, 4).double()
-    t, labels, embeddings = torch.rand(2, 5).double() * 0.7, torch.tensor([0, 2]), torch.eye(4).double()
-    loss = EndpointLoss(weighting="velocity", velocity_max=1e6, readout_weight=0.0)
-    found = loss(x_1_hat, x_1, t, embeddings, labels)
-    velocity, target = ((x - x_t) / (1 - t)[..., None] for x in (x_1_hat, x_1))
-    assert list(found) == ["flow"]
-    torch.testing.assert_close(found["flow"], (velocity - target).square().sum(-1).mean())
+def test_the_loss_is_the_squared_error_and_the_cross_entropy_of_the_read_out():
+    x_1_hat, x_1 = torch.randn(2, 2, 5, 4).double()
+    labels, embeddings = torch.tensor([0, 2]), torch.eye(4).double()
+    found = EndpointLoss(readout_weight=0.5, temperature=0.2)(x_1_hat, x_1, embeddings, labels)
+    torch.testing.assert_close(found["flow"], ((x_1_hat - x_1) ** 2).sum(-1).mean())
+    right = (x_1_hat / 0.2).log_softmax(-1)[[0, 1], :, [0, 2]]
+    torch.testing.assert_close(found["readout"], -0.5 * right.mean())
+    assert list(EndpointLoss(readout_weight=0.0)(x_1_hat, x_1, embeddings, labels)) == ["flow"]
 
 
 def test_shuffled_noise_has_the_velocity_of_another_image():
@@ -151,46 +143,6 @@ def test_learned_embeddings_learn_by_the_read_out_term_alone():
     assert model.label_space.weight.grad is None
     losses["block1"]["loss_readout/block1"].backward()
     assert model.label_space.weight.grad.norm() > 0
-
-
-def test_given_embeddings_come_from_a_file(tmp_path):
-    matrix = np.arange(12.0).reshape(3, 4) + 1
-    np.save(tmp_path / "a.npy", matrix)
-    np.savetxt(tmp_path / "a.txt", matrix)
-    for name in ("a.npy", "a.txt"):
-        opts = [
-            "MODEL.CLASSIFIER.EMBEDDING",
-            "given",
-            "MODEL.CLASSIFIER.EMBEDDING_FILE",
-            str(tmp_path / name),
-        ]
-        found = make_classifier(*opts).label_space.embeddings
-        expected = torch.tensor(matrix / np.linalg.norm(matrix, axis=1, keepdims=True), dtype=torch.float32)
-        torch.testing.assert_close(found, expected)
-    np.save(tmp_path / "a.npy", matrix[:2])
-    with pytest.raises(ValueError, match="a.npy has the shape .* one row for each of the 3 classes"):
-        make_classifier(*opts[:3], str(tmp_path / "a.npy"))
-
-
-BAD_EMBEDDINGS = {
-    "text": (np.array([["a", "b"]] * 3), "is no matrix of numbers"),
-    "complex": (np.eye(3) * 1j, "is no matrix of numbers: its entries are of the type complex128"),
-    "equal rows": (np.ones((3, 4)), "has equal rows"),
-    "zero row": (np.eye(4)[:3] - np.eye(4)[0] * np.eye(3, 4), "a.npy: embeddings must have a direction"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_EMBEDDINGS)
-def test_given_embeddings_that_cannot_be_used_are_named(name, tmp_path):
-    matrix, said = BAD_EMBEDDINGS[name]
-    file = tmp_path / "a.npy"
-    np.save(file, matrix)
-    opts = ["MODEL.CLASSIFIER.EMBEDDING", "given", "MODEL.CLASSIFIER.EMBEDDING_FILE", str(file)]
-    with pytest.raises(ValueError, match=said):
-        make_classifier(*opts)
-    file.write_bytes(b"")
-    with pytest.raises(ValueError, match="a.npy is no matrix of numbers"):
-        make_classifier(*opts)
 
 
 def test_the_temperature_is_that_of_greatest_likelihood():

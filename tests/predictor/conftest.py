@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import spread, tiny_cfg
 
-from dfm_d2.detection.flow_predictor import FlowPredictor
+from dfm_d2.detection import FlowPredictor
 from dfm_d2.engine.run import build_checkpointer
 from dfm_d2.framework import build_model
 

@@ -26,7 +26,7 @@ _KNOWN = "root_<split> (with DATASETS.ROOT), digits_{train,test}, cifar10_{train
 def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
     """Read and register every set in cfg.DATASETS.TRAIN and TEST, and HELD_OUT, replacing earlier ones.
 
-    An entry has file_name, image_id, label and read, which answers the pixels. Classes are DATASETS.CLASSES
+    An entry has file_name, image_id, label and read, which returns the pixels. Classes are DATASETS.CLASSES
     if given, else those of the training sets (of the test sets where there are none); the metadata of a name
     holds them as thing_classes. Images are decoded as DATASETS.VERIFY_IMAGES says.
 

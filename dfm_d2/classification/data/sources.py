@@ -1,6 +1,6 @@
 """Where labelled images come from: folders, a tar of folders, idx files, torchvision, scikit-learn.
 
-Each source answers samples whose pixels are read when they are asked for: uint8 (H, W, 3), or (H, W, 1) for
+Each source returns samples whose pixels are read when they are asked for: uint8 (H, W, 3), or (H, W, 1) for
 grey ones. Splits are train and test; folders and tars may have any.
 """
 

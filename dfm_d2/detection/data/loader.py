@@ -66,7 +66,7 @@ def _training_item(entry: dict, rng: np.random.Generator, image_format: str, aug
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
     """Every image of a registered data set, in order, in lists of TEST.BATCH_SIZE dicts.
 
-    Items are as read_test_item answers them. Each rank gets a contiguous share. A file that cannot be
+    Items are as read_test_item returns them. Each rank gets a contiguous share. A file that cannot be
     decoded is left out under ON_ERROR "skip": its objects then count as missed.
     """
     return TestLoader(DatasetCatalog.get(dataset_name), partial(read_test_item, cfg=cfg), cfg)

@@ -1,6 +1,6 @@
 """Readers of images with boxes: the PASCAL VOC layout and COCO detection json.
 
-Both answer Detectron2's data set dicts, except that an annotation has the name of its class, "category",
+Both return Detectron2's data set dicts, except that an annotation has the name of its class, "category",
 instead of "category_id" and "bbox_mode". What is broken goes to a ProblemReport and is left out.
 
 Boxes are xyxy in pixels, counted from 0, half-open. A VOC file counts pixels from 1 and its xmax, ymax are

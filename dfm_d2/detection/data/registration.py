@@ -83,7 +83,7 @@ def locate_datasets(cfg: CfgNode) -> dict[str, Callable[[ProblemReport, int], _F
 
 
 def dataset_dict(entry: dict, classes: list[str], report: ProblemReport) -> dict:
-    """Detectron2's dict of what a reader answers; an object of an unknown class is reported and left out."""
+    """Detectron2's dict of what a reader returns; an object of an unknown class is reported and left out."""
     from dfm_d2.framework import BoxMode  # a class of torch, which a missing file should not wait for
 
     def with_index(annotation: dict) -> dict:

@@ -17,7 +17,7 @@ from dfm_d2.framework import DatasetCatalog, DatasetEvaluator, MetadataCatalog, 
 
 logger = logging.getLogger(__name__)
 
-# The key of each VOC AP in the results, and its index in what average_precisions answers.
+# The key of each VOC AP in the results, and its index in what average_precisions returns.
 _VOC_KEYS = {"voc07": ("VOC07_AP50", 0), "voc": ("VOC_AP50", 1)}
 
 

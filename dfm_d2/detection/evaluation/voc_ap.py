@@ -72,7 +72,7 @@ def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 def average_precisions(
     true_positive: np.ndarray, false_positive: np.ndarray, positives: int
 ) -> tuple[float, float]:
-    """(11-point AP, area AP) in [0, 1] of what `match_detections` answers; NaN without positives."""
+    """(11-point AP, area AP) in [0, 1] of what `match_detections` returns; NaN without positives."""
     if positives == 0:
         return float("nan"), float("nan")
     hits, misses = np.cumsum(true_positive), np.cumsum(false_positive)

@@ -21,9 +21,6 @@ class _DatasetCatalog(UserDict):
             raise KeyError(f"dataset '{name}' is not registered; there are: {', '.join(self) or 'none'}")
         return self[name]()
 
-    def list(self) -> list[str]:
-        return [*self]
-
     def remove(self, name: str) -> None:
         self.pop(name)
 
@@ -43,10 +40,6 @@ class Metadata(SimpleNamespace):
         )
         super().__setattr__(key, value)
 
-    def as_dict(self) -> dict[str, Any]:
-        """A copy."""
-        return dict(self.__dict__)
-
     def set(self, **kwargs: Any) -> "Metadata":
         for key, value in kwargs.items():
             setattr(self, key, value)
@@ -65,9 +58,6 @@ class _MetadataCatalog(UserDict):
         if name not in self:
             self[name] = Metadata(name=name)
         return self[name]
-
-    def list(self) -> list[str]:
-        return [*self]
 
     def remove(self, name: str) -> None:
         self.pop(name)

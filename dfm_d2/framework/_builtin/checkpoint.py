@@ -1,15 +1,35 @@
 """Checkpoints of a detector, and weights of other origin matched by their names."""
 
 import logging
+import re
 
 import torch
 from fvcore.common.checkpoint import Checkpointer
 
 from dfm_d2.framework._builtin import comm
-from dfm_d2.framework._builtin.c2_names import convert_c2_names
-from dfm_d2.framework._builtin.file_io import PathManager
+from dfm_d2.framework._builtin.utils import PathManager
 
 logger = logging.getLogger(__name__)
+
+# Weights of Caffe2's ResNets in Detectron2's terms: `res2_0_branch2a_w` is `res2.0.conv1.weight`,
+# `res2_0_branch2a_bn_s` is `res2.0.conv1.norm.weight`.
+_CAFFE2_NAME = re.compile(
+    r"(?P<layer>.+?)(?P<norm>_bn|_gn)?_(?P<what>running_mean|running_var|gamma|beta|riv|rm|s|b|w)"
+)
+_CAFFE2_PARTS = {
+    "branch1": "shortcut",
+    "branch2a": "conv1",
+    "branch2b": "conv2",
+    "branch2c": "conv3",
+    "w": "weight",
+    "s": "weight",
+    "gamma": "weight",
+    "b": "bias",
+    "beta": "bias",
+    "rm": "running_mean",
+    "riv": "running_var",
+}
+_CAFFE2_LAYERS = {"conv1": "stem.conv1", "res_conv1": "stem.conv1", "pred": "linear"}
 
 
 class DetectionCheckpointer(Checkpointer):
@@ -31,21 +51,12 @@ class DetectionCheckpointer(Checkpointer):
         super().__init__(model, save_dir, save_to_disk=to_disk, **checkpointables)
         self.path_manager = PathManager
 
-    def _load_file(self, filename: str) -> dict:
-        """Read a file of tensors and plain values; raises ValueError for a pickle, which could run code."""
-        if filename.endswith(".pkl"):
-            raise ValueError(
-                f"'{filename}' is a pickle: load it with dfm_d2.engine.checkpoint.SafeCheckpointer."
-            )
-        loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        return loaded if "model" in loaded else {"model": loaded}
-
     def _load_model(self, checkpoint: dict):
         if checkpoint.get("matching_heuristics", False):
             self._convert_ndarray_to_tensor(checkpoint["model"])
             weights = checkpoint["model"]
             if checkpoint.get("__author__") == "Caffe2":
-                weights = convert_c2_names(weights)
+                weights = {from_caffe2(name): value for name, value in weights.items()}
             checkpoint["model"] = match_by_suffix(self.model.state_dict(), weights)
         incompatible = super()._load_model(checkpoint)
         # They come from the config where a checkpoint has none.
@@ -90,3 +101,14 @@ def match_by_suffix(
         logger.warning("no weight matches a name of the model")
     matched.update({name: value for name, value in weights.items() if name not in taken})
     return matched
+
+
+def from_caffe2(name: str) -> str:
+    """Detectron2's name of a weight of a Caffe2 ResNet; other names, no backbone's, are kept."""
+    match = _CAFFE2_NAME.fullmatch(name)
+    if match is None:
+        return name
+    layer = match["layer"]
+    path = _CAFFE2_LAYERS.get(layer) or ".".join(_CAFFE2_PARTS.get(part, part) for part in layer.split("_"))
+    what = _CAFFE2_PARTS.get(match["what"], match["what"])
+    return f"{path}{'.norm' if match['norm'] else ''}.{what}"

@@ -41,21 +41,21 @@ def _cpu_group():
     return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else dist.group.WORLD
 
 
-def all_gather(data, group=None) -> list:
+def all_gather(data) -> list:
     """The `data` (anything that can be pickled) of each process, in the order of ranks, on every process."""
     if get_world_size() == 1:
         return [data]
-    group = group or _cpu_group()
+    group = _cpu_group()
     gathered = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, data, group=group)
     return gathered
 
 
-def gather(data, dst: int = 0, group=None) -> list:
+def gather(data, dst: int = 0) -> list:
     """As `all_gather`, on the process `dst` only; an empty list on the others."""
     if get_world_size() == 1:
         return [data]
-    group = group or _cpu_group()
+    group = _cpu_group()
     gathered = [None] * dist.get_world_size(group) if dist.get_rank(group) == dst else None
     dist.gather_object(data, gathered, dst=dst, group=group)
     return gathered or []

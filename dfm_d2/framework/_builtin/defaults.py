@@ -6,23 +6,11 @@ A contract test holds that each key exists in the real Detectron2 with the same 
 from dfm_d2.framework._builtin.config import CfgNode as CN
 
 
-def default_config() -> CN:
-    """Return a new config node with Detectron2's defaults of the keys that dfm_d2 honours."""
+def get_cfg() -> CN:
+    """Return a new config with the default values."""
     cfg = CN()
     cfg.VERSION = 2
-    _model(cfg)
-    _data(cfg)
-    _solver(cfg)
-    cfg.TEST = CN()
-    cfg.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training
-    cfg.TEST.DETECTIONS_PER_IMAGE = 100
-    cfg.OUTPUT_DIR = "./output"
-    cfg.SEED = -1  # negative: a random one
-    cfg.CUDNN_BENCHMARK = False
-    return cfg
 
-
-def _model(cfg: CN) -> None:
     cfg.MODEL = CN()
     cfg.MODEL.DEVICE = "cuda"
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
@@ -51,9 +39,6 @@ def _model(cfg: CN) -> None:
     cfg.MODEL.RESNETS.RES5_DILATION = 1
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256  # 64 for depth 18 and 34
     cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 64
-
-
-def _data(cfg: CN) -> None:
     cfg.INPUT = CN()
     cfg.INPUT.MIN_SIZE_TRAIN = (800,)
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"  # "choice" | "range"
@@ -70,9 +55,6 @@ def _data(cfg: CN) -> None:
     cfg.DATALOADER = CN()
     cfg.DATALOADER.NUM_WORKERS = 4
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
-
-
-def _solver(cfg: CN) -> None:
     cfg.SOLVER = CN()
     cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"  # "WarmupMultiStepLR" | "WarmupCosineLR"
     cfg.SOLVER.MAX_ITER = 40000
@@ -94,3 +76,11 @@ def _solver(cfg: CN) -> None:
     cfg.SOLVER.IMS_PER_BATCH = 16
     cfg.SOLVER.AMP = CN()
     cfg.SOLVER.AMP.ENABLED = False
+
+    cfg.TEST = CN()
+    cfg.TEST.EVAL_PERIOD = 0  # iterations; 0: only after training
+    cfg.TEST.DETECTIONS_PER_IMAGE = 100
+    cfg.OUTPUT_DIR = "./output"
+    cfg.SEED = -1  # negative: a random one
+    cfg.CUDNN_BENCHMARK = False
+    return cfg

@@ -4,9 +4,6 @@ import logging
 import time
 from collections.abc import Iterable
 
-import torch
-from torch import nn
-
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -25,13 +22,13 @@ class DatasetEvaluator:
         """Called after the last batch; {task: {metric: number}}, or None except on the main process."""
 
 
-def inference_on_dataset(
-    model: nn.Module, data_loader: Iterable[list[dict]], evaluator: DatasetEvaluator
-) -> dict:
+def inference_on_dataset(model, data_loader: Iterable[list[dict]], evaluator: DatasetEvaluator) -> dict:
     """Run `model` over `data_loader` in eval mode without gradients; return `evaluator.evaluate()`, or {}.
 
     `data_loader` has a length. The model's training mode is restored, also where something raises.
     """
+    import torch
+
     total = len(data_loader)
     logger.info("Start inference on %d batches", total)
     evaluator.reset()

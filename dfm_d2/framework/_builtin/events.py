@@ -3,12 +3,11 @@
 import json
 import os
 from collections import defaultdict
-from contextlib import contextmanager
 from functools import cached_property
 
 from fvcore.common.history_buffer import HistoryBuffer
 
-from dfm_d2.framework._builtin.file_io import PathManager
+from dfm_d2.framework._builtin.utils import PathManager
 
 _STORAGES: list["EventStorage"] = []
 
@@ -27,7 +26,6 @@ class EventStorage:
         self._history: dict[str, HistoryBuffer] = {}
         self._smoothing_hints: dict[str, bool] = {}
         self._latest: dict[str, tuple[float, int]] = {}
-        self._prefix = ""
 
     @property
     def iter(self) -> int:
@@ -48,7 +46,6 @@ class EventStorage:
 
         Raises AssertionError where a name is put with another hint than before.
         """
-        name = self._prefix + name
         value = float(value)
         iteration = self._iter if cur_iter is None else cur_iter
         assert self._smoothing_hints.setdefault(name, smoothing_hint) == smoothing_hint, (
@@ -72,9 +69,6 @@ class EventStorage:
 
     def histories(self) -> dict[str, HistoryBuffer]:
         return self._history
-
-    def smoothing_hints(self) -> dict[str, bool]:
-        return self._smoothing_hints
 
     def latest(self) -> dict[str, tuple[float, int]]:
         """The last value of each scalar and its iteration."""
@@ -103,16 +97,6 @@ class EventStorage:
             count += 1
         return count
 
-    @contextmanager
-    def name_scope(self, name: str):
-        """A context inside which `name/` is put before the name of each scalar."""
-        outer = self._prefix
-        self._prefix = name.rstrip("/") + "/"
-        try:
-            yield
-        finally:
-            self._prefix = outer
-
     def __enter__(self) -> "EventStorage":
         _STORAGES.append(self)
         return self
@@ -125,7 +109,20 @@ class EventStorage:
 class EventWriter:
     """Takes scalars from the current EventStorage and writes them somewhere."""
 
+    def __init__(self, window_size: int = 20):
+        """Where a scalar's hint says so, its median over the last `window_size` iterations is written."""
+        self._window_size = window_size
+        self._last_write = -1
+
+    def _new_scalars(self) -> list[tuple[str, float, int]]:
+        """(name, value, iteration) of what was put for iterations after those of the last call."""
+        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        new = [(name, value, i) for name, (value, i) in latest.items() if i > self._last_write]
+        self._last_write = max([self._last_write, *(iteration for _, _, iteration in new)])
+        return new
+
     def write(self) -> None:
+        """Write the scalars that are new."""
         raise NotImplementedError(f"{type(self).__name__} must define write")
 
     def close(self) -> None:
@@ -136,21 +133,16 @@ class JSONWriter(EventWriter):
     """Append scalars to a file: one JSON object per line and iteration, with the key "iteration"."""
 
     def __init__(self, json_file: str, window_size: int = 20):
+        super().__init__(window_size)
         self._file = PathManager.open(json_file, "a")
-        self._window_size = window_size
-        self._last_write = -1
 
     def write(self) -> None:
-        """Write the scalars that were put since the last call, and wait until they are on the disk."""
+        """Write the scalars that are new, and wait until they are on the disk."""
         lines = defaultdict(dict)
-        for name, (value, iteration) in (
-            get_event_storage().latest_with_smoothing_hint(self._window_size).items()
-        ):
-            if iteration > self._last_write:
-                lines[iteration][name] = value
+        for name, value, iteration in self._new_scalars():
+            lines[iteration][name] = value
         for iteration, scalars in lines.items():
             self._file.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
-            self._last_write = max(self._last_write, iteration)
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -163,9 +155,8 @@ class TensorboardXWriter(EventWriter):
 
     def __init__(self, log_dir: str, window_size: int = 20, **kwargs):
         """`kwargs` go to torch.utils.tensorboard.SummaryWriter."""
+        super().__init__(window_size)
         self._arguments = {"log_dir": log_dir, **kwargs}
-        self._window_size = window_size
-        self._last_write = -1
 
     @cached_property
     def _writer(self):
@@ -174,15 +165,8 @@ class TensorboardXWriter(EventWriter):
         return SummaryWriter(**self._arguments)
 
     def write(self) -> None:
-        """Write the scalars that were put since the last call."""
-        newest = self._last_write
-        for name, (value, iteration) in (
-            get_event_storage().latest_with_smoothing_hint(self._window_size).items()
-        ):
-            if iteration > self._last_write:
-                self._writer.add_scalar(name, value, iteration)
-                newest = max(newest, iteration)
-        self._last_write = newest
+        for name, value, iteration in self._new_scalars():
+            self._writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         if "_writer" in self.__dict__:

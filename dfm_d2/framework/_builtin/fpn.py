@@ -1,4 +1,4 @@
-"""Feature pyramid network on a ResNet, under Detectron2's parameter names.
+"""Feature pyramid network on a ResNet, under Detectron2's parameter names, and the backbone of a config.
 
 Shapes: images (B, C, H, W); the map p<k> has stride 2^k and `out_channels` channels.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfm_d2.framework._builtin.backbone import BACKBONE_REGISTRY, Backbone
+from dfm_d2.framework._builtin.backbone import Backbone
 from dfm_d2.framework._builtin.layers import Conv2d, ShapeSpec, get_norm
 from dfm_d2.framework._builtin.resnet import build_resnet_backbone
 
@@ -100,9 +100,19 @@ def _initialise(conv: nn.Conv2d) -> None:
         nn.init.zeros_(conv.bias)
 
 
-@BACKBONE_REGISTRY.register()
 def build_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """Build the FPN that `cfg.MODEL.FPN` describes on the ResNet of `cfg.MODEL.RESNETS`."""
     fpn = cfg.MODEL.FPN
     bottom_up = build_resnet_backbone(cfg, input_shape)
     return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, norm=fpn.NORM, fuse_type=fpn.FUSE_TYPE)
+
+
+def build_backbone(cfg, input_shape: ShapeSpec | None = None) -> Backbone:
+    """Build the backbone called `cfg.MODEL.BACKBONE.NAME`; raises KeyError for an unknown name."""
+    builders = {
+        "build_resnet_backbone": build_resnet_backbone,
+        "build_resnet_fpn_backbone": build_resnet_fpn_backbone,
+    }
+    return builders[cfg.MODEL.BACKBONE.NAME](
+        cfg, input_shape or ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
+    )

@@ -4,11 +4,10 @@ import datetime
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
-from fvcore.common.timer import Timer
 
 from dfm_d2.framework._builtin import comm
 from dfm_d2.framework._builtin.events import EventWriter
@@ -26,41 +25,24 @@ class IterationTimer(HookBase):
     def __init__(self, warmup_iter: int = 3):
         """The first `warmup_iter` steps are not counted."""
         self._warmup_iter = warmup_iter
-        self._step_timer = Timer()
-        self._steps_timer = Timer()  # runs only inside steps
-        self._start_time = time.perf_counter()
+        self._count, self._in_steps = 0, 0.0
 
     def before_train(self) -> None:
-        self._restart()
-        self._steps_timer.pause()
-
-    def _restart(self) -> None:
-        self._start_time = time.perf_counter()
-        self._steps_timer.reset()
+        self._train_start = time.perf_counter()
 
     def before_step(self) -> None:
-        self._step_timer.reset()
-        self._steps_timer.resume()
+        self._step_start = time.perf_counter()
 
     def after_step(self) -> None:
-        steps_done = self.trainer.storage.iter - self.trainer.start_iter + 1
-        if steps_done >= self._warmup_iter:
-            self.trainer.storage.put_scalars(time=self._step_timer.seconds())
-        else:
-            self._restart()
-        self._steps_timer.pause()
+        seconds = time.perf_counter() - self._step_start
+        if self.trainer.storage.iter - self.trainer.start_iter + 1 >= self._warmup_iter:
+            self.trainer.storage.put_scalars(time=seconds)
+            self._count += 1
+            self._in_steps += seconds
 
     def after_train(self) -> None:
-        total = time.perf_counter() - self._start_time
-        in_steps = self._steps_timer.seconds()
-        steps = self.trainer.storage.iter + 1 - self.trainer.start_iter - self._warmup_iter
-        if steps > 0 and in_steps > 0:
-            logger.info("%d iterations in %s (%.4f s each)", steps, _clock(in_steps), in_steps / steps)
-        logger.info("Training took %s, of which %s in hooks", _clock(total), _clock(total - in_steps))
-
-
-def _clock(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=int(seconds)))
+        total = datetime.timedelta(seconds=int(time.perf_counter() - self._train_start))
+        logger.info("Training took %s, %.4f s an iteration", total, self._in_steps / max(self._count, 1))
 
 
 class PeriodicWriter(HookBase):
@@ -144,7 +126,7 @@ class EvalHook(HookBase):
     def __init__(
         self, eval_period: int, eval_function: Callable[[], dict | None], eval_after_train: bool = True
     ):
-        """`eval_function` returns nested dicts of numbers; `{"bbox": {"AP": 1.0}}` is stored as "bbox/AP"."""
+        """`eval_function` returns numbers by name, which go into the storage, or nothing."""
         self._period = eval_period
         self._function = eval_function
         self._eval_after_train = eval_after_train
@@ -152,8 +134,7 @@ class EvalHook(HookBase):
     def _evaluate(self) -> None:
         results = self._function()
         if results:
-            assert isinstance(results, dict), f"eval_function must return a dict, not {type(results)}"
-            self.trainer.storage.put_scalars(**_flatten(results), smoothing_hint=False)
+            self.trainer.storage.put_scalars(**results, smoothing_hint=False)
         # Processes may need different times for it.
         comm.synchronize()
 
@@ -168,19 +149,3 @@ class EvalHook(HookBase):
             self._evaluate()
         # It may hold the trainer.
         del self._function
-
-
-def _flatten(results: Mapping, prefix: str = "") -> dict[str, float]:
-    """`{"a": {"b": 1}}` to `{"a/b": 1.0}`; raises ValueError for what is not a number."""
-    flat = {}
-    for key, value in results.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}/"))
-            continue
-        try:
-            flat[f"{prefix}{key}"] = float(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"evaluation result {prefix}{key} is {value!r}, which is not a number"
-            ) from error
-    return flat

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +25,9 @@ def batched_nms(
     Shapes: boxes (N, 4), scores (N,), idxs (N,); returns the kept indices, best score first.
     """
     assert boxes.shape[-1] == 4, f"boxes need 4 numbers each, not {boxes.shape[-1]}"
-    return torchvision.ops.batched_nms(boxes.float(), scores, idxs, iou_threshold)
+    from torchvision.ops import batched_nms as nms  # seconds to import, much of it torch._dynamo
+
+    return nms(boxes.float(), scores, idxs, iou_threshold)
 
 
 class Conv2d(nn.Conv2d):

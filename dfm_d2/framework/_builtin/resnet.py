@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfm_d2.framework._builtin.backbone import BACKBONE_REGISTRY, Backbone
+from dfm_d2.framework._builtin.backbone import Backbone
 from dfm_d2.framework._builtin.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -201,7 +201,6 @@ def _check(resnets) -> None:
                 )
 
 
-@BACKBONE_REGISTRY.register()
 def build_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     """Build the ResNet that `cfg.MODEL.RESNETS` and `cfg.MODEL.BACKBONE.FREEZE_AT` describe.
 

@@ -1,80 +1,46 @@
 """A model of lists, dicts and Instances as a function of tensors, for torch.jit.trace."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfm_d2.framework._builtin.boxes import Boxes
-from dfm_d2.framework._builtin.instances import Instances
+from dfm_d2.framework._builtin.structures import Boxes, Instances
 
-# What takes the place of a thing that is no tensor and no container.
-_OTHER = "other"
-
-
-@dataclass(frozen=True)
-class Schema:
-    """How an object was flattened; called with the tensors, or others of the same meaning, rebuilds it.
-
-    kind: "tensor", "other", "list", "tuple", "dict", "boxes" or "instances". parts: of its members.
-    keys: of a dict or of the fields of Instances, sorted as the members are.
-    """
-
-    kind: str
-    parts: tuple["Schema", ...] = ()
-    keys: tuple[str, ...] = ()
-
-    def __call__(self, values: tuple) -> Any:
-        """Raises ValueError where there are too few or too many values."""
-        rest = list(values)
-        rebuilt = self._take(rest)
-        if rest:
-            raise ValueError(f"{len(values)} values were given, {len(rest)} more than the object holds")
-        return rebuilt
-
-    def _take(self, rest: list) -> Any:
-        members = [part._take(rest) for part in self.parts]
-        if self.kind in ("list", "tuple"):
-            return members if self.kind == "list" else tuple(members)
-        if self.kind == "dict":
-            return dict(zip(self.keys, members))
-        if not rest:
-            raise ValueError("too few values for the object")
-        value = rest.pop(0)
-        if self.kind == "instances":
-            return Instances(value, **dict(zip(self.keys, members)))
-        return Boxes(value) if self.kind == "boxes" else value
+# Takes the values for an object's leaves off the front of a list and rebuilds the object.
+Rebuild = Callable[[list], Any]
 
 
-def flatten(obj: Any) -> tuple[tuple, Schema]:
+def flatten(obj: Any) -> tuple[list, Rebuild]:
     """The leaves of nested lists, tuples, dicts (by key), Instances and Boxes, and how to rebuild them.
 
-    Instances are their fields, sorted, and then their image size.
+    Instances are their fields, sorted by name, and then their image size.
     """
-    if isinstance(obj, Tensor):
-        return (obj,), Schema("tensor")
     if isinstance(obj, Boxes):
-        return (obj.tensor,), Schema("boxes")
+        return [obj.tensor], lambda values: Boxes(values.pop(0))
     if isinstance(obj, (list, tuple)):
-        leaves, parts = _flatten_all(obj)
-        return leaves, Schema("list" if isinstance(obj, list) else "tuple", parts)
+        leaves, rebuild = _flatten_all(obj)
+        return leaves, lambda values: type(obj)(rebuild(values))
     if isinstance(obj, (Mapping, Instances)):
         fields = obj if isinstance(obj, Mapping) else obj.get_fields()
-        if not all(isinstance(key, str) for key in fields):
-            raise KeyError(f"only words can be keys of what is traced, not {list(fields)}")
-        keys = tuple(sorted(fields))
-        leaves, parts = _flatten_all([fields[key] for key in keys])
+        keys = sorted(fields)
+        leaves, rebuild = _flatten_all([fields[key] for key in keys])
         if isinstance(obj, Mapping):
-            return leaves, Schema("dict", parts, keys)
-        return (*leaves, torch.as_tensor(obj.image_size)), Schema("instances", parts, keys)
-    return (obj,), Schema(_OTHER)
+            return leaves, lambda values: dict(zip(keys, rebuild(values)))
+
+        def rebuild_instances(values: list) -> Instances:
+            fields = dict(zip(keys, rebuild(values)))
+            return Instances(values.pop(0), **fields)
+
+        return [*leaves, torch.as_tensor(obj.image_size)], rebuild_instances
+    return [obj], lambda values: values.pop(0)
 
 
-def _flatten_all(members) -> tuple[tuple, tuple[Schema, ...]]:
+def _flatten_all(members) -> tuple[list, Rebuild]:
     pairs = [flatten(member) for member in members]
-    return tuple(leaf for leaves, _ in pairs for leaf in leaves), tuple(schema for _, schema in pairs)
+    leaves = [leaf for leaves, _ in pairs for leaf in leaves]
+    return leaves, lambda values: [rebuild(values) for _, rebuild in pairs]
 
 
 class TracingAdapter(nn.Module):
@@ -102,15 +68,21 @@ class TracingAdapter(nn.Module):
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self.inference_func = inference_func or (lambda model, *inputs: model(*inputs))
         self.allow_non_tensor = allow_non_tensor
-        leaves, schema = flatten(self.inputs)
-        self.flattened_inputs = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        self.inputs_schema = schema if len(self.flattened_inputs) == len(leaves) else None
-        self.outputs_schema: Schema | None = None
-        if self.inputs_schema is None and not allow_non_tensor:
-            other = next(type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor))
-            raise ValueError(f"inputs for tracing must hold tensors only, not a {other}")
+        self.outputs_schema: Callable[[tuple], Any] | None = None
+        self.flattened_inputs, self.inputs_schema = self._tensors_of(self.inputs)
 
-    def forward(self, *tensors: Tensor) -> tuple:
+    def _tensors_of(self, obj: Any) -> tuple[tuple[Tensor, ...], Callable[[tuple], Any] | None]:
+        """The tensors of an object and how to rebuild it from them, None where they are not all of it."""
+        leaves, rebuild = flatten(obj)
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        if len(tensors) == len(leaves):
+            return tensors, lambda values: rebuild(list(values))
+        if not self.allow_non_tensor:
+            other = next(type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor))
+            raise ValueError(f"what is traced must take and return tensors only, not a {other}")
+        return tensors, None
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The answer's tensors. Raises ValueError where it holds something else."""
         if self.inputs_schema is not None:
             inputs = self.inputs_schema(tensors)
@@ -119,10 +91,6 @@ class TracingAdapter(nn.Module):
         else:
             raise ValueError("without a schema of its inputs the adapter runs on its flattened_inputs only")
         with torch.no_grad():
-            leaves, schema = flatten(self.inference_func(self.model, *inputs))
-        found = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        if len(found) == len(leaves):
-            self.outputs_schema = schema
-        elif not self.allow_non_tensor:
-            raise ValueError("the model cannot be traced: its answer does not flatten to tensors alone")
+            found, schema = self._tensors_of(self.inference_func(self.model, *inputs))
+        self.outputs_schema = schema or self.outputs_schema
         return found

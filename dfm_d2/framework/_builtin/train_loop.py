@@ -26,9 +26,6 @@ class HookBase:
     def before_step(self) -> None:
         """Called before each step."""
 
-    def after_backward(self) -> None:
-        """Called by a trainer's `run_step` where it says so."""
-
     def after_step(self) -> None:
         """Called after each step."""
 
@@ -90,10 +87,6 @@ class TrainerBase:
         self.storage.iter = self.iter
         for hook in self._hooks:
             hook.before_step()
-
-    def after_backward(self) -> None:
-        for hook in self._hooks:
-            hook.after_backward()
 
     def after_step(self) -> None:
         for hook in self._hooks:

@@ -1,0 +1,165 @@
+"""Detections in images, folders and videos as pictures, JSON and videos: the work of tools/detect.py."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import tqdm
+
+from dfm_d2.data.files import paths_by_stem, write_atomically, write_text_atomically
+from dfm_d2.data.images import ImageError, read_image
+from dfm_d2.errors import UserError
+from dfm_d2.visualize.paint import paint_detections
+
+if TYPE_CHECKING:
+    from dfm_d2.detection.flow_predictor import FlowPredictor
+    from dfm_d2.framework import CfgNode, Instances
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+
+
+class VideoError(UserError):
+    """A video that cannot be read; the message names it."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
+
+
+def detect_files(
+    cfg: "CfgNode",
+    inputs: Sequence[str],
+    output: str | Path,
+    batch_size: int = 1,
+    score_thresh: float = 0.3,
+) -> list[str]:
+    """Write into `output` a picture of each image, detections.json of all images, and each video.
+
+    Args:
+        cfg: with MODEL.WEIGHTS. inputs: images, folders of images, videos.
+        batch_size: images or frames that are computed at once. score_thresh: least score that is drawn.
+
+    Returns:
+        An error message for each input that cannot be read.
+
+    Raises:
+        UserError: a name that does not exist, no image at all, an input that would be overwritten, or a
+            config and weights that do not work.
+    """
+    images, videos = find_inputs(inputs)
+    pictures, films = _output_files(images, output, ".png"), _output_files(videos, output, ".mp4")
+    from dfm_d2.detection.flow_predictor import (
+        FlowPredictor,
+    )  # now that the inputs are right: it brings torch
+
+    predictor = FlowPredictor(cfg, batch_size)
+    failures = _detect_images(predictor, images, pictures, score_thresh) if images else []
+    for video, film in zip(videos, films):
+        try:
+            _detect_video(predictor, video, film, score_thresh)
+        except VideoError as error:
+            failures.append(str(error))
+    return failures
+
+
+def find_inputs(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Image files and video files; of a folder, those with the ending of an image.
+
+    Raises UserError for a name that does not exist, and where nothing is left.
+    """
+    images, videos = [], []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            images += sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+        elif not path.is_file():
+            raise UserError(f"{name} does not exist: check the path.")
+        else:
+            (videos if path.suffix.lower() in VIDEOS else images).append(path)
+    if not images and not videos:
+        raise UserError(f"{', '.join(names)} holds no image: files must end in one of {', '.join(IMAGES)}.")
+    return images, videos
+
+
+def _output_files(files: Sequence[Path], folder: str | Path, ending: str) -> list[Path]:
+    """Where the result of each file is written: its name in `folder`, with a number where that is taken."""
+    found = paths_by_stem(files, Path(folder), ending)
+    inputs = {file.resolve() for file in files}
+    for path in found:
+        if path.resolve() in inputs:
+            raise UserError(f"--output {folder} would overwrite the input {path}: choose another folder.")
+    return found
+
+
+def _detect_images(
+    predictor: "FlowPredictor", files: Sequence[Path], pictures: Sequence[Path], score_thresh: float
+) -> list[str]:
+    """Write the picture of each file and detections.json of all; returns what could not be read."""
+    failures: list[str] = []
+    found: dict[str, dict] = {}
+    answers = predictor.stream(files, return_errors=True)
+    for file, picture, answer in tqdm.tqdm(
+        zip(files, pictures, answers), desc="images", unit="image", total=len(files)
+    ):
+        if isinstance(answer, ImageError):
+            failures.append(str(answer))
+            continue
+        painted = paint_detections(read_image(file), answer, predictor.class_names, score_thresh)
+        _, png = cv2.imencode(".png", painted[:, :, ::-1])
+        write_atomically(picture, lambda target, png=png: target.write(png.tobytes()))
+        found[picture.stem] = {"file": str(file), "detections": _as_dicts(answer, predictor.class_names)}
+    write_text_atomically(pictures[0].with_name("detections.json"), json.dumps(found, indent=1) + "\n")
+    return failures
+
+
+def _as_dicts(instances: "Instances", class_names: Sequence[str]) -> list[dict]:
+    """Detections as plain values: box_xyxy in pixels of the image, score, class."""
+    boxes, scores = instances.pred_boxes.tensor.tolist(), instances.scores.tolist()
+    names = [class_names[label] for label in instances.pred_classes.tolist()]
+    return [{"box_xyxy": b, "score": s, "class": name} for b, s, name in zip(boxes, scores, names)]
+
+
+def _detect_video(predictor: "FlowPredictor", file: Path, path: Path, score_thresh: float) -> None:
+    """Write the video `path` with what was found in each frame of `file`.
+
+    Raises VideoError where OpenCV reads no frame, UserError where it cannot write.
+    """
+    source = cv2.VideoCapture(str(file))
+    size = tuple(int(source.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+    if not source.isOpened() or min(size) < 1:
+        raise VideoError(file)
+    rate = source.get(cv2.CAP_PROP_FPS) or 25.0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+    if not target.isOpened():
+        raise UserError(f"{path} cannot be written: OpenCV has no mp4 encoder here.")
+    is_rgb = predictor.cfg.INPUT.FORMAT == "RGB"
+    total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
+    frames, copies = itertools.tee(_rgb_frames(source))
+    found = predictor.stream(frame if is_rgb else np.flip(frame, 2) for frame in frames)
+    written = 0
+    try:
+        for frame, instances in tqdm.tqdm(
+            zip(copies, found), desc=file.name, unit="frame", total=total if total > 0 else None
+        ):
+            painted = paint_detections(frame, instances, predictor.class_names, score_thresh)
+            target.write(painted[:, :, ::-1])
+            written += 1
+    finally:
+        source.release()
+        target.release()
+    if not written:
+        path.unlink(missing_ok=True)
+        raise VideoError(file)
+
+
+def _rgb_frames(source: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while True:
+        there, frame = source.read()
+        if not there:
+            return
+        yield np.ascontiguousarray(frame[:, :, ::-1])

@@ -1,0 +1,41 @@
+"""PathManager (local paths, http(s) addresses and `detectron2://`, Detectron2's model zoo), and seeds."""
+
+import logging
+import os
+import random
+
+from iopath.common.file_io import HTTPURLHandler, PathHandler
+from iopath.common.file_io import PathManager as _PathManager
+
+MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"
+
+
+class _ModelZooHandler(PathHandler):
+    """Resolve `detectron2://name` to the model zoo's address; a download that fails raises OSError."""
+
+    PREFIX = "detectron2://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        return PathManager.get_local_path(MODEL_ZOO + path.removeprefix(self.PREFIX), force=force, **kwargs)
+
+
+PathManager = _PathManager()
+PathManager.register_handler(HTTPURLHandler())
+PathManager.register_handler(_ModelZooHandler())
+
+
+def seed_all_rng(seed: int | None = None) -> None:
+    """Seed the generators of Python, NumPy and torch (all devices); None: with a random seed, logged."""
+    import numpy as np
+    import torch
+
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "big") % 2**31
+        logging.getLogger(__name__).info("Using the random seed %d", seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    os.environ["PYTHONHASHSEED"] = str(seed)

@@ -1,0 +1,131 @@
+"""Detect with a file of tools/export_model.py, without dfm_d2: boxes in pixels of the photograph, as JSON.
+
+python run_exported.py model.onnx photo.jpg [more.jpg ...]     needs numpy, Pillow and onnxruntime
+python run_exported.py model.pt2 photo.jpg                     needs numpy, Pillow, torch and torchvision
+python run_exported.py model.ts photo.jpg                      the same
+python run_exported.py model.aoti.pt2 photo.jpg                the same, and a processor like the exporter's
+
+Run only files that you trust: a pt2 file can hold pickles, an AOTInductor package is machine code.
+Shapes: B images, N noise boxes, L detections of an image at most.
+"""
+
+import json
+import sys
+
+import numpy as np
+from PIL import Image, ImageOps
+
+ABOUT = "dfm_d2.json"  # the name of what a file says of itself
+
+
+def load_onnx(path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map[ABOUT]
+    return lambda inputs: session.run(None, inputs), about
+
+
+def load_pt2(path):
+    import torch
+    import torchvision  # noqa: F401  (registers torchvision::nms, which the graph calls)
+
+    extra = {ABOUT: ""}
+    module = torch.export.load(path, extra_files=extra).module()
+    return on_tensors(lambda inputs: module(**inputs)), extra[ABOUT]
+
+
+def load_aoti(path):
+    import torch._inductor
+    import torchvision  # noqa: F401
+
+    package = torch._inductor.aoti_load_package(path)
+    return on_tensors(lambda inputs: package(**inputs)), package.get_metadata()[ABOUT]
+
+
+def load_torchscript(path):
+    import torch
+    import torchvision  # noqa: F401
+
+    extra = {ABOUT: ""}
+    module = torch.jit.load(path, _extra_files=extra)
+
+    def run(inputs):  # one image at a time: a trace has batch 1
+        found = []
+        for i, (height, width) in enumerate(inputs["image_sizes"].int().tolist()):
+            noise = [inputs["x_0"][i]] if "x_0" in inputs else []
+            # The fields of Detectron2's Instances in the order of their names, and the size of the image.
+            boxes, classes, scores, _ = module(inputs["images"][i, :, :height, :width], *noise)
+            found.append((boxes, scores, classes, torch.tensor(len(scores))))
+        return zip(*found)
+
+    return on_tensors(run), extra[ABOUT]
+
+
+LOADERS = {".aoti.pt2": load_aoti, ".pt2": load_pt2, ".onnx": load_onnx, ".ts": load_torchscript}
+
+
+def on_tensors(run):
+    """Numpy arrays in and out, for a function of tensors."""
+    import torch
+
+    @torch.no_grad()
+    def on_arrays(inputs):
+        found = run({name: torch.from_numpy(value) for name, value in inputs.items()})
+        return [[row.numpy() for row in rows] for rows in found]
+
+    return on_arrays
+
+
+def read(path, about):
+    """Pixels float32 (3, H, W) as the file wants them, and the factors (4,) from there to the photograph."""
+    photo = ImageOps.exif_transpose(Image.open(path))
+    if photo.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips: white for the most part
+        photo = Image.fromarray((np.asarray(photo).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    photo = photo.convert("RGB")
+    width, height = photo.size
+    if about["min_size"]:
+        scale = about["min_size"] / min(photo.size)
+        if about["max_size"] and max(photo.size) * scale > about["max_size"]:
+            scale = about["max_size"] / max(photo.size)
+        size = (max(int(width * scale + 0.5), 1), max(int(height * scale + 0.5), 1))
+        photo = photo.resize(size, Image.Resampling.BILINEAR)
+    pixels = np.asarray(photo, dtype=np.float32)
+    if about["format"] == "BGR":
+        pixels = pixels[:, :, ::-1]
+    factors = np.array([width / photo.width, height / photo.height] * 2)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), factors
+
+
+def pad(images, about):
+    """(B, 3, H, W) with sides that the file takes, and the sizes (B, 2) of what is inside."""
+    sizes = np.array([image.shape[1:] for image in images], dtype=np.float32)
+    unit = about["divisibility"]
+    height, width = (max(-(-int(side) // unit) * unit, about["min_side"]) for side in sizes.max(0))
+    batch = np.zeros((len(images), 3, height, width), dtype=np.float32)
+    for place, image in zip(batch, images):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return batch, sizes
+
+
+def main(model, *paths):
+    """{path: detections as plain values} of each photograph."""
+    run, about = next(load for ending, load in LOADERS.items() if model.endswith(ending))(model)
+    about = json.loads(about)
+    images, factors = zip(*(read(path, about) for path in paths))
+    batch, sizes = pad(images, about)
+    inputs = {"images": batch, "image_sizes": sizes}
+    if about["noise"] == "input":
+        # (B, N, 4): any standard normal numbers do; the same ones give the same answer.
+        shape = (len(paths), about["num_noise_boxes"], 4)
+        inputs["x_0"] = np.random.default_rng(about["seed"]).standard_normal(shape, dtype=np.float32)
+    found = {}
+    for path, factor, boxes, scores, classes, count in zip(paths, factors, *run(inputs)):
+        names = [about["class_names"][int(label)] for label in classes[:count]]
+        rows = zip(names, scores[:count].tolist(), (boxes[:count] * factor).tolist())
+        found[path] = [{"class": name, "score": score, "box_xyxy": box} for name, score, box in rows]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:]), indent=1))

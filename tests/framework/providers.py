@@ -1,0 +1,19 @@
+"""Both providers for tests: the builtin subset, and Detectron2 where it is installed."""
+
+import importlib.util
+import os
+
+import pytest
+
+from dfm_d2.framework._providers import Provider
+
+BUILTIN = Provider("builtin")
+
+
+def detectron2_provider() -> Provider:
+    """Skips the test where Detectron2 is absent; fails it where DFM_REQUIRE_D2=1 demands it."""
+    if importlib.util.find_spec("detectron2") is None:
+        if os.environ.get("DFM_REQUIRE_D2") == "1":
+            pytest.fail("DFM_REQUIRE_D2=1, but Detectron2 is not installed (make test-detectron2)")
+        pytest.skip("needs the real Detectron2 (make test-detectron2)")
+    return Provider("detectron2")
