@@ -8,6 +8,7 @@ python benchmarks/kernels.py --device cpu          the same without Triton (whic
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
-from dfm_kernels import ops, reference  # noqa: E402
+import dfm_kernels  # noqa: E402
 from rows import RESULTS, Row, commit, device_name, save_rows  # noqa: E402
 from timing import launches, measure, peak_mib  # noqa: E402
 
@@ -29,8 +30,12 @@ GRIDS = {
     "cpu": ((1, 100, 1, 20), (1, 300, 6, 20), (4, 100, 1, 80)),
 }
 # Relative to the largest element; TF32 and bfloat16 keep 11 and 8 bits, and sums of 256 of them fewer.
-_TOLERANCE = {"box_flow_update": 1e-5, "sample_box_paths": 1e-5, "flow_loss": 1e-5}
-_TOLERANCE |= {"multilevel_roi_align": 1e-4, "dynamic_interaction": 5e-2}
+_TOLERANCE = {
+    "box_flow_update": 1e-5,
+    "flow_loss": 1e-5,
+    "multilevel_roi_align": 1e-4,
+    "dynamic_interaction": 5e-2,
+}
 
 
 class Case(NamedTuple):
@@ -82,17 +87,6 @@ def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
     }
     num_bytes = 4 * (answers.numel() + logits.numel() + 5 * x_t.numel() + b * n * k)
     return Case(lambda update: update(*arguments, **options), num_bytes)
-
-
-def sample_box_paths(b: int, n: int, d: int, k: int, device: str) -> Case:
-    """Inputs of D predictors in training; K does not enter."""
-    seed = torch.arange(b, device=device)
-    offset = torch.zeros((), dtype=torch.int64, device=device)
-    x_1 = torch.randn(b, n, 4, device=device)
-    t = torch.rand(d, b, device=device)
-    sizes = torch.tensor([[480.0, 640.0]], device=device).repeat(b, 1)
-    arguments = (seed, offset, x_1, t, sizes)
-    return Case(lambda sample: sample(*arguments, signal_scale=2.0), 4 * x_1.numel() * (3 + 2 * d))
 
 
 def flow_loss(b: int, n: int, d: int, k: int, device: str) -> Case:
@@ -158,7 +152,6 @@ def dynamic_interaction(b: int, n: int, d: int, k: int, device: str) -> Case:
 
 OPS = {
     "box_flow_update": box_flow_update,
-    "sample_box_paths": sample_box_paths,
     "flow_loss": flow_loss,
     "multilevel_roi_align": multilevel_roi_align,
     "dynamic_interaction": dynamic_interaction,
@@ -170,9 +163,10 @@ def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> list[Row]:
     """Rows of one op at one size, after what will be timed has been compared with the reference."""
     case, mode = OPS[op](*size, device), MODES.get(op, "forward")
     torch._dynamo.reset()
-    eager, name = getattr(reference, op), "triton" if device == "cuda" else "auto"
-    functions = {"eager": eager, "compile": torch.compile(eager)}
-    functions[name] = partial(getattr(ops, op), backend=name)
+    package, name = importlib.import_module(f"dfm_kernels.{op}"), "triton" if device == "cuda" else "auto"
+    eager = getattr(package.reference, op)
+    chosen = dfm_kernels.kernels(name)(getattr(package, op))
+    functions = {"eager": eager, "compile": torch.compile(eager), name: chosen}
     providers = {name: partial(case.run, function) for name, function in functions.items()}
     expected = providers["eager"]()
     for name, run in providers.items():
@@ -229,7 +223,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def ahead_of_time() -> int:
     """Compile everything that ships for every target and print it; the number of spilling kernels."""
-    from dfm_kernels.triton.ahead_of_time import TARGETS, compile_for, configurations, missing_targets
+    from dfm_kernels.ahead_of_time import TARGETS, compile_for, configurations, missing_targets
 
     missing = missing_targets()
     for target, reason in missing.items():

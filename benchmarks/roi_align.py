@@ -8,7 +8,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from torchvision.ops import roi_align
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "kernels"), str(Path(__file__).resolve().parent)]
 
-from dfm_kernels import ops  # noqa: E402
-from dfm_kernels.reference import assign_levels, multilevel_roi_align  # noqa: E402
+from dfm_kernels import kernels  # noqa: E402
+from dfm_kernels.multilevel_roi_align import assign_levels, multilevel_roi_align  # noqa: E402
 from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -81,7 +80,7 @@ def main() -> None:
         providers = [("torchvision", by_level), ("embedding_bag", multilevel_roi_align)]
         if args.device == "cuda":
             # Its time includes bringing the features to channels_last.
-            providers.append(("triton", partial(ops.multilevel_roi_align, backend="triton")))
+            providers.append(("triton", kernels("triton")(multilevel_roi_align)))
         for provider, op in providers:
             for mode in ("forward", "both"):
 

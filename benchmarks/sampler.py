@@ -17,12 +17,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
+from dfm_kernels import kernels  # noqa: E402
 from rows import Row, commit, device_name, save_rows  # noqa: E402
 from timing import launches, measure, peak_mib  # noqa: E402
 
 import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
 from dfm_d2.config import add_dfm_config  # noqa: E402
-from dfm_d2.detection.exportable import with_backend  # noqa: E402
 from dfm_d2.framework import build_model, get_cfg  # noqa: E402
 
 
@@ -71,8 +71,8 @@ def rows_of(args: argparse.Namespace, interaction: str) -> list[Row]:
     """Rows for partitioned (K head evaluations) and shared time (D K of them)."""
     rows = []
     for time in ("partitioned", "shared"):
-        base = detector(args, time, interaction)
-        shapes = base.backbone.output_shape()
+        model = detector(args, time, interaction)
+        shapes = model.backbone.output_shape()
         features = [
             torch.randn(
                 args.batch,
@@ -81,7 +81,7 @@ def rows_of(args: argparse.Namespace, interaction: str) -> list[Row]:
                 -(-args.size[1] // shapes[name].stride),
                 device=args.device,
             ).contiguous(memory_format=torch.channels_last)
-            for name in base.in_features
+            for name in model.in_features
         ]
         sizes = torch.tensor([args.size] * args.batch, dtype=torch.float32, device=args.device)
         providers = [("torch", "torch", 0), ("auto", "auto", 0)]
@@ -89,10 +89,9 @@ def rows_of(args: argparse.Namespace, interaction: str) -> list[Row]:
             providers.append(("auto, CUDA graph", "auto", 1))
         expected = None
         for name, backend, graphs in providers:
-            model = with_backend(base, backend)
             model.sampler.graphs.size = graphs
             run = partial(sample, model, features, sizes)
-            with torch.no_grad():
+            with torch.no_grad(), kernels(backend):
                 found = [run() for _ in range(3)][-1]  # the third of a shape is the second capture's replay
                 expected = expected or found
                 # Bits of TF32 grow over the steps; what is compared is that it is the same function.

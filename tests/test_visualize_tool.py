@@ -31,12 +31,12 @@ def visualize(monkeypatch):
 
 def test_overrides_may_follow_any_option_of_several_words(visualize, tmp_path, monkeypatch):
     assert visualize("--image", "a.jpg", "B.JPG", "MODEL.WEIGHTS", "w.pth", "OUTPUT_DIR", "out") == 0
-    everything = ["predictions", "strip", "gif", "html"]
+    everything = ["predictions", "strip", "html"]
     images = ["a.jpg", "B.JPG"]
     assert visualize.asked == {"weights": "w.pth", "images": images, "folder": "out", "kinds": everything}
-    words = ["--image", "a.jpg", "--kinds", "strip", "gif", "MODEL.WEIGHTS", "w.pth", "SEED", "1"]
+    words = ["--image", "a.jpg", "--kinds", "strip", "html", "MODEL.WEIGHTS", "w.pth", "SEED", "1"]
     assert visualize(*words) == 0
-    assert visualize.asked["kinds"] == ["strip", "gif"] and visualize.asked["weights"] == "w.pth"
+    assert visualize.asked["kinds"] == ["strip", "html"] and visualize.asked["weights"] == "w.pth"
     # A file may be called like a section of the config.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TEST.jpg").touch()

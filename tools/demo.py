@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if status == 0:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")
-        names = ["model_final.pth", "metrics.json", "*.png", "*.gif", "*.html", "events.out.tfevents.*"]
+        names = ["model_final.pth", "metrics.json", "*.png", "*.html", "events.out.tfevents.*"]
         for path in (path for name in names for path in sorted(output.glob(name))):
             print(f"  {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return status

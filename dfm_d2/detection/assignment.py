@@ -8,7 +8,8 @@ Shapes: B images, N proposals, G ground-truth boxes, K classes.
 from dataclasses import dataclass
 
 import torch
-from dfm_kernels.reference import cxcywh_to_xyxy, pairwise_giou, signal_to_cxcywh
+from dfm_kernels.box_flow_update import cxcywh_to_xyxy, signal_to_cxcywh
+from dfm_kernels.flow_loss import pairwise_giou
 from torch import Tensor
 
 from dfm_d2.detection.ground_truth import GroundTruth

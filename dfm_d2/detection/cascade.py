@@ -8,7 +8,7 @@ Shapes: B images, N proposals, D heads, K classes.
 
 from collections.abc import Iterator, Sequence
 
-from dfm_kernels.reference import BoxFlowUpdate
+from dfm_kernels.box_flow_update import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.detection.detector import FlowDetector

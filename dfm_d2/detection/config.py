@@ -88,8 +88,6 @@ KEYS = (
     Key("MODEL.DFM.SAMPLER.METHOD", "euler", choices=("euler", "heun")),
     # K, the number of steps; 0: D for TIME "partitioned", 1 for "shared".
     Key("MODEL.DFM.SAMPLER.STEPS", 0, least=0),
-    # An explicit time grid from 0 to 1 (STEPS is then ignored); empty: uniform.
-    Key("MODEL.DFM.SAMPLER.TIME_GRID", [], of=float),
     Key("MODEL.DFM.SAMPLER.NUM_PROPOSALS", 0, least=0),  # 0: as in training
     # Indices of the predictors that answer (TIME "shared" only); empty: all.
     Key("MODEL.DFM.SAMPLER.PREDICTORS", [], of=int, least=0),
@@ -112,6 +110,7 @@ REMOVED = {
     "MODEL.DFM.FROM_NOISE": (0.0, _ON_POLICY),
     "MODEL.DFM.SAMPLER.ENSEMBLE_STEPS": (False, "MODEL.DFM.SAMPLER.NOISE_PASSES merges several passes"),
     "MODEL.DFM.SAMPLER.RENEWAL_THRESH": (0.0, "MODEL.DFM.SAMPLER.NUM_PROPOSALS gives more proposals"),
+    "MODEL.DFM.SAMPLER.TIME_GRID": ([], "MODEL.DFM.SAMPLER.STEPS are even in the warped time"),
     "DATASETS.HOLD_OUT": (0.0, ""),
     "DATASETS.ROOT": ("", ""),
     "INPUT.IMAGE_SIZE": (0, ""),
@@ -125,7 +124,7 @@ def problems(cfg: CfgNode) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
     dfm, sizes = cfg.MODEL.DFM, tuple(cfg.INPUT.MIN_SIZE_TRAIN)
     head, loss, sampler = dfm.HEAD, dfm.LOSS, dfm.SAMPLER
-    grid, predictors = list(sampler.TIME_GRID), list(sampler.PREDICTORS)
+    predictors = list(sampler.PREDICTORS)
     if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector":
         if dfm.UPDATE != "joint":
             yield f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but gradients cross a CascadeDetector: set joint."
@@ -143,8 +142,6 @@ def problems(cfg: CfgNode) -> Iterator[str]:
         yield "MODEL.DFM.LOSS has no weight above 0: set one of CLS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT."
     if head.HIDDEN_DIM % head.NUM_HEADS:
         yield f"MODEL.DFM.HEAD.NUM_HEADS is {head.NUM_HEADS}; it must divide HIDDEN_DIM {head.HIDDEN_DIM}."
-    if grid and (grid[0] != 0 or grid[-1] != 1 or any(a >= b for a, b in zip(grid, grid[1:]))):
-        yield f"MODEL.DFM.SAMPLER.TIME_GRID is {grid}; it must increase from 0 to 1."
     if sampler.NMS_THRESH == 0 and sampler.NOISE_PASSES > 1:
         yield "MODEL.DFM.SAMPLER.NMS_THRESH is 0, but NOISE_PASSES merges detections by NMS: set it to 0.6."
     if predictors and dfm.TIME == "partitioned":

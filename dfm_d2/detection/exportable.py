@@ -5,7 +5,6 @@ Shapes: B images, N noise boxes of all passes, L detections of an image at most.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +68,7 @@ def prepared_model(model: FlowDetector) -> FlowDetector:
             "MODEL.DFM.HEAD.POOLER_SAMPLING_RATIO 0 takes as many samples as the largest box needs, which "
             "is no fixed graph: export a model trained with 1 or more"
         )
-    return with_backend(model, "torch").eval().requires_grad_(False)
-
-
-def with_backend(model: FlowDetector, backend: str) -> FlowDetector:
-    """A copy whose ops run on `backend`, one of dfm_kernels.dispatch.BACKENDS."""
-    model = copy.deepcopy(model)
-    model.flow = replace(model.flow, backend=backend)
-    for module in model.predictors.modules():
-        if hasattr(module, "backend"):
-            module.backend = backend
-    return model
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _metadata(
@@ -139,7 +128,7 @@ class TensorDetector(nn.Module):
     Its shapes are static but for what NMS keeps inside of it.
 
     Args:
-        model: in evaluation mode, its ops on the backend "torch".
+        model: in evaluation mode.
     """
 
     def __init__(self, model: FlowDetector, constant_noise: bool):

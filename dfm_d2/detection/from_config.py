@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from dfm_kernels import set_backend
+
 from dfm_d2.detection.assignment import DynamicK
 from dfm_d2.detection.head import FlowHead
 from dfm_d2.detection.loss import BlockLoss
@@ -15,7 +17,7 @@ from dfm_d2.framework import build_backbone
 
 
 def detector_arguments(cfg) -> dict:
-    """Arguments of FlowDetector and CascadeDetector.
+    """Arguments of FlowDetector and CascadeDetector. Sets the backend of the process to MODEL.DFM.KERNELS.
 
     Raises:
         UserError: a key has a value that cannot be built; the sentence names it.
@@ -34,6 +36,7 @@ def detector_arguments(cfg) -> dict:
             f"no backbone can be built: {said}; see MODEL.BACKBONE.NAME, MODEL.RESNETS.NORM and "
             "MODEL.FPN.NORM."
         ) from error
+    set_backend(dfm.KERNELS)
     space = BoxSpace(dfm.SIGNAL_SCALE)
     loss = dfm.LOSS
     return {
@@ -48,7 +51,6 @@ def detector_arguments(cfg) -> dict:
             box_weights=tuple(dfm.HEAD.BOX_WEIGHTS),
             prediction=dfm.PREDICTION,
             aggregation=dfm.AGGREGATION,
-            backend=dfm.KERNELS,
         ),
         "sampler": BoxSampler(space, sampler_settings(cfg)),
         "criterion": BlockLoss(
@@ -61,7 +63,6 @@ def detector_arguments(cfg) -> dict:
             focal_alpha=loss.FOCAL_ALPHA,
             focal_gamma=loss.FOCAL_GAMMA,
             velocity_max=loss.VELOCITY_MAX,
-            backend=dfm.KERNELS,
         ),
         "assigner": DynamicK(
             signal_scale=dfm.SIGNAL_SCALE,
@@ -91,7 +92,6 @@ def sampler_settings(cfg) -> SamplerSettings:
         num_proposals=sampler.NUM_PROPOSALS or dfm.NUM_PROPOSALS,
         steps=sampler.STEPS or (dfm.NUM_PREDICTORS if partitioned else 1),
         method=sampler.METHOD,
-        time_grid=tuple(sampler.TIME_GRID),
         predictors=tuple(sampler.PREDICTORS),
         seed=sampler.SEED,
         noise_passes=sampler.NOISE_PASSES,
@@ -164,7 +164,6 @@ def _pooler(cfg, strides: Sequence[int]) -> FeaturePooler:
         output_size=head.POOLER_RESOLUTION,
         sampling_ratio=head.POOLER_SAMPLING_RATIO,
         canonical_size=head.POOLER_CANONICAL_SIZE,
-        backend=cfg.MODEL.DFM.KERNELS,
     )
 
 

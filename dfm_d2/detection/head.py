@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from dfm_kernels.ops import dynamic_interaction
+from dfm_kernels.dynamic_interaction import dynamic_interaction
 from torch import Tensor, nn
 
 from dfm_d2.detection.pooling import FeaturePooler
@@ -34,9 +34,8 @@ class HeadAnswer(NamedTuple):
 class DynamicConv(nn.Module):
     """Interaction by two matrices that each query makes, then one linear layer over the whole grid."""
 
-    def __init__(self, dim: int, dynamic_dim: int, num_cells: int, backend: str):
+    def __init__(self, dim: int, dynamic_dim: int, num_cells: int):
         super().__init__()
-        self.backend = backend
         self.dim, self.dynamic_dim = dim, dynamic_dim
         self.make_weights = nn.Linear(dim, 2 * dim * dynamic_dim)
         self.norm_in = nn.LayerNorm(dynamic_dim)
@@ -54,7 +53,6 @@ class DynamicConv(nn.Module):
             weight_out.view(-1, self.dynamic_dim, self.dim),
             (self.norm_in.weight, self.norm_in.bias),
             (self.norm_out.weight, self.norm_out.bias),
-            backend=self.backend,
         )
         # The grid itself goes along: the dynamic weights of a young head mean nothing yet, and the backbone
         # would wait for them.
@@ -87,7 +85,7 @@ class FlowHead(nn.Module):
     """One predictor, a block of local update: it shares no parameter and no activation with another.
 
     Args:
-        pooler: shared by reference; it has no parameters. Its backend is also that of dynamic_conv.
+        pooler: shared by reference; it has no parameters.
         num_classes: K. dim: C, also the channels of the features.
         num_heads: attention heads. feedforward_dim: hidden width of the feed-forward.
         interaction: one of INTERACTIONS. dynamic_dim: hidden channels of dynamic_conv.
@@ -113,7 +111,7 @@ class FlowHead(nn.Module):
         self.box_embedding = nn.Sequential(nn.Linear(4, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         if interaction == "dynamic_conv":
-            self.interaction: nn.Module = DynamicConv(dim, dynamic_dim, num_cells, pooler.backend)
+            self.interaction: nn.Module = DynamicConv(dim, dynamic_dim, num_cells)
         elif interaction == "grid_linear":
             self.interaction = GridLinear(dim, num_cells)
         else:

@@ -6,7 +6,9 @@ Shapes: B images, N proposals, D predictors, C channels, K classes.
 from collections.abc import Hashable, Sequence
 
 import torch
-from dfm_kernels.reference import BoxFlowUpdate, size_tensor
+from dfm_kernels import use_triton
+from dfm_kernels.box_flow_update import BoxFlowUpdate
+from dfm_kernels.multilevel_roi_align import size_tensor
 from torch import Tensor, nn
 
 from dfm_d2.detection.postprocess import detections
@@ -91,7 +93,9 @@ class BoxFlowModel(nn.Module):
         """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
         # The reference's RoIAlign brings numbers of the host to the device, which a graph cannot record.
         recording = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if self.device.type != "cuda" or self.flow.backend == "torch" or self.training or recording:
+        if self.device.type != "cuda" or self.training or recording:
+            return None
+        if not use_triton("the sampler", self.pixel_mean):
             return None
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         return autocast, tuple(p.data_ptr() for p in self.predictors.parameters())
@@ -144,7 +148,7 @@ class BoxFlowModel(nn.Module):
     def _features(self, pixels: Tensor) -> list[Tensor]:
         features = self.backbone(pixels)
         found = [at_least_float32(features[name]) for name in self.in_features]
-        if self.flow.backend == "torch":
+        if not use_triton("RoIAlign", found[0]):
             return found
         # The RoIAlign kernel reads pixels of all channels: laid out once here, not once a predictor and step.
         return [f.contiguous(memory_format=torch.channels_last) for f in found]

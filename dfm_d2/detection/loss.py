@@ -5,7 +5,7 @@ Shapes: B images, N proposals, K classes.
 
 from dataclasses import dataclass
 
-from dfm_kernels.ops import flow_loss
+from dfm_kernels.flow_loss import flow_loss
 from torch import Tensor
 
 from dfm_d2.local_update.processes import mean_over_processes, world_size
@@ -21,7 +21,6 @@ class BlockLoss:
         cls_weight, l1_weight, giou_weight, velocity_weight: weights; a term of weight 0 is left out.
         focal_alpha, focal_gamma: of the class loss.
         velocity_max: w_max, bound of `(1 - t)^-2`.
-        backend: of the kernels, one of dfm_kernels.dispatch.BACKENDS.
     """
 
     signal_scale: float
@@ -33,7 +32,6 @@ class BlockLoss:
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     velocity_max: float = 25.0
-    backend: str = "torch"
 
     def __call__(
         self,
@@ -64,7 +62,6 @@ class BlockLoss:
             alpha=self.focal_alpha,
             gamma=self.focal_gamma,
             velocity_max=self.velocity_max,
-            backend=self.backend,
         )
         weights = (self.cls_weight, self.l1_weight, self.giou_weight, self.velocity_weight)
         return {name: w * term for name, w, term in zip(terms._fields, weights, terms) if w != 0}

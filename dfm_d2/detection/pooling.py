@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dfm_kernels.ops import multilevel_roi_align
+from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 from torch import Tensor, nn
 
 
@@ -13,7 +13,6 @@ class FeaturePooler(nn.Module):
         scales: 1 / stride of each level, from fine to coarse.
         output_size: P. sampling_ratio: samples a cell and side, 0 is adaptive.
         canonical_size: side in pixels of a box that belongs on the level of stride 16.
-        backend: of the kernels, one of dfm_kernels.dispatch.BACKENDS.
     """
 
     def __init__(
@@ -22,14 +21,12 @@ class FeaturePooler(nn.Module):
         output_size: int,
         sampling_ratio: int,
         canonical_size: float = 224.0,
-        backend: str = "torch",
     ):
         super().__init__()
         self.scales = tuple(scales)
         self.output_size = output_size
         self.sampling_ratio = sampling_ratio
         self.canonical_size = canonical_size
-        self.backend = backend
 
     def forward(self, features: Sequence[Tensor], boxes_xyxy: Tensor) -> Tensor:
         """L maps `(B, C, H_l, W_l)` and pixel boxes `(B, N, 4)` to `(B N, C, P, P)`."""
@@ -40,5 +37,4 @@ class FeaturePooler(nn.Module):
             self.output_size,
             self.sampling_ratio,
             self.canonical_size,
-            backend=self.backend,
         )

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from dfm_kernels.reference import BoxFlowUpdate
+from dfm_kernels.box_flow_update import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.detection.captured import GraphCache
 from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, ODESolver, SolverStep, Trajectory, keyed_normal, stream_key
-from dfm_d2.flow.solver import check_grid, warped_grid
+from dfm_d2.flow.solver import warped_grid
 
 # (x_t (B, N, 4), boxes_xyxy (B, N, 4), t, t_next) -> one step of the flow on the features of these images.
 Flow = Callable[[Tensor, Tensor, float, float], BoxFlowUpdate]
@@ -27,7 +27,6 @@ class SamplerSettings:
     num_proposals: int
     steps: int
     method: str = "euler"
-    time_grid: Sequence[float] = ()
     predictors: Sequence[int] = ()
     seed: int = 0
     noise_passes: int = 1
@@ -40,17 +39,11 @@ class SamplerSettings:
         for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
             if getattr(self, name) < 1:
                 raise UserError(f"the sampler's {name} must be at least 1, got {getattr(self, name)}")
-        if self.time_grid:
-            check_grid(self.time_grid)
-            if self.time_grid[0] != 0 or self.time_grid[-1] != 1:
-                raise ValueError(
-                    f"the sampler's time grid must run from 0 (noise) to 1 (data), got {list(self.time_grid)}"
-                )
 
     @property
     def grid(self) -> tuple[float, ...]:
-        """The time grid: the explicit one, else `steps` steps even in the predictors' intervals."""
-        return check_grid(self.time_grid) if self.time_grid else warped_grid(self.steps, self.time_rate)
+        """The time grid: `steps` steps even in the predictors' intervals."""
+        return warped_grid(self.steps, self.time_rate)
 
 
 def initial_noise(

@@ -107,7 +107,7 @@ def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     missing data.
     """
     import torch
-    from dfm_kernels.dispatch import BackendError, use_triton
+    from dfm_kernels import BackendError, kernels, use_triton
 
     from dfm_d2.engine.log import start_log
     from dfm_d2.engine.precision import resolve_amp_dtype
@@ -117,7 +117,8 @@ def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
     device = torch.device(cfg.MODEL.DEVICE)
     try:
-        use_triton("MODEL.DFM.KERNELS", cfg.MODEL.DFM.KERNELS, torch.empty(0, device=device))
+        with kernels(cfg.MODEL.DFM.KERNELS):
+            use_triton("MODEL.DFM.KERNELS", torch.empty(0, device=device))
     except BackendError as error:
         raise UserError(str(error)) from error
     resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)

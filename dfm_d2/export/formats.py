@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from dfm_kernels import kernels
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -76,11 +77,11 @@ def export_model(
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Within it models are recorded: attention as its parts, which every format knows, and no warnings."""
+    """Within it models are recorded: the ops' references, attention as its parts, and no warnings."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with kernels("torch"), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -5,8 +5,7 @@ Shapes: B images, N proposals, D predictors, K classes.
 
 from dataclasses import dataclass
 
-from dfm_kernels.ops import box_flow_update
-from dfm_kernels.reference import BoxFlowUpdate, decode_endpoint
+from dfm_kernels.box_flow_update import BoxFlowUpdate, box_flow_update, decode_endpoint
 from torch import Tensor
 
 
@@ -15,14 +14,12 @@ class BoxFlow:
     """Args:
     signal_scale: s of the box space. box_weights: divide box deltas.
     prediction: "endpoint" or "velocity", what a raw answer is. aggregation: "uniform" or "confidence".
-    backend: of the kernels, one of dfm_kernels.dispatch.BACKENDS.
     """
 
     signal_scale: float
     box_weights: tuple[float, float, float, float] = (2.0, 2.0, 1.0, 1.0)
     prediction: str = "endpoint"
     aggregation: str = "uniform"
-    backend: str = "torch"
 
     def endpoint(self, x_t: Tensor, answer: Tensor, t: Tensor) -> Tensor:
         """`x_1_hat` `(B, N, 4)` signal, not clamped, of one raw answer `(B, N, 4)` at `(x_t, t)`."""
@@ -44,7 +41,7 @@ class BoxFlow:
         t_next: Tensor,
         image_sizes: Tensor,
     ) -> BoxFlowUpdate:
-        """One Euler step along the aggregated velocity; see dfm_kernels.ops.box_flow_update."""
+        """One Euler step along the aggregated velocity; see dfm_kernels.box_flow_update."""
         return box_flow_update(
             x_t,
             answers,
@@ -56,5 +53,4 @@ class BoxFlow:
             box_weights=self.box_weights,
             prediction=self.prediction,
             aggregation=self.aggregation,
-            backend=self.backend,
         )

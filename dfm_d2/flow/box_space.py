@@ -6,7 +6,7 @@ Shapes: B images, N boxes. Pixel boxes are `boxes_xyxy`; image sizes are `(B, 2)
 from dataclasses import dataclass
 
 import torch
-from dfm_kernels.reference import (
+from dfm_kernels.box_flow_update import (
     boxes_to_signal,
     cxcywh_to_xyxy,
     signal_to_boxes_xyxy,

@@ -6,7 +6,7 @@ Shapes: B samples; any trailing dimensions.
 from typing import NamedTuple
 
 import torch
-from dfm_kernels.reference import euler_step, expand_t, path_sample, velocity_from_endpoint
+from dfm_kernels.box_flow_update import euler_step, expand_t, velocity_from_endpoint
 from torch import Tensor
 
 
@@ -35,7 +35,7 @@ class CondOTPath:
             t: `()` or `(B,)`, in [0, 1].
 
         Raises:
-            ValueError: shapes or dtypes do not agree.
+            ValueError: shapes or dtypes do not agree, or `t` has another shape.
         """
         if x_0.shape != x_1.shape or x_0.dtype != x_1.dtype:
             raise ValueError(
@@ -43,8 +43,9 @@ class CondOTPath:
                 f"and {tuple(x_1.shape)} {x_1.dtype}"
             )
         t = torch.as_tensor(t, dtype=x_1.dtype, device=x_1.device)
-        x_t, dx_t = path_sample(x_0, x_1, t)
-        return PathSample(x_0=x_0, x_1=x_1, t=t, x_t=x_t, dx_t=dx_t)
+        share = expand_t(t, x_1)
+        x_t = (1 - share) * x_0 + share * x_1  # at t = 0 and t = 1 exactly x_0 and x_1
+        return PathSample(x_0=x_0, x_1=x_1, t=t, x_t=x_t, dx_t=x_1 - x_0)
 
     def endpoint_to_velocity(self, x_1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """`v = (x_1_hat - x_t) / (1 - t)`, zero at t = 1."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from dfm_kernels.reference import euler_step, velocity_from_endpoint
+from dfm_kernels.box_flow_update import euler_step, velocity_from_endpoint
 from torch import Tensor
 
 

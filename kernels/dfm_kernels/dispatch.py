@@ -1,27 +1,52 @@
-"""Which implementation of an op runs: the reference in plain torch, or the Triton kernel.
+"""Which implementation of an op runs: the reference in plain torch, or the Triton kernel. Decided here alone.
 
 "auto" takes Triton for CUDA tensors and the reference for the rest; "torch" is always the reference;
 "triton" is the kernel, and an error where it cannot run. Under TRITON_INTERPRET=1
-Triton's interpreter runs the kernels on CPU tensors, for tests.
+Triton's interpreter runs the kernels on CPU tensors, for tests. This module does not import torch.
 """
 
-import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
+# The package comes with torch's CUDA builds for Linux.
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Of the process, not of a thread: activations that a backward makes again are made in autograd's threads.
+_backend = "torch"
 
 
 class BackendError(ValueError):
     """The backend that was asked for cannot run here; the message says why."""
 
 
-@functools.cache
-def triton_is_installed() -> bool:
-    """Whether the package triton is there (it comes with torch's CUDA builds for Linux)."""
-    return importlib.util.find_spec("triton") is not None
+def set_backend(name: str) -> None:
+    """From now on all ops of the process run on `name`, one of BACKENDS; "torch" until this is called.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"the kernels' backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    _backend = name
+
+
+@contextmanager
+def kernels(name: str) -> Iterator[None]:
+    """As set_backend, until the `with` block ends."""
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 def is_interpreted() -> bool:
@@ -29,29 +54,26 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def use_triton(op: str, backend: str, tensor: Tensor, unsupported: str = "") -> bool:
-    """Whether `op` runs as a Triton kernel on tensors like `tensor`.
+def use_triton(what: str, tensor: "Tensor", unsupported: str = "") -> bool:
+    """Whether `what`, an op or something made of ops, runs as Triton kernels on tensors like `tensor`.
 
     Args:
         unsupported: why the kernel cannot take these arguments; empty: it can.
 
     Raises:
-        ValueError: an unknown backend.
-        BackendError: "triton" was asked for and cannot run; the sentence says why.
+        BackendError: the backend is "triton", which cannot run; the message says why.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"the kernels' backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "torch":
+    if _backend == "torch":
         return False
-    if backend == "auto":
-        return tensor.is_cuda and not unsupported and triton_is_installed()
-    if not triton_is_installed():
-        raise BackendError(f"{op}: the Triton kernel was asked for, but triton is not installed")
+    if _backend == "auto":
+        return tensor.is_cuda and not unsupported and TRITON_IS_INSTALLED
+    if not TRITON_IS_INSTALLED:
+        raise BackendError(f"{what}: the Triton kernel was asked for, but triton is not installed")
     if not (tensor.is_cuda or is_interpreted()):
         raise BackendError(
-            f"{op}: the Triton kernel was asked for, but the tensors are on {tensor.device}: use the backend "
-            "'auto' or 'torch' there (TRITON_INTERPRET=1 interprets kernels on the CPU, for tests)"
+            f"{what}: the Triton kernel was asked for, but the tensors are on {tensor.device}: use the "
+            "backend 'auto' or 'torch' there (TRITON_INTERPRET=1 interprets kernels on the CPU, for tests)"
         )
     if unsupported:
-        raise BackendError(f"{op}: the Triton kernel was asked for, but {unsupported}")
+        raise BackendError(f"{what}: the Triton kernel was asked for, but {unsupported}")
     return True

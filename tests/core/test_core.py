@@ -15,9 +15,11 @@ from dfm_d2.flow import (
     SolverStep,
     endpoint_field,
     keyed_normal,
+    keyed_uniform,
     stream_key,
     warped_grid,
 )
+from dfm_d2.flow.noise import philox_4x32
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -35,9 +37,17 @@ def test_endpoint_and_velocity_are_inverses(dtype, t):
         torch.testing.assert_close(velocity, sample.dx_t)
 
 
+def test_a_path_is_exact_at_both_ends():
+    x_0, x_1 = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    assert torch.equal(CondOTPath().sample(x_0, x_1, torch.zeros(3)).x_t, x_0)
+    assert torch.equal(CondOTPath().sample(x_0, x_1, torch.ones(())).x_t, x_1)
+
+
 def test_path_refuses_what_does_not_agree():
     with pytest.raises(ValueError, match="must agree"):
         CondOTPath().sample(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(()))
+    with pytest.raises(ValueError, match=r"t must have shape \(\) or \(3,\)"):
+        CondOTPath().sample(torch.zeros(3, 5, 4), torch.zeros(3, 5, 4), torch.zeros(2))
 
 
 @pytest.mark.parametrize("method", ODESolver.METHODS)
@@ -67,19 +77,11 @@ def test_order_of_convergence(method, order):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
-def test_intermediates_and_renewal_hook():
-    seen = []
-
-    def after_step(x, step, t_next):
-        seen.append(t_next)
-        return x
-
+def test_intermediates_are_kept_on_demand():
     field = endpoint_field(lambda x, t: torch.zeros_like(x))
-    found = ODESolver().sample(
-        field, torch.ones(1, 2), (0.0, 0.25, 1.0), return_intermediates=True, after_step=after_step
-    )
+    found = ODESolver().sample(field, torch.ones(1, 2), (0.0, 0.25, 1.0), return_intermediates=True)
     assert [s[0, 0].item() for s in found.states] == [1.0, 0.75, 0.0]
-    assert len(found.steps) == 2 and seen == [0.25]
+    assert len(found.steps) == 2
     plain = ODESolver().sample(field, torch.ones(1, 2), (0.0, 0.25, 1.0))
     assert plain.states == [] and plain.steps == [] and torch.equal(plain.x, found.x)
 
@@ -153,3 +155,30 @@ def test_noise_depends_on_its_own_key_alone():
     assert torch.equal(together[1:2], keyed_normal(keys[1:2], 9))
     assert torch.equal(together.flip(0), keyed_normal(keys[::-1], 9))
     assert torch.equal(together[:, :4], keyed_normal(keys, 4))
+
+
+def test_philox_known_answers():
+    # The published vectors of Random123 for philox4x32-10: counter, key -> words.
+    cases = [
+        ((0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((-1, -1, -1), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88 - 2**64),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for (seed, offset, index), words in cases:
+        found = philox_4x32(torch.tensor(seed), torch.tensor(offset), torch.tensor(index))
+        assert tuple(int(word) for word in found) == words
+
+
+def test_draws_have_the_right_moments_and_depend_on_key_and_stream():
+    normals = keyed_normal([1, 2], 20000)
+    assert normals.shape == (2, 20000, 4) and torch.isfinite(normals).all()
+    assert normals.mean().abs() < 0.01 and (normals.std() - 1).abs() < 0.01
+    correlation = torch.corrcoef(torch.stack([normals[0].flatten(), normals[1].flatten()]))[0, 1]
+    assert correlation.abs() < 0.02
+    assert not torch.equal(keyed_normal([1, 2], 10, stream=1), normals[:, :10])
+    assert torch.equal(keyed_normal([2], 7)[0], normals[1, :7])
+    uniform = keyed_uniform([1, 2], 5000)
+    assert 0 <= uniform.min() and uniform.max() < 1 and (uniform.mean() - 0.5).abs() < 0.01

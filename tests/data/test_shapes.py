@@ -77,10 +77,9 @@ def test_the_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "set"), "--train", "4", "--val", "3", "--size", "48"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
-    assert "wrote" in first and "constant-box baseline" in first
+    assert "wrote" in first
     assert main(arguments) == 0
-    second = capsys.readouterr().out
-    assert "nothing to do" in second and first.splitlines()[1:] == second.splitlines()[1:]
+    assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "set" / "samples.png").is_file()
     assert main([*arguments, "--seed", "1"]) == 2
     error = capsys.readouterr().err

@@ -43,7 +43,6 @@ BAD_DETECTORS = {
     "D.SAMPLER.PREDICTORS [0]": "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
     "D.TIME shared D.SAMPLER.PREDICTORS [1,1]": "name each predictor once",
     "D.TIME shared D.SAMPLER.PREDICTORS [4]": "indices go from 0 to 3",
-    "D.SAMPLER.TIME_GRID [0.0,0.5]": "it must increase from 0 to 1.",
     "INPUT.MIN_SIZE_TRAIN ()": "INPUT.MIN_SIZE_TRAIN is (); it must not be empty.",
     "INPUT.MIN_SIZE_TRAIN_SAMPLING range": "MIN_SIZE_TRAIN_SAMPLING range wants (low, high).",
     "MODEL.PIXEL_MEAN [1.0]": "PIXEL_MEAN is [1.0]; it must have 3 numbers.",

@@ -10,7 +10,6 @@ from golden_set import evaluate, evaluator_of, instances_of, load_golden, output
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dfm_d2.detection.evaluation.baseline import constant_box_baseline
 from dfm_d2.detection.evaluation.evaluator import format_table
 from dfm_d2.errors import UserError
 
@@ -93,10 +92,3 @@ def test_what_cannot_be_evaluated_says_so(golden, caplog):
     rows = [(0, math.nan, 0, 0, 9, 9), (0, 0.5, 0, 0, math.inf, 9), (0, 0.5, 0, 0, 9, 9)]
     metrics = evaluate(evaluator, [(source, {"instances": instances_of(rows)})])
     assert "2 detections that are not finite" in caplog.text and metrics["AP"] == 0.0
-
-
-def test_baseline_finds_boxes_that_never_move():
-    image = {"file_name": "a.jpg", "width": 100, "height": 80}
-    target = {"bbox": [10.0, 20.0, 60.0, 70.0], "category_id": 1, "difficult": 0, "iscrowd": 0}
-    dicts = [{**image, "image_id": number, "annotations": [target]} for number in range(3)]
-    assert constant_box_baseline(dicts, dicts, ["cat", "dog"])[1:] == pytest.approx((100.0, 100.0))

@@ -52,7 +52,7 @@ def test_builtin_does_what_detectron2_does(name):
 
 @pytest.mark.parametrize("name", sorted(pooler_cases.CASES))
 def test_our_reference_pools_as_the_pooler_of_detectron2(name):
-    from dfm_kernels.reference import multilevel_roi_align
+    from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 
     output_size, sampling_ratio = pooler_cases.CASES[name]
     pooled = multilevel_roi_align(

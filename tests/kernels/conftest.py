@@ -4,6 +4,14 @@ import functools
 
 import pytest
 import torch
+from dfm_kernels import kernels
+
+
+@pytest.fixture(autouse=True)
+def backend_is_restored():
+    """A detector sets the backend of the process when it is built."""
+    with kernels("torch"):
+        yield
 
 
 @pytest.fixture
@@ -32,14 +40,23 @@ def interpreter_works() -> bool:
 
 
 @pytest.fixture
+def tf32_is_allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def poisoned_memory(monkeypatch):
     """New memory is full of NaN: an element that a kernel forgets to write shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-    new_empty = torch.Tensor.new_empty
 
-    def poison(tensor):
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoned(make):
+        def poison(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+        return poison
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

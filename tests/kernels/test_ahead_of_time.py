@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_no_kernel_spills():
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):

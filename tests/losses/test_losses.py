@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfm_d2.detection.assignment import DynamicK, assigned_targets
-from dfm_d2.detection.coupling import build_slots, couple, noisy_endpoints
+from dfm_d2.detection.coupling import build_slots, couple
 from dfm_d2.detection.ground_truth import GroundTruth
 from dfm_d2.detection.loss import BlockLoss
 from dfm_d2.flow import BoxSpace, keyed_normal
@@ -149,14 +149,3 @@ def test_block_loss_leaves_out_terms_of_weight_zero():
     args = (torch.zeros(1, 1, K), torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64))
     loss = BlockLoss(SCALE, l1_weight=0.0)(*args, torch.zeros(1, 1, 4), torch.zeros(()))
     assert set(loss) == {"cls", "giou"}
-
-
-def test_endpoint_noise_is_a_share_of_the_side():
-    gt = _ground_truth([1])
-    x_1 = gt.x_1[:, :1].expand(1, 4000, 4)
-    assert noisy_endpoints(x_1, 0.0, [1], SCALE) is x_1
-    moved = noisy_endpoints(x_1, 0.2, [1], SCALE)
-    side = (x_1[0, 0, 2:] + SCALE).repeat(2)
-    torch.testing.assert_close((moved - x_1)[0].std(0), 0.2 * side, rtol=0.05, atol=0)
-    assert (moved - x_1)[0].mean(0).abs().max() < 0.01
-    assert torch.equal(noisy_endpoints(x_1, 0.2, [1], SCALE), moved)

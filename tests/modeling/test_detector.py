@@ -215,7 +215,6 @@ def test_two_evaluations_agree_and_the_seed_matters(make_model, make_input):
         {"num_proposals": 300},
         {"steps": 1},
         {"steps": 8},
-        {"time_grid": (0.0, 0.1, 0.9, 1.0)},
         {"nms_thresh": 0.0},
         {"noise_passes": 3},
         {"score_thresh": 2.0},
@@ -244,8 +243,6 @@ def test_a_subset_of_predictors_needs_shared_time(make_model, make_input):
 def test_sampler_settings_are_checked(make_model):
     settings = make_model().sampler.settings
     assert settings.steps == 3
-    with pytest.raises(ValueError, match="must run from 0"):
-        dataclasses.replace(settings, time_grid=(0.0, 0.5))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         dataclasses.replace(settings, steps=0)
 

@@ -1,5 +1,6 @@
 """Compiling the kernels without a GPU: registers, spills and shared memory of what ships."""
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -13,14 +14,11 @@ import triton.backends.nvidia.compiler as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfm_kernels.triton import (
-    box_flow_update,
-    dynamic_interaction,
-    dynamic_interaction_backward,
-    flow_loss,
-    multilevel_roi_align,
-    path_sample,
-)
+from dfm_kernels.box_flow_update import triton as box_flow_update
+from dfm_kernels.dynamic_interaction import triton as dynamic_interaction
+from dfm_kernels.flow_loss import triton as flow_loss
+from dfm_kernels.flow_loss.reference import KINDS
+from dfm_kernels.multilevel_roi_align import triton as multilevel_roi_align
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,7 +33,6 @@ _VALUE_POINTERS = {
     *("roi_ptr", "weight_in_ptr", "weight_out_ptr", "mixed_ptr", "d_mixed_ptr"),
     *("d_roi_ptr", "d_weight_in_ptr", "d_weight_out_ptr"),
 }
-_INTEGER_POINTERS = {"seed_ptr": "*i64", "offset_ptr": "*i64", "class_ptr": "*i64"}
 
 
 class Configuration(NamedTuple):
@@ -60,94 +57,56 @@ class Compiled(NamedTuple):
 
 def configurations() -> Iterator[Configuration]:
     """VOC, COCO and LVIS classes, every variant of every kernel, float32 and bfloat16 answers."""
-    for num_classes in (20, 80, 1203):
-        block_m, block_k = box_flow_update.block_sizes(num_classes)
-        for velocity in (False, True):
-            for confidence in (False, True):
-                for answers in ("fp32", "bf16"):
-                    yield Configuration(
-                        f"box_flow_update K={num_classes} "
-                        f"{'velocity' if velocity else 'endpoint'} "
-                        f"{'confidence' if confidence else 'uniform'} {answers}",
-                        box_flow_update._box_flow_update_fwd_kernel,
-                        {
-                            "VELOCITY": velocity,
-                            "CONFIDENCE": confidence,
-                            "BLOCK_M": block_m,
-                            "BLOCK_K": block_k,
-                        },
-                        answers,
-                    )
-    for num_classes in (20, 80):  # from there on the tile is the same
-        for kind in ("focal", "quality_focal"):
-            for gradients in (False, True):
-                for answers in ("fp32", "bf16"):
-                    yield Configuration(
-                        f"flow_loss K={num_classes} {kind} "
-                        f"{'with' if gradients else 'without'} gradients {answers}",
-                        flow_loss._flow_loss_kernel,
-                        {
-                            "QUALITY": kind == "quality_focal",
-                            "GRADIENTS": gradients,
-                            "BLOCK_M": flow_loss._BLOCK_M,
-                            "BLOCK_K": flow_loss.block_k(num_classes),
-                        },
-                        answers,
-                    )
-    yield Configuration(
-        "sample_box_paths", path_sample._path_sample_fwd_kernel, {"BLOCK_M": path_sample._BLOCK_M}
-    )
-    yield from _roi_align_configurations()
-    yield from _interaction_configurations()
-
-
-def _roi_align_configurations() -> Iterator[Configuration]:
-    """Four levels of 128 and 256 channels, fixed and adaptive samples; the backward is in float32 only."""
+    both = ("fp32", "bf16")
+    variants = itertools.product((20, 80, 1203), ("endpoint", "velocity"), ("uniform", "confidence"), both)
+    for num_classes, prediction, aggregation, values in variants:
+        yield Configuration(
+            f"box_flow_update K={num_classes} {prediction} {aggregation} {values}",
+            box_flow_update._box_flow_update_fwd_kernel,
+            box_flow_update.constants(num_classes, prediction, aggregation),
+            values,
+        )
+    variants = itertools.product((20, 80), KINDS, (False, True), both)  # beyond K = 80 the tile is the same
+    for num_classes, kind, gradients, values in variants:
+        yield Configuration(
+            f"flow_loss K={num_classes} {kind} {'with' if gradients else 'without'} gradients {values}",
+            flow_loss._flow_loss_kernel,
+            flow_loss.constants(num_classes, kind, gradients),
+            values,
+        )
+    # Four levels, fixed and adaptive samples; the backward is in float32 only.
     for channels, cells, samples in ((128, 5, 1), (256, 7, 2), (256, 7, 0)):
-        for backward, values in ((False, "fp32"), (False, "bf16"), (True, "fp32")):
+        for direction, values in (("forward", "fp32"), ("forward", "bf16"), ("backward", "fp32")):
             yield Configuration(
-                f"multilevel_roi_align C={channels} P={cells} S={samples} "
-                f"{'backward' if backward else 'forward'} {values}",
+                f"multilevel_roi_align C={channels} P={cells} S={samples} {direction} {values}",
                 multilevel_roi_align._roi_align_kernel,
-                {
-                    "NUM_LEVELS": 4,
-                    "P": cells,
-                    "SAMPLES": samples,
-                    "BACKWARD": backward,
-                    "BLOCK_CELLS": multilevel_roi_align._BLOCK_CELLS,
-                    "BLOCK_C": multilevel_roi_align.block_c(channels),
-                },
+                multilevel_roi_align.constants(4, channels, cells, samples)
+                | {"BACKWARD": direction == "backward"},
                 values,
             )
-
-
-def _interaction_configurations() -> Iterator[Configuration]:
-    """Small and full heads; float32 is multiplied as TF32."""
-    forward, backward = dynamic_interaction, dynamic_interaction_backward
-    for cells, channels, hidden in ((25, 128, 32), (49, 256, 64)):
+    # Small and full heads; float32 is multiplied as TF32.
+    for shape in ((25, 128, 32), (49, 256, 64)):
         for values, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            shape = (cells, channels, hidden, dtype)
-            size = f"P^2={cells} C={channels} H={hidden}"
-            for statistics in (False, True):
-                yield Configuration(
-                    f"dynamic_interaction {size} forward{' and statistics' * statistics} {values}",
-                    forward._dynamic_interaction_fwd_kernel,
-                    forward.forward_constants(*shape) | {"STATISTICS": statistics},
-                    values,
-                    forward.FORWARD,
-                )
-            outer, inner = backward.backward_constants(*shape)
-            for half, kernel, constants in (
-                ("out", backward._dynamic_interaction_bwd_out_kernel, outer),
-                ("in", backward._dynamic_interaction_bwd_in_kernel, inner),
-            ):
-                yield Configuration(
-                    f"dynamic_interaction {size} backward {half} {values}",
-                    kernel,
-                    constants,
-                    values,
-                    backward.BACKWARD,
-                )
+            name = "dynamic_interaction P^2={} C={} H={}".format(*shape)
+            for title, variant in _interaction_variants(shape, dtype).items():
+                yield Configuration(f"{name} {title} {values}", *variant[:2], values, variant[2])
+
+
+def _interaction_variants(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple]:
+    """{title: (kernel, constants, options)}"""
+    op = dynamic_interaction
+    outer, inner = op.backward_constants(shape, dtype)
+    found = {
+        f"forward{' and statistics' * statistics}": (
+            op._dynamic_interaction_fwd_kernel,
+            op.forward_constants(shape, dtype, statistics),
+            op.FORWARD,
+        )
+        for statistics in (False, True)
+    }
+    found["backward out"] = (op._dynamic_interaction_bwd_out_kernel, outer, op.BACKWARD)
+    found["backward in"] = (op._dynamic_interaction_bwd_in_kernel, inner, op.BACKWARD)
+    return found
 
 
 def missing_targets() -> dict[str, str]:
@@ -187,8 +146,8 @@ def _type_of(name: str, configuration: Configuration) -> str:
         return "constexpr"
     if name in _VALUE_POINTERS:
         return f"*{configuration.values}"
-    if name in _INTEGER_POINTERS:
-        return _INTEGER_POINTERS[name]
+    if name == "class_ptr":
+        return "*i64"
     if name.startswith("num_"):
         return "i32"
     return next((kind for end, kind in _TYPES.items() if name.endswith(end)), "fp32")

@@ -1,6 +1,6 @@
 """Triton kernels of RoIAlign over a feature pyramid: all levels, images and proposals in one launch.
 
-The specification is dfm_kernels.reference.multilevel_roi_align. A program pools one proposal, a tile of grid
+The specification is the reference. A program pools one proposal, a tile of grid
 cells and channels at a time; the backward adds to the pyramid's gradient with atomics, in float32, so
 that its last bits depend on the order of execution.
 Shapes: B images, N proposals, M = B N, L levels (at most 5), C channels, P grid cells a side, S samples.
@@ -14,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_LEVELS = 5
-_BLOCK_CELLS = 4
-_MAX_BLOCK_C = 64
+from dfm_kernels.multilevel_roi_align.op import MAX_LEVELS
 
 
 @triton.jit
@@ -136,36 +134,44 @@ def _roi_align_kernel(
                 tl.store(where, value.to(pooled_ptr.dtype.element_ty), mask=tile)
 
 
-def block_c(num_channels: int) -> int:
-    """Channels of one tile."""
-    return min(triton.next_power_of_2(max(num_channels, 1)), _MAX_BLOCK_C)
+def constants(num_levels: int, num_channels: int, output_size: int, sampling_ratio: int) -> dict:
+    """Compile-time constants of the kernel but BACKWARD."""
+    return {
+        "NUM_LEVELS": num_levels,
+        "P": output_size,
+        "SAMPLES": sampling_ratio,
+        "BLOCK_CELLS": 4,
+        "BLOCK_C": min(triton.next_power_of_2(max(num_channels, 1)), 64),
+    }
 
 
-def _launch(levels, boxes_xyxy, pooled, scales, output_size, sampling_ratio, canonical_size, backward):
-    num_channels = levels[0].shape[1]
-    padded = [*levels, *[levels[0]] * (MAX_LEVELS - len(levels))]
+def _launch(levels, boxes_xyxy, pooled, scales, sampling_ratio, canonical_size, backward):
+    """pooled: `(M, P, P, C)`, written, or read in the backward; levels the other way round."""
     if pooled.numel() == 0 or levels[0].numel() == 0:
         return
-    _roi_align_kernel[(boxes_xyxy.shape[0] * boxes_xyxy.shape[1],)](
+    padded = [*levels, *[levels[0]] * (MAX_LEVELS - len(levels))]
+    _roi_align_kernel[(len(pooled),)](
         *padded,
         boxes_xyxy.contiguous(),
         pooled,
         *[level.shape[2] for level in padded],
         *[level.shape[3] for level in padded],
         boxes_xyxy.shape[1],
-        num_channels,
+        pooled.shape[3],
         round(-math.log2(scales[0])),
         scales[0],
         canonical_size,
-        NUM_LEVELS=len(levels),
-        P=output_size,
-        SAMPLES=sampling_ratio,
         BACKWARD=backward,
-        BLOCK_CELLS=_BLOCK_CELLS,
-        BLOCK_C=block_c(num_channels),
+        **constants(len(levels), pooled.shape[3], pooled.shape[1], sampling_ratio),
     )
 
 
+def _empty_pooled(features: Sequence[Tensor], boxes_xyxy: Tensor, output_size: int) -> Tensor:
+    count = boxes_xyxy.shape[0] * boxes_xyxy.shape[1]
+    return features[0].new_empty(count, output_size, output_size, features[0].shape[1])
+
+
+@torch.library.custom_op("dfm::multilevel_roi_align", mutates_args=())
 def multilevel_roi_align(
     features: Sequence[Tensor],
     boxes_xyxy: Tensor,
@@ -177,13 +183,27 @@ def multilevel_roi_align(
     """The arguments of the reference, boxes float32; `(M, P, P, C)` in the features' dtype."""
     # Pixels of one channel after another would make every load of a warp its own transaction.
     levels = [f.contiguous(memory_format=torch.channels_last) for f in features]
-    count = boxes_xyxy.shape[0] * boxes_xyxy.shape[1]
-    pooled = levels[0].new_empty(count, output_size, output_size, levels[0].shape[1])
-    _launch(levels, boxes_xyxy, pooled, scales, output_size, sampling_ratio, canonical_size, False)
+    pooled = _empty_pooled(features, boxes_xyxy, output_size)
+    _launch(levels, boxes_xyxy, pooled, scales, sampling_ratio, canonical_size, False)
     return pooled
 
 
-def multilevel_roi_align_backward(
+@multilevel_roi_align.register_fake
+def _(features, boxes_xyxy, scales, output_size, sampling_ratio, canonical_size):
+    return _empty_pooled(features, boxes_xyxy, output_size)
+
+
+def _zero_levels(d_pooled: Tensor, boxes_xyxy: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Gradients by the features, laid out as channels_last."""
+    num_images, num_channels = boxes_xyxy.shape[0], d_pooled.shape[-1]
+    return [
+        d_pooled.new_zeros(num_images, *size, num_channels, dtype=torch.float32).permute(0, 3, 1, 2)
+        for size in zip(sizes[::2], sizes[1::2])
+    ]
+
+
+@torch.library.custom_op("dfm::multilevel_roi_align_backward", mutates_args=())
+def _backward(
     d_pooled: Tensor,
     boxes_xyxy: Tensor,
     sizes: Sequence[int],
@@ -196,12 +216,26 @@ def multilevel_roi_align_backward(
     Args:
         d_pooled: `(M, P, P, C)`. sizes: `H_0, W_0, H_1, W_1, ...` of the levels.
     """
-    num_images, channels = boxes_xyxy.shape[0], d_pooled.shape[-1]
-    gradients = [
-        torch.zeros(num_images, channels, height, width, dtype=torch.float32, device=d_pooled.device)
-        .contiguous(memory_format=torch.channels_last)
-        for height, width in zip(sizes[::2], sizes[1::2])
-    ]  # fmt: skip
-    d_pooled = d_pooled.contiguous()
-    _launch(gradients, boxes_xyxy, d_pooled, scales, d_pooled.shape[1], sampling_ratio, canonical_size, True)
-    return gradients
+    levels = _zero_levels(d_pooled, boxes_xyxy, sizes)
+    _launch(levels, boxes_xyxy, d_pooled.contiguous(), scales, sampling_ratio, canonical_size, True)
+    return levels
+
+
+@_backward.register_fake
+def _(d_pooled, boxes_xyxy, sizes, *options):
+    return _zero_levels(d_pooled, boxes_xyxy, sizes)
+
+
+def _setup_context(ctx, inputs, output):
+    features, boxes_xyxy, scales, _, sampling_ratio, canonical_size = inputs
+    ctx.save_for_backward(boxes_xyxy)
+    ctx.dtype = features[0].dtype
+    ctx.options = ([side for f in features for side in f.shape[2:]], scales, sampling_ratio, canonical_size)
+
+
+def _gradients(ctx, d_pooled):
+    found = _backward(d_pooled, *ctx.saved_tensors, *ctx.options)
+    return [gradient.to(ctx.dtype) for gradient in found], *[None] * 5
+
+
+multilevel_roi_align.register_autograd(_gradients, setup_context=_setup_context)

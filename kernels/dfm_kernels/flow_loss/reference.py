@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dfm_kernels.reference.box_flow_update import cxcywh_to_xyxy, expand_t, signal_to_cxcywh
+from dfm_kernels.box_flow_update.reference import cxcywh_to_xyxy, expand_t, signal_to_cxcywh
 
+KINDS = ("focal", "quality_focal")
 _AREA_EPS = 1e-7
 
 
@@ -62,12 +63,7 @@ def flow_loss(
     l1: `|b_hat - b|` of normalised cxcywh; giou: `1 - GIoU`;
     velocity: `min((1 - t)^-2, w_max) |x_1_hat - x_1|^2`, the velocity error of the endpoint, bounded.
 
-    Args:
-        class_logits: `(B, N, K)`. x_1_hat, target_x_1: `(B, N, 4)` signal.
-        target_classes: `(B, N)` int64, K for background. t: `()` or `(B,)`. normalizer: `()`.
-
-    Returns:
-        FlowLoss of scalars in the dtype of `x_1_hat`.
+    The op says what the arguments are.
     """
     num_classes = class_logits.shape[-1]
     logits = class_logits.to(x_1_hat.dtype)
@@ -85,13 +81,11 @@ def flow_loss(
         cls = (
             weight * (1 - p_y) ** gamma * binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
         )
-    elif kind == "quality_focal":
+    else:
         quality = one_hot * iou.detach().clamp(0, 1)[..., None]
         cls = (quality - probs).abs() ** gamma * binary_cross_entropy_with_logits(
             logits, quality, reduction="none"
         )
-    else:
-        raise ValueError(f"class loss must be 'focal' or 'quality_focal', got {kind!r}")
 
     # Multiplying background rows by zero would turn their infinities into NaN; select instead.
     zero = x_1_hat.new_zeros(())

@@ -14,7 +14,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from dfm_kernels.reference.recorded import size_tensor
+
+def size_tensor(
+    sizes: Sequence[int | Sequence[int]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """`torch.tensor(sizes)`; under torch.jit.trace it follows the shapes that `sizes` were read from.
+
+    There a size is a tensor of no dimension, of which `torch.tensor` would keep the number alone.
+
+    Args:
+        sizes: numbers, or pairs of them.
+    """
+    if not torch.jit.is_tracing():
+        return torch.tensor(sizes, device=device, dtype=dtype)
+    rows = [
+        torch.stack([torch.as_tensor(s) for s in row])
+        if isinstance(row, (tuple, list, torch.Size))
+        else torch.as_tensor(row)
+        for row in sizes
+    ]
+    return torch.stack(rows).to(device=device, dtype=dtype)
 
 
 def assign_levels(
@@ -78,25 +97,9 @@ def multilevel_roi_align(
     scales: Sequence[float],
     output_size: int,
     sampling_ratio: int,
-    canonical_size: float = 224.0,
+    canonical_size: float,
 ) -> Tensor:
-    """Pool every proposal from the one level that fits its size. No gradient reaches the boxes.
-
-    Args:
-        features: L tensors `(B, C, H_l, W_l)`, from fine to coarse.
-        boxes_xyxy: `(B, N, 4)` pixels.
-        scales: L numbers, 1 / stride, each half of the one before.
-        output_size: P. sampling_ratio: S; 0 is adaptive, `ceil(side / P)` a box.
-
-    Returns:
-        `(B * N, C, P, P)`, image by image (a view of `(B * N, P, P, C)`). A box that is not a number pools to
-        zero.
-
-    Raises:
-        ValueError: numbers of features and scales differ.
-    """
-    if len(features) != len(scales):
-        raise ValueError(f"{len(features)} feature levels but {len(scales)} scales")
+    """The specification of the op, which says what the arguments are."""
     num_images, num_proposals = boxes_xyxy.shape[:2]
     channels, device, dtype = features[0].shape[1], boxes_xyxy.device, boxes_xyxy.dtype
     boxes = boxes_xyxy.detach().reshape(-1, 4)
@@ -122,10 +125,6 @@ def multilevel_roi_align(
     weight = (weight_y * weight_x).to(features[0].dtype)
 
     pixels = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
-    cells = num_images * num_proposals * output_size**2
-    if cells == 0:
-        return features[0].new_zeros(0, channels, output_size, output_size)
-    pooled = embedding_bag(
-        index.reshape(cells, -1), pixels, per_sample_weights=weight.reshape(cells, -1), mode="sum"
-    )
+    index, weight = (x.flatten(0, 2).flatten(1) for x in (index, weight))  # a row a cell
+    pooled = embedding_bag(index, pixels, per_sample_weights=weight, mode="sum")
     return pooled.view(-1, output_size, output_size, channels).permute(0, 3, 1, 2)

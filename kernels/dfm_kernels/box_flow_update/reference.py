@@ -178,23 +178,10 @@ def box_flow_update(
     prediction: str,
     aggregation: str,
 ) -> BoxFlowUpdate:
-    """Everything between the heads of one step and the RoIAlign of the next.
-
-    Args:
-        x_t: `(B, N, 4)` signal. answers: `(D, B, N, 4)` raw box answers. class_logits: `(D, B, N, K)`.
-        t, t_next: `()` or `(B,)`. image_sizes: `(B, 2)` height, width.
-
-    Returns:
-        A BoxFlowUpdate.
-    """
-    endpoints = torch.stack(
-        [
-            decode_endpoint(
-                x_t, a, t, signal_scale=signal_scale, box_weights=box_weights, prediction=prediction
-            ).clamp(-signal_scale, signal_scale)
-            for a in answers.to(x_t.dtype)
-        ]
-    )
+    """The specification of the op, which says what the arguments are."""
+    options = {"signal_scale": signal_scale, "box_weights": box_weights, "prediction": prediction}
+    endpoints = [decode_endpoint(x_t, a, t, **options) for a in answers.to(x_t.dtype)]
+    endpoints = torch.stack(endpoints).clamp(-signal_scale, signal_scale)
     x_1_hat, class_probs = aggregate(endpoints, class_logits, aggregation)
     x_next = euler_step(x_t, x_1_hat, t, t_next)
     return BoxFlowUpdate(

@@ -23,15 +23,6 @@ def dynamic_interaction(
     norm_in: tuple[Tensor, Tensor],
     norm_out: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """`relu(LN(relu(LN(roi W_in)) W_out))`, one pair of matrices a query.
-
-    Args:
-        roi: `(M, P^2, C)`. weight_in: `(M, C, H)`. weight_out: `(M, H, C)`.
-        norm_in, norm_out: weight and bias of the LayerNorms, `(H,)` and `(C,)`; or, where M holds the queries
-            of D predictors one after another, `(D, H)` and `(D, C)`.
-
-    Returns:
-        `(M, P^2, C)`.
-    """
+    """`relu(LN(relu(LN(roi W_in)) W_out))`, the specification; the op says what the arguments are."""
     hidden = torch.relu(_norm(torch.bmm(roi, weight_in), *norm_in))
     return torch.relu(_norm(torch.bmm(hidden, weight_out), *norm_out))

@@ -1,0 +1,31 @@
+"""One solver step: raw answers of D predictors to the next boxes. And the geometry that it is made of."""
+
+from dfm_kernels.box_flow_update.op import box_flow_update
+from dfm_kernels.box_flow_update.reference import (
+    BoxFlowUpdate,
+    aggregate,
+    boxes_to_signal,
+    cxcywh_to_xyxy,
+    decode_endpoint,
+    euler_step,
+    expand_t,
+    signal_to_boxes_xyxy,
+    signal_to_cxcywh,
+    velocity_from_endpoint,
+    xyxy_to_cxcywh,
+)
+
+__all__ = [
+    "BoxFlowUpdate",
+    "aggregate",
+    "box_flow_update",
+    "boxes_to_signal",
+    "cxcywh_to_xyxy",
+    "decode_endpoint",
+    "euler_step",
+    "expand_t",
+    "signal_to_boxes_xyxy",
+    "signal_to_cxcywh",
+    "velocity_from_endpoint",
+    "xyxy_to_cxcywh",
+]

@@ -1,0 +1,71 @@
+"""The choice between reference and kernel. Forward only: training decodes endpoints by itself."""
+
+import torch
+from torch import Tensor
+
+from dfm_kernels.box_flow_update import reference
+from dfm_kernels.box_flow_update.reference import BoxFlowUpdate, expand_t
+from dfm_kernels.dispatch import use_triton
+
+_MAX_CLASSES = 8192  # in one tile, so that a query's greatest probability needs no second pass
+
+
+def _unsupported(x_t: Tensor, class_logits: Tensor) -> str:
+    """Why the kernel cannot take these tensors; empty: it can."""
+    if x_t.dtype != torch.float32:
+        return f"x_t is {x_t.dtype}, the kernel computes in float32"
+    if not 1 <= class_logits.shape[-1] <= _MAX_CLASSES:
+        return f"there are {class_logits.shape[-1]} classes, the kernel holds 1 to {_MAX_CLASSES} in one tile"
+    if class_logits.shape[0] < 1:
+        return "there is no predictor"
+    return ""
+
+
+def box_flow_update(
+    x_t: Tensor,
+    answers: Tensor,
+    class_logits: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    image_sizes: Tensor,
+    *,
+    signal_scale: float,
+    box_weights: tuple[float, float, float, float],
+    prediction: str,
+    aggregation: str,
+) -> BoxFlowUpdate:
+    """Everything between the heads of one step and the RoIAlign of the next.
+
+    Shapes: B images, N proposals, D predictors, K classes.
+
+    Args:
+        x_t: `(B, N, 4)` signal. answers: `(D, B, N, 4)` raw box answers. class_logits: `(D, B, N, K)`.
+        t, t_next: `()` or `(B,)`, on the device, so that a CUDA graph can be replayed with others.
+        image_sizes: `(B, 2)` height, width. signal_scale: s. box_weights: divide box deltas.
+        prediction: "endpoint" or "velocity". aggregation: "uniform" or "confidence".
+
+    Returns:
+        A BoxFlowUpdate, without gradients where the Triton kernel ran.
+
+    Raises:
+        BackendError: "triton" was asked for where it cannot run.
+        ValueError: shapes that do not belong together.
+    """
+    if answers.shape != (class_logits.shape[0], *x_t.shape) or class_logits.shape[1:3] != x_t.shape[:2]:
+        raise ValueError(
+            f"x_t {tuple(x_t.shape)}, answers {tuple(answers.shape)} and class_logits "
+            f"{tuple(class_logits.shape)} must be (B, N, 4), (D, B, N, 4) and (D, B, N, K)"
+        )
+    if not use_triton("box_flow_update", x_t, _unsupported(x_t, class_logits)):
+        return reference.box_flow_update(
+            x_t, answers, class_logits, t, t_next, image_sizes, signal_scale=signal_scale,
+            box_weights=box_weights, prediction=prediction, aggregation=aggregation,
+        )  # fmt: skip
+    # Only here: where there is no Triton, the reference must do without this import.
+    from dfm_kernels.box_flow_update.triton import box_flow_update as on_triton
+
+    found = on_triton(
+        x_t, answers, class_logits, expand_t(t, x_t), expand_t(t_next, x_t), image_sizes,
+        signal_scale, list(box_weights), prediction, aggregation,
+    )  # fmt: skip
+    return BoxFlowUpdate(*found)

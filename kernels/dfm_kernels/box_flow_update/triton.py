@@ -1,0 +1,214 @@
+"""Triton kernel of the box-flow update: one launch between the heads of a step and the RoIAlign of the next.
+
+The specification is the reference; the letters are the same. A tile `(M, 2)` holds the centres or the sizes
+of boxes, along x and along y.
+Shapes: B images, N proposals, M = B N queries, D predictors, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfm_kernels.box_flow_update.reference import _TIME_EPS, MAX_LOG_SCALE, MIN_SIDE
+
+# Elements of a tile of (queries, classes): 8 registers a thread with 4 warps.
+_TILE = 1024
+
+
+@triton.jit
+def load_boxes(ptr, m, axis, inside):
+    """Centres and sizes `(M, 2)` of the rows m of a table of (cx, cy, w, h)."""
+    where = ptr + m[:, None] * 4 + axis[None, :]
+    centre = tl.load(where, mask=inside[:, None], other=0.0)
+    size = tl.load(where + 2, mask=inside[:, None], other=0.0)
+    return centre.to(tl.float32), size.to(tl.float32)
+
+
+@triton.jit
+def store_boxes(ptr, centre, size, m, axis, inside):
+    where = ptr + m[:, None] * 4 + axis[None, :]
+    tl.store(where, centre, mask=inside[:, None])
+    tl.store(where + 2, size, mask=inside[:, None])
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """torch.clamp: a NaN stays one."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _share(x, s, least):
+    """A coordinate of the proposal as a share of the image, at least `least`."""
+    return _clamp((x / s + 1) / 2, least, 1.0)
+
+
+@triton.jit
+def _step(x, x_1, t, t_next, remaining, eps):
+    """Euler: `x + (t_next - t) / (1 - t) (x_1 - x)`, exactly `x_1` at t_next = 1; and the velocity."""
+    share = _clamp((t_next - t) / tl.maximum(remaining, eps), 0.0, 1.0)
+    x_next = tl.where(t_next >= 1, x_1, x + share * (x_1 - x))
+    velocity = tl.where(remaining > eps, (x_1 - x) / tl.maximum(remaining, eps), 0.0)
+    return x_next, velocity
+
+
+@triton.jit
+def _box_flow_update_fwd_kernel(
+    x_ptr,
+    answer_ptr,
+    logit_ptr,
+    t_ptr,
+    t_next_ptr,
+    size_ptr,
+    x_next_ptr,
+    x_1_ptr,
+    velocity_ptr,
+    box_ptr,
+    prob_ptr,
+    num_queries,
+    num_proposals,
+    num_predictors,
+    num_classes,
+    t_stride,
+    t_next_stride,
+    s,
+    w_x,
+    w_y,
+    w_w,
+    w_h,
+    min_side,
+    max_log,
+    eps,
+    VELOCITY: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    k, axis = tl.arange(0, BLOCK_K), tl.arange(0, 2)
+    inside = m < num_queries
+    tile = inside[:, None] & (k < num_classes)[None, :]
+    image = m // num_proposals
+    t = tl.load(t_ptr + image * t_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
+    t_next = tl.load(t_next_ptr + image * t_next_stride, mask=inside, other=0.0).to(tl.float32)[:, None]
+    remaining = 1 - t
+    x_centre, x_size = load_boxes(x_ptr, m, axis, inside)
+    centre, size = _share(x_centre, s, 0.0), _share(x_size, s, min_side)
+    weight_centre, weight_size = (
+        tl.where(axis == 0, w_x, w_y)[None, :],
+        tl.where(axis == 0, w_w, w_h)[None, :],
+    )
+
+    sum_centre, sum_size = tl.zeros([BLOCK_M, 2], tl.float32), tl.zeros([BLOCK_M, 2], tl.float32)
+    sum_p = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    row = m
+    for _ in range(num_predictors):
+        a_centre, a_size = load_boxes(answer_ptr, row, axis, inside)
+        logits = tl.load(logit_ptr + row[:, None] * num_classes + k[None, :], mask=tile, other=-float("inf"))
+        p = tl.sigmoid(logits.to(tl.float32))
+        weight = tl.full([BLOCK_M], 1.0, tl.float32)
+        if CONFIDENCE:
+            weight = tl.max(p, axis=1)
+        total += weight
+        sum_p += weight[:, None] * p
+        if VELOCITY:
+            end_centre, end_size = x_centre + remaining * a_centre, x_size + remaining * a_size
+        else:
+            delta = tl.minimum(a_size / weight_size, max_log, propagate_nan=tl.PropagateNan.ALL)
+            end_centre = (2 * (centre + a_centre / weight_centre * size) - 1) * s
+            end_size = (2 * size * tl.exp(delta) - 1) * s
+        sum_centre += weight[:, None] * _clamp(end_centre, -s, s)
+        sum_size += weight[:, None] * _clamp(end_size, -s, s)
+        row += num_queries
+    total = tl.maximum(total, 1.1754943508222875e-38)[
+        :, None
+    ]  # the least normal float32, as in the reference
+
+    tl.store(prob_ptr + m[:, None] * num_classes + k[None, :], sum_p / total, mask=tile)
+    end_centre, end_size = sum_centre / total, sum_size / total
+    next_centre, velocity_centre = _step(x_centre, end_centre, t, t_next, remaining, eps)
+    next_size, velocity_size = _step(x_size, end_size, t, t_next, remaining, eps)
+    store_boxes(x_1_ptr, end_centre, end_size, m, axis, inside)
+    store_boxes(x_next_ptr, next_centre, next_size, m, axis, inside)
+    store_boxes(velocity_ptr, velocity_centre, velocity_size, m, axis, inside)
+
+    # Pixels of a copy clamped to signal space, clipped to the image. Sizes are height, width.
+    extent = tl.load(size_ptr + image[:, None] * 2 + 1 - axis[None, :], mask=inside[:, None], other=1.0)
+    centre, half = _share(next_centre, s, 0.0), _share(next_size, s, min_side) / 2
+    low, high = _clamp(centre - half, 0.0, 1.0), _clamp(centre + half, 0.0, 1.0)
+    store_boxes(box_ptr, low * extent.to(tl.float32), high * extent.to(tl.float32), m, axis, inside)
+
+
+def constants(num_classes: int, prediction: str, aggregation: str) -> dict:
+    """Compile-time constants of the kernel."""
+    block_k = max(triton.next_power_of_2(num_classes), 2)
+    return {
+        "VELOCITY": prediction == "velocity",
+        "CONFIDENCE": aggregation == "confidence",
+        "BLOCK_M": max(_TILE // block_k, 1),
+        "BLOCK_K": block_k,
+    }
+
+
+def stride_of(t: Tensor) -> int:
+    """From an image's t to the next one's; one t may serve all images."""
+    return t.stride(0) if t.numel() > 1 else 0
+
+
+@torch.library.custom_op("dfm::box_flow_update", mutates_args=())
+def box_flow_update(
+    x_t: Tensor,
+    answers: Tensor,
+    class_logits: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    image_sizes: Tensor,
+    signal_scale: float,
+    box_weights: Sequence[float],
+    prediction: str,
+    aggregation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of a BoxFlowUpdate, in one launch; the arguments of the reference, `x_t` float32."""
+    num_images, num_proposals = x_t.shape[:2]
+    num_predictors, num_classes = answers.shape[0], class_logits.shape[-1]
+    x_t = x_t.contiguous()
+    boxes = [torch.empty_like(x_t) for _ in range(4)]
+    class_probs = x_t.new_empty(num_images, num_proposals, num_classes)
+    num_queries = num_images * num_proposals
+    # One predictor's weight cancels, but for a probability of exactly 0.
+    options = constants(num_classes, prediction, aggregation if num_predictors > 1 else "uniform")
+    if num_queries > 0:
+        _box_flow_update_fwd_kernel[(triton.cdiv(num_queries, options["BLOCK_M"]),)](
+            x_t,
+            answers.contiguous(),
+            class_logits.contiguous(),
+            t,
+            t_next,
+            image_sizes.contiguous(),
+            *boxes,
+            class_probs,
+            num_queries,
+            num_proposals,
+            num_predictors,
+            num_classes,
+            stride_of(t),
+            stride_of(t_next),
+            signal_scale,
+            *box_weights,
+            MIN_SIDE,
+            MAX_LOG_SCALE,
+            _TIME_EPS,
+            **options,
+        )
+    return *boxes, class_probs
+
+
+@box_flow_update.register_fake
+def _(x_t, answers, class_logits, t, t_next, image_sizes, *options):
+    boxes = tuple(x_t.new_empty(x_t.shape) for _ in range(4))
+    return *boxes, x_t.new_empty(*x_t.shape[:2], class_logits.shape[-1])

@@ -1,0 +1,67 @@
+"""The choice between reference and kernel."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dfm_kernels.dispatch import use_triton
+from dfm_kernels.multilevel_roi_align import reference
+
+MAX_LEVELS = 5
+
+
+def _unsupported(features: Sequence[Tensor], boxes_xyxy: Tensor, scales: Sequence[float]) -> str:
+    """Why the kernel cannot take these tensors; empty: it can."""
+    if boxes_xyxy.dtype != torch.float32:
+        return f"boxes are {boxes_xyxy.dtype}, the kernel computes in float32"
+    if len({f.dtype for f in features}) > 1 or features[0].dtype == torch.float64:
+        return f"features are {[str(f.dtype) for f in features]}, the kernel takes one dtype, not float64"
+    if len(features) > MAX_LEVELS:
+        return f"there are {len(features)} feature levels, the kernel takes at most {MAX_LEVELS}"
+    if any(fine != 2 * coarse for fine, coarse in zip(scales, scales[1:])):
+        return f"scales {tuple(scales)} do not halve from level to level"
+    return ""
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    boxes_xyxy: Tensor,
+    scales: Sequence[float],
+    output_size: int,
+    sampling_ratio: int,
+    canonical_size: float = 224.0,
+) -> Tensor:
+    """Pool every proposal from the one level that fits its size. No gradient reaches the boxes.
+
+    Predictors that look at boxes of their own are pooled in the same launch as more proposals: `(B, D N, 4)`.
+    Shapes: B images, N proposals, L levels, C channels, P grid cells a side, S samples a cell and side.
+
+    Args:
+        features: L tensors `(B, C, H_l, W_l)`, from fine to coarse; memory format channels_last saves a copy.
+        boxes_xyxy: `(B, N, 4)` pixels.
+        scales: L numbers, 1 / stride, each half of the one before.
+        output_size: P. sampling_ratio: S; 0 is adaptive, `ceil(side / P)` a box.
+        canonical_size: side in pixels of a box that belongs on the level of stride 16.
+
+    Returns:
+        `(B * N, C, P, P)`, image by image (a view of `(B * N, P, P, C)`). A box that is not a number pools to
+        zero.
+
+    Raises:
+        BackendError: "triton" was asked for where it cannot run.
+        ValueError: numbers of features and scales differ, or batches do.
+    """
+    if len(features) != len(scales):
+        raise ValueError(f"{len(features)} feature levels but {len(scales)} scales")
+    if any(f.shape[0] != boxes_xyxy.shape[0] for f in features):
+        raise ValueError(
+            f"features of {[f.shape[0] for f in features]} images but boxes of {boxes_xyxy.shape[0]}"
+        )
+    options = (list(scales), output_size, sampling_ratio, canonical_size)
+    if not use_triton("multilevel_roi_align", boxes_xyxy, _unsupported(features, boxes_xyxy, scales)):
+        return reference.multilevel_roi_align(features, boxes_xyxy, *options)
+    # Only here: where there is no Triton, the reference must do without this import.
+    from dfm_kernels.multilevel_roi_align.triton import multilevel_roi_align as on_triton
+
+    return on_triton(list(features), boxes_xyxy.detach(), *options).permute(0, 3, 1, 2)

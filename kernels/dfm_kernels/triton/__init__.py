@@ -1,1 +1,0 @@
-"""The Triton kernels and their launchers; imported only where triton is installed."""

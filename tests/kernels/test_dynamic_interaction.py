@@ -1,0 +1,85 @@
+"""dynamic_interaction: the reference, and the Triton kernels against it."""
+
+import pytest
+import torch
+from dfm_kernels import BackendError, kernels
+from kernel_cases import compare, interaction_case, interaction_tolerance, run
+
+pytestmark = pytest.mark.usefixtures("tf32_is_allowed")
+
+
+def test_gradcheck():
+    case = interaction_case(m=2, cells=4, c=3, h=5)
+    tensors = [x.detach().double().requires_grad_() for x in case.tensors]
+    assert torch.autograd.gradcheck(case.function, tensors)
+
+
+def test_the_reference_of_several_predictors_is_that_of_each():
+    interact, tensors, *_ = interaction_case(m=6, sets=2)
+    alone = []
+    for d in range(2):
+        matrices = [x[3 * d : 3 * d + 3] for x in tensors[:3]]
+        alone.append(interact(*matrices, *(x[d] for x in tensors[3:])))
+    torch.testing.assert_close(interact(*tensors), torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------ the kernel
+
+
+def test_vmap_is_that_of_each(kernel_device):
+    interact, tensors, *_ = interaction_case(kernel_device, m=4, sets=2)
+    tensors = [x.detach().unflatten(0, (2, -1)).requires_grad_() for x in tensors]
+    with kernels("triton"):
+        together = torch.vmap(interact)(*tensors)
+        with torch.no_grad():
+            assert torch.equal(torch.vmap(interact)(*tensors), together)
+    alone = torch.stack([interact(*(x[d] for x in tensors)) for d in range(2)])
+    found, expected = ([x, *torch.autograd.grad(x.square().sum(), tensors)] for x in (together, alone))
+    for ours, theirs in zip(found, expected):
+        scale = max(1.0, float(theirs.detach().abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2 * interaction_tolerance() * scale)
+
+
+def test_strided_inputs(kernel_device):
+    case = interaction_case(kernel_device)
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors[:3]]
+    compare(case.with_tensors(0, *(x.requires_grad_() for x in strided)))
+
+
+def test_it_is_deterministic_and_saves_statistics_only_for_a_backward(kernel_device):
+    case = interaction_case(kernel_device)
+    first, second = run(case, "triton"), run(case, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x)
+    with kernels("triton"), hooks:
+        with torch.no_grad():
+            case.function(*case.tensors)
+        assert not saved
+        mixed = case.function(*case.tensors)
+    # Its inputs and four numbers a cell; the reference keeps five more grids.
+    assert sum(saved) == sum(x.numel() for x in case.tensors) + 4 * mixed.shape[0] * mixed.shape[1]
+    (gradient,) = torch.autograd.grad(mixed.sum(), case.tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        gradient.sum().backward()
+
+
+def test_what_does_not_fit(kernel_device):
+    interact, (roi, weight_in, weight_out, *norms), *_ = interaction_case(kernel_device)
+    with pytest.raises(ValueError, match="must be .M, P.2, C., .M, C, H. and .M, H, C."):
+        interact(roi, weight_out, weight_in, *norms)
+    with pytest.raises(ValueError, match="norms of 2 predictors"):
+        interact(*interaction_case(kernel_device, m=3, sets=2).tensors)
+    with kernels("triton"):
+        with pytest.raises(BackendError, match="torch.float64"):
+            interact(roi.double(), weight_in.double(), weight_out.double(), *norms)
+        with pytest.raises(BackendError, match="P.2 = 81, C = 20, H = 6 do not fit"):
+            interact(*interaction_case(kernel_device, cells=81).tensors)
+
+
+@pytest.mark.gpu
+def test_exact_float32_is_refused(kernel_device):
+    torch.set_float32_matmul_precision("highest")
+    case = interaction_case(kernel_device)
+    with kernels("triton"), pytest.raises(BackendError, match="TF32"):
+        case.function(*case.tensors)
