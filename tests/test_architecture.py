@@ -20,6 +20,7 @@ ORDER = [
     "classification",
     "config",
     "registry",
+    "command_line",
     "tools",
     "benchmarks",
 ]

@@ -11,13 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.errors import UserError, report  # noqa: E402
+from dfm_d2.errors import exit_status  # noqa: E402
 
-# Detector: what it needs besides its name.
-TWINS = {
-    "FlowDetector": [],
-    "CascadeDetector": ["MODEL.DFM.UPDATE", "joint", "MODEL.DFM.SAMPLER.STEPS", "1"],
-}
+TWIN = "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
+HEADERS = ("part", "parameters (M)", "multiply-adds (G)", "activations (M)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,24 +27,20 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if min(args.size) < 1:
         parser.error(f"--size is {args.size[0]} {args.size[1]}; both must be at least 1")
-    try:
-        for architecture in TWINS:
-            print_costs(architecture, args)
-    except UserError as error:
-        return report(error)
-    return 0
+    return exit_status(run, args)
 
 
-def print_costs(architecture: str, args: argparse.Namespace) -> None:
-    """The table of one detector."""
+def run(args: argparse.Namespace) -> None:
     from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.setup import load_config, validate_config
 
-    opts = ["MODEL.DEVICE", "cpu", *args.opts, "MODEL.DFM.KERNELS", "torch"]
-    opts += ["MODEL.META_ARCHITECTURE", architecture, *TWINS[architecture]]
-    cfg = load_config(DETECTION, args.config_file, opts)
-    cfg.MODEL.DFM.NUM_CLASSES = cfg.MODEL.DFM.NUM_CLASSES or 20
-    validate_config(DETECTION, cfg)
+    configs = []
+    for changes in (["MODEL.META_ARCHITECTURE", "FlowDetector"], TWIN):
+        configs.append(
+            load_config(DETECTION, args.config_file, ["MODEL.DEVICE", "cpu", *args.opts, *changes])
+        )
+        configs[-1].MODEL.DFM.NUM_CLASSES = configs[-1].MODEL.DFM.NUM_CLASSES or 20
+        validate_config(DETECTION, configs[-1])
     # Now that the config is right, what brings torch.
     import torch
     from tabulate import tabulate
@@ -55,15 +48,15 @@ def print_costs(architecture: str, args: argparse.Namespace) -> None:
     from dfm_d2.detection.analysis import analyze
 
     height, width = args.size
-    model = DETECTION.build_model(cfg).eval()
-    costs = analyze(model, torch.full((3, height, width), 127.0))
-    rows = [(cost.part, *(f"{number:.2f}" for number in cost.millions())) for cost in costs]
-    headers = ["part", "parameters (M)", "multiply-adds (G)", "activations (M)"]
-    align = ("left", "right", "right", "right")
-    settings = model.sampler.settings
-    title = f"{architecture}, {len(settings.grid) - 1} steps, N = {settings.num_proposals}"
-    print(f"\n{title}, one image of {height} x {width}")
-    print(tabulate(rows, headers=headers, colalign=align, disable_numparse=True))
+    for cfg in configs:
+        model = DETECTION.build_model(cfg).eval()
+        settings = model.sampler.settings
+        print(f"\n{cfg.MODEL.META_ARCHITECTURE}, {len(settings.grid) - 1} steps, ", end="")
+        print(f"N = {settings.num_proposals}, one image of {height} x {width}")
+        costs = analyze(model, torch.full((3, height, width), 127.0))
+        rows = [(cost.part, *(f"{number:.2f}" for number in cost.millions())) for cost in costs]
+        align = ("left", "right", "right", "right")
+        print(tabulate(rows, headers=HEADERS, colalign=align, disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.errors import UserError, input_errors, report  # noqa: E402
+from dfm_d2.errors import exit_status  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,25 +26,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="least score that is drawn")
     parser.add_argument("--batch-size", type=int, default=1, help="images or frames computed at once")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
-    args = parser.parse_args(arguments)
-    try:
-        with input_errors():
-            failures = run(args)
-    except UserError as error:
-        return report(error)
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_status(run, parser.parse_args(arguments))
 
 
-def run(args: argparse.Namespace) -> list[str]:
-    """An error message for each input that could not be read."""
+def run(args: argparse.Namespace) -> int:
     from dfm_d2.detection.detect_files import detect_files
     from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.setup import load_config
 
     cfg = load_config(DETECTION, args.config_file, [*args.opts, "MODEL.WEIGHTS", args.weights])
-    return detect_files(cfg, args.input, args.output, args.batch_size, args.confidence_threshold)
+    failures = detect_files(cfg, args.input, args.output, args.batch_size, args.confidence_threshold)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.errors import UserError, input_errors, report  # noqa: E402
+from dfm_d2.errors import UserError, exit_status  # noqa: E402
 from dfm_d2.export import FORMATS  # noqa: E402
 
 
@@ -33,12 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--noise", choices=["input", "constant"], default="input")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args(arguments)
-    try:
-        with input_errors():
-            run(args)
-    except UserError as error:
-        return report(error)
-    return 0
+    return exit_status(run, args)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(DETECTION, args.config_file, args.opts)
     validate_config(DETECTION, cfg)
     # Files compute in float32 and in plain torch, and so does the model that they are compared with.
-    cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DFM.KERNELS = False, "torch"
+    cfg.SOLVER.AMP.ENABLED = False
+    cfg.MODEL.DFM.KERNELS = "torch"
     pixels = np.full((480, 640, 3), 127, dtype=np.uint8)
     if args.sample_image:
         pixels = read_image(args.sample_image, cfg.INPUT.FORMAT)

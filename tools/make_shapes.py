@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.errors import UserError, input_errors, report  # noqa: E402
+from dfm_d2.errors import exit_status  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,13 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val", type=int, default=300, help="number of validation images")
     parser.add_argument("--size", type=int, default=128, help="side of the square images in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    try:
-        with input_errors():
-            run(args)
-    except UserError as error:
-        return report(error)
-    return 0
+    return exit_status(run, parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> None:

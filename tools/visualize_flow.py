@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 from dfm_d2.config import split_overrides  # noqa: E402
-from dfm_d2.errors import UserError, input_errors, report  # noqa: E402
+from dfm_d2.errors import UserError, exit_status  # noqa: E402
 from dfm_d2.visualize import KINDS  # noqa: E402
 
 
@@ -39,12 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.opts += opts
     if args.number < 1:
         parser.error(f"--number is {args.number}; it must be at least 1")
-    try:
-        with input_errors():
-            run(args)
-    except UserError as error:
-        return report(error)
-    return 0
+    return exit_status(run, args)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -23,13 +23,6 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
-class VideoError(UserError):
-    """A video that cannot be read; the message names it."""
-
-    def __init__(self, file: Path):
-        super().__init__(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
-
-
 def detect_files(
     cfg: "CfgNode",
     inputs: Sequence[str],
@@ -44,7 +37,7 @@ def detect_files(
         batch_size: images or frames that are computed at once. score_thresh: least score that is drawn.
 
     Returns:
-        An error message for each input that cannot be read.
+        An error message for each image and video that cannot be read or written.
 
     Raises:
         UserError: a name that does not exist, no image at all, an input that would be overwritten, or a
@@ -61,7 +54,7 @@ def detect_files(
     for video, film in zip(videos, films):
         try:
             _detect_video(predictor, video, film, score_thresh)
-        except VideoError as error:
+        except UserError as error:
             failures.append(str(error))
     return failures
 
@@ -126,12 +119,13 @@ def _as_dicts(instances: "Instances", class_names: Sequence[str]) -> list[dict]:
 def _detect_video(predictor: "FlowPredictor", file: Path, path: Path, score_thresh: float) -> None:
     """Write the video `path` with what was found in each frame of `file`.
 
-    Raises VideoError where OpenCV reads no frame, UserError where it cannot write.
+    Raises UserError where OpenCV reads no frame or cannot write.
     """
+    unreadable = UserError(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
     source = cv2.VideoCapture(str(file))
     size = tuple(int(source.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
     if not source.isOpened() or min(size) < 1:
-        raise VideoError(file)
+        raise unreadable
     rate = source.get(cv2.CAP_PROP_FPS) or 25.0
     path.parent.mkdir(parents=True, exist_ok=True)
     target = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
@@ -154,7 +148,7 @@ def _detect_video(predictor: "FlowPredictor", file: Path, path: Path, score_thre
         target.release()
     if not written:
         path.unlink(missing_ok=True)
-        raise VideoError(file)
+        raise unreadable
 
 
 def _rgb_frames(source: cv2.VideoCapture) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """A tiny detector exported once a session, and photographs to compare on."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -33,29 +34,17 @@ def detector(cfg):
     return small_detector(cfg)
 
 
-class _Made(dict):
-    """{format: what `make` answers for it}, made when it is first asked for."""
-
-    def __init__(self, make):
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, format):
-        self[format] = self._make(format)
-        return self[format]
-
-
 @pytest.fixture(scope="session")
 def files(detector, cfg, tmp_path_factory):
-    """{format: path}, the noise an input."""
+    """Of a format, the path of its file, written when it is first asked for; the noise is an input."""
     folder, image = tmp_path_factory.mktemp("exported"), torch.zeros(3, 96, 128)
-    return _Made(lambda name: export_detector(detector, name, folder, cfg, CLASSES, image))
+    return functools.cache(lambda name: export_detector(detector, name, folder, cfg, CLASSES, image))
 
 
 @pytest.fixture(scope="session")
 def runs(files):
-    """{format: the detector of its file}"""
-    return _Made(lambda name: ExportedDetector(files[name]))
+    """Of a format, the detector of its file."""
+    return functools.cache(lambda name: ExportedDetector(files(name)))
 
 
 @pytest.fixture(scope="session")

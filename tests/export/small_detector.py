@@ -10,7 +10,6 @@ from dfm_d2.framework import build_model
 CLASSES = ("RBC", "WBC", "Platelets")
 # AOTInductor's compilation takes minutes.
 EVERY_FORMAT = [pytest.param(name, marks=[pytest.mark.slow] * (name == "aoti")) for name in FORMATS]
-BATCHED = [param for param in EVERY_FORMAT if param.values[0] != "torchscript"]
 
 
 def small_cfg(architecture="FlowDetector", **dfm):
