@@ -41,6 +41,8 @@ def train_toy(folder: Path, max_iter: int = 60, pause: float = 0.0, loader=toy_l
     if checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
+    if start >= max_iter:
+        return  # it was killed between its last checkpoint and its exit
     cut_back(folder / METRICS_FILE, start)
     writers = [JSONWriter(str(folder / METRICS_FILE), window_size=4)]
     trainer.register_hooks([PeriodicWriter(writers, 4), CheckpointHook(checkpointer, 5, 2, writers)])
