@@ -6,7 +6,7 @@ python tools/run_detectron2.py detectron2/tools/analyze_model.py --num-inputs 10
 
 What follows the script is its own command line. Such a script knows neither the keys of dfm_d2 nor its
 meta-architectures nor its data sets: this puts them in place first. Detectron2's training loop does not know
-local updates: tools/benchmark.py --task train has a loop that does.
+local updates: benchmarks/scaling.py times a loop that does.
 """
 
 import argparse

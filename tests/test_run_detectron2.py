@@ -1,4 +1,4 @@
-"""tools/benchmark.py on both providers, and Detectron2's own scripts through tools/run_detectron2.py."""
+"""Detectron2's own scripts through tools/run_detectron2.py."""
 
 import importlib.util
 import os
@@ -42,33 +42,6 @@ def load_tool(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.parametrize("task", ["train", "data", "eval"])
-def test_a_task_is_timed_and_leaves_no_weights(run, capsys, task):
-    tool = load_tool("benchmark")
-    words = ["--task", task, "--iterations", "3", "--config-file", str(run / "config.yaml")]
-    assert tool.run_command(words) == 0
-    said = re.search(rf"{task}: 3 iterations, median (\S+) s, (\S+) images/s", capsys.readouterr().out)
-    assert float(said[1]) > 0 and float(said[2]) > 0
-    assert not list(run.rglob("*.pth"))
-
-
-def test_what_is_wrong_with_a_benchmark_is_one_sentence(run, capsys):
-    tool = load_tool("benchmark")
-    words = ["--task", "train", "--config-file", str(run / "config.yaml")]
-    assert tool.run_command([*words, "DATASETS.VOC_ROOT", "nowhere"]) == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: ") and "nowhere" in error
-    for more in (["--iterations", "0"], ["--eval-only"], ["--task", "eval", "--num-gpus", "2"]):
-        with pytest.raises(SystemExit):
-            tool.run_command([*words, *more])
-
-
-def test_an_evaluation_without_a_data_set_is_one_sentence(run, capsys):
-    words = ["--task", "eval", "--config-file", str(run / "config.yaml"), "DATASETS.TEST", "()"]
-    assert load_tool("benchmark").run_command(words) == 2
-    assert "error: DATASETS.TEST is empty" in capsys.readouterr().err
 
 
 def test_run_detectron2_names_what_is_missing(run, capsys):
