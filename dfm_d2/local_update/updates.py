@@ -54,18 +54,18 @@ class JointUpdate(Update):
     Optimizer, clipping and fp16 skip are per block all the same (see ``BlockOptimizer``).
 
     Args:
-        together: predictors are evaluated as one batched computation on a GPU: faster where launches or small
+        together: predictors are evaluated as one batched computation; None: on a GPU. It is faster where launches or small
             products are what takes the time. A CPU is slower at many small products than at few large ones
             (docs/memory.md) and takes them one by one.
     """
 
-    def __init__(self, together: bool = False):
+    def __init__(self, together: bool | None = False):
         self.together = together
 
     def backward(
         self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
     ) -> dict[str, Tensor]:
-        together = self.together and next(model.parameters()).is_cuda
+        together = next(model.parameters()).is_cuda if self.together is None else self.together
         losses = attached_losses(model, prepared, autocast, together)
         optimizer.scale(sum_losses(losses)).backward()
         return {key: value.detach() for key, value in losses.items()}
@@ -141,4 +141,4 @@ def build_update(name: str, step_in_backward: bool = False) -> Update:
     """The update "joint", "sequential" or "parallel"; ``step_in_backward`` is sequential's."""
     if name == "sequential":
         return SequentialUpdate(step_in_backward)
-    return JointUpdate(together=name == "parallel")
+    return JointUpdate(together=None if name == "parallel" else False)
