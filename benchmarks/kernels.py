@@ -210,7 +210,6 @@ def main() -> int:
     """Exit status: 1 if a kernel spills."""
     parser = arguments(__doc__)
     parser.add_argument("--aot", action="store_true", help="compile without a GPU, measure nothing")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     args = parsed(parser, lambda _: {"name": "kernels"})
     if args.aot:

@@ -54,9 +54,8 @@ class JointUpdate(Update):
     Optimizer, clipping and fp16 skip are per block all the same (see ``BlockOptimizer``).
 
     Args:
-        together: predictors are evaluated as one batched computation; None: on a GPU. It is faster where launches or small
-            products are what takes the time. A CPU is slower at many small products than at few large ones
-            (docs/memory.md) and takes them one by one.
+        together: predictors are evaluated as one batched computation; None: on a GPU, where launches and
+            small products are what takes the time. A CPU is slower that way (docs/memory.md).
     """
 
     def __init__(self, together: bool | None = False):
