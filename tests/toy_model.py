@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dfm_d2.config import add_dfm_config
 from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.flow import at_least_float32
-from dfm_d2.framework import get_cfg
+from dfm_d2.framework import build_lr_scheduler, get_cfg
 from dfm_d2.local_update import BlockLosses, HandOver, build_update, predictor_block
 
 CHANNELS = 6
@@ -139,6 +140,20 @@ def train_steps(
     for iteration in range(start, start + steps):
         metrics = strategy.step(model, model.prepare(inputs, iteration), optimizer, autocast)
     return optimizer, metrics
+
+
+def make_trainer(
+    model, loader=toy_loader, update="sequential", images_per_step=4, **solver
+) -> LocalUpdateTrainer:
+    """A trainer of any model, with a schedule and without hooks; the writers' window is of four steps."""
+    cfg = toy_config(**solver)
+    optimizer, strategy = build_block_optimizer(cfg, model), build_update(*UPDATES[update])
+    autocast = contextlib.nullcontext
+    trainer = LocalUpdateTrainer(
+        model.train(), loader, optimizer, strategy, autocast, images_per_step, window=4
+    )
+    trainer.scheduler = build_lr_scheduler(cfg, optimizer)
+    return trainer
 
 
 def moved(model, before: dict[str, Tensor]) -> set[str]:

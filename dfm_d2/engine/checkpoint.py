@@ -33,7 +33,6 @@ TRAINING_ONLY = "stage_predictors."
 
 _logger = logging.getLogger(__name__)
 
-
 # Keys that say what the weights mean and that their names and shapes do not show.
 MEANING = (
     "MODEL.META_ARCHITECTURE",
@@ -44,7 +43,6 @@ MEANING = (
     "MODEL.DFM.SIGNAL_SCALE",
     "MODEL.DFM.TIME",
     "MODEL.DFM.TIME_RATE",
-    "MODEL.DFM.PREDICTION",
     "MODEL.DFM.HEAD.IN_FEATURES",
     "MODEL.DFM.HEAD.BOX_WEIGHTS",
     "MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE",
@@ -52,6 +50,8 @@ MEANING = (
     "MODEL.CLASSIFIER.POOL",
     "INPUT.IMAGE_SIZE",
 )
+# Those that are no keys any more: what all configs mean now.
+FORMER = {"MODEL.DFM.PREDICTION": "endpoint"}
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -176,12 +176,13 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         texts = about.get("config"), "" if self.cfg is None else self.cfg.dump()
         configs = [yaml.safe_load(text or "{}") for text in texts]
-        for key in MEANING:
+        for key in (*MEANING, *FORMER):
             then, now = (_lookup(config, key) for config in configs)
+            now = FORMER.get(key) if now is None else now
             if then is not None and now is not None and then != now:
                 raise CheckpointError(
                     f"{self._path} was trained with {key} {then}, but the config has {now}: its weights mean "
-                    "something else there; set the key back."
+                    "something else there; use the config that it was trained with."
                 )
 
     def _check_shapes(self, saved: Mapping[str, Any]) -> None:

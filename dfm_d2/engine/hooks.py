@@ -192,11 +192,10 @@ def loss_by_block(metrics: dict[str, float]) -> dict[str, float]:
         if match:
             totals[match[1]] = totals.get(match[1], 0.0) + value
 
-    def order(block: str) -> tuple:  # predictor2 before predictor10, stages of the backbone after them
-        index = predictor_index(block)
-        return (1, 0, block) if index is None else (0, index, "")
+    def numbers(block: str) -> list:  # predictor2 before predictor10
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", block)]
 
-    return {block: totals[block] for block in sorted(totals, key=order)}
+    return {block: totals[block] for block in sorted(totals, key=numbers)}
 
 
 @contextmanager

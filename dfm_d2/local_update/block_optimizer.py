@@ -53,20 +53,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._reducer = GradientReducer(self.grid)
         self._names = {parameter: name for named in blocks.values() for name, parameter in named}
         self._inner = {block: make_optimizer(named) for block, named in blocks.items() if named}
-        first = next(iter(self._inner.values()))
-        self.kind = type(first).__name__
-        super().__init__(self._groups(), dict(first.defaults))
-        self._share()
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [group for inner in self._inner.values() for group in inner.param_groups]
-
-    def _share(self) -> None:
-        """Make the group dicts and the state those of the inner optimizers."""
-        self.param_groups = self._groups()
-        for inner in self._inner.values():
-            self.state.update(inner.state)
-            inner.state = self.state
+        inner = list(self._inner.values())
+        self.kind = type(inner[0]).__name__
+        super().__init__([group for one in inner for group in one.param_groups], dict(inner[0].defaults))
+        for one in inner:
+            one.state = self.state
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to differentiate: times the fp16 loss scale, when there is one."""
@@ -144,36 +135,27 @@ class BlockOptimizer(torch.optim.Optimizer):
             )
         options = {name: _options(group) for group in state_dict["groups"] for name in group["names"]}
         self._check_names(options, state_dict["state"])
-        for inner in self._inner.values():
-            inner.load_state_dict(self._inner_state(inner, options, state_dict["state"]))
         self.state.clear()
-        self._share()
-        for block, parameters in self.blocks.items():
-            if not self.grid.owns(block):
-                for parameter in parameters:
-                    self.state.pop(parameter, None)
+        for block, inner in self._inner.items():
+            state = state_dict["state"] if self.grid.owns(block) else {}
+            for group in inner.param_groups:
+                self._load_group(group, options, state)
         if self.scaler is not None and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
 
-    def _inner_state(
-        self, inner: torch.optim.Optimizer, options: Mapping[str, dict], state: Mapping[str, dict]
-    ) -> dict[str, Any]:
-        """The state dict, in torch's own form, of one inner optimizer."""
-        groups, by_index, index = [], {}, 0
-        for group in inner.param_groups:
-            names = [self._names[parameter] for parameter in group["params"]]
-            indices = range(index, index + len(names))
-            index += len(names)
-            known = next((options[name] for name in names if name in options), None)
-            groups.append({**(known or _scheduled(group, options)), "params": list(indices)})
-            by_index |= {i: dict(state[name]) for i, name in zip(indices, names) if name in state}
-            if any("momentum_buffer" in entry for entry in by_index.values()):
-                # The fused SGD wants it of all that have a gradient, or of none; from zero its first step is
-                # the one from none. Those that were there and have none have no gradient.
-                for i, name, parameter in zip(indices, names, group["params"]):
-                    if name not in options:
-                        by_index.setdefault(i, {"momentum_buffer": torch.zeros_like(parameter)})
-        return {"state": by_index, "param_groups": groups}
+    def _load_group(
+        self, group: dict[str, Any], options: Mapping[str, dict], state: Mapping[str, dict]
+    ) -> None:
+        named = [(self._names[parameter], parameter) for parameter in group["params"]]
+        known = [options[name] for name, _ in named if name in options]
+        group.update(known[0] if known else _scheduled(group, options))
+        entries = {parameter: _at(parameter, state[name]) for name, parameter in named if name in state}
+        if any("momentum_buffer" in entry for entry in entries.values()):
+            # The fused SGD wants it of all that have a gradient, or of none; from zero its first step is the
+            # one from none. Those that were there and have none have no gradient.
+            new = [parameter for name, parameter in named if name not in options]
+            entries |= {parameter: {"momentum_buffer": torch.zeros_like(parameter)} for parameter in new}
+        self.state.update(entries)
 
     def _check_names(self, options: Mapping[str, dict], state: Mapping[str, dict]) -> None:
         missing = [name for name in self._names.values() if name not in options]
@@ -202,6 +184,12 @@ class BlockOptimizer(torch.optim.Optimizer):
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group, without its parameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names", "names")}
+
+
+def _at(parameter: nn.Parameter, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter on its device and in its dtype, but for a count, which has its own."""
+    like = {key: parameter.device if key == "step" else parameter for key in entry}
+    return {key: value.to(like[key]) if torch.is_tensor(value) else value for key, value in entry.items()}
 
 
 def _scheduled(group: dict[str, Any], saved: Mapping[str, dict]) -> dict[str, Any]:

@@ -26,6 +26,12 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture
+def inputs(make_input):
+    """A batch, one image of which has no object."""
+    return [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
+
+
+@pytest.fixture
 def server(monkeypatch):
     """The context of a server that imports once and forks the processes of all tests.
 

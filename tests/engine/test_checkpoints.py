@@ -146,6 +146,14 @@ def test_weights_that_would_mean_something_else_are_refused(tmp_path, key, then,
     SafeCheckpointer(ToyModel(), cfg=cfgs[now]).load(str(path), [])  # fine-tuning may
 
 
+def test_weights_of_an_option_that_was_removed_are_refused(tmp_path):
+    cfg = toy_config()
+    cfg.MODEL.DFM.PREDICTION = "velocity"
+    SafeCheckpointer(ToyModel(), str(tmp_path), cfg=cfg).save("model")
+    said = error_of(ToyModel(), tmp_path / "model.pth", cfg=toy_config())
+    assert "was trained with MODEL.DFM.PREDICTION velocity, but the config has endpoint" in said
+
+
 def test_a_frozen_part_that_the_weights_lack_is_an_error(tmp_path):
     """ImageNet weights have no FPN: frozen, it would stay random."""
     model, path = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), str(tmp_path / "part.pth")

@@ -16,11 +16,6 @@ def name_of(options: dict) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items())
 
 
-@pytest.fixture
-def inputs(make_input):
-    return [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
-
-
 def gradients_of(model, inputs, update: str) -> tuple[dict, dict]:
     """Losses, and the gradients of every block after the backward of one iteration, nothing being stepped."""
     model = copy.deepcopy(model).train()

@@ -13,12 +13,10 @@ import pytest
 import torch
 from test_resume import assert_same_checkpoint
 from tiny_training import PREDICTOR_PARALLEL, TORCHRUN, command, train
-from toy_model import UPDATES, toy_config
+from toy_model import UPDATES, make_trainer
 
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.optimizer import build_block_optimizer
-from dfm_d2.engine.trainer import LocalUpdateTrainer
-from dfm_d2.local_update import NonFiniteLossError, build_update
+from dfm_d2.local_update import NonFiniteLossError
 
 
 @contextlib.contextmanager
@@ -87,11 +85,8 @@ def test_an_image_that_is_not_a_number_stops_training_with_its_name(
             yield batch
             position += 2
 
-    model = make_model(BACKBONE_UPDATE=backbone_update).train()
-    optimizer, strategy = build_block_optimizer(toy_config(), model), build_update(*UPDATES[update])
-    trainer = LocalUpdateTrainer(
-        model, batches, optimizer, strategy, contextlib.nullcontext, images_per_step=2
-    )
+    model = make_model(BACKBONE_UPDATE=backbone_update)
+    trainer = make_trainer(model, batches, update, images_per_step=2)
     checkpointer = SafeCheckpointer(model, str(tmp_path), trainer=trainer)
     trainer.register_hooks([CheckpointHook(checkpointer, 1, 0)])
     named = r"at iteration 3, image ids \['i6', 'i7'\]: loss_cls/"

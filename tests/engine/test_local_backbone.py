@@ -1,18 +1,14 @@
 """BACKBONE_UPDATE local: every stage of the backbone is a block, and no gradient leaves it."""
 
-import contextlib
-
 import pytest
 import torch
 from tiny_model import tiny_cfg
-from toy_model import toy_config, train_steps
+from toy_model import make_trainer, train_steps
 
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.ema import EMAHook, ModelEMA
-from dfm_d2.engine.optimizer import build_block_optimizer
-from dfm_d2.engine.trainer import LocalUpdateTrainer
-from dfm_d2.framework import LRScheduler, build_lr_scheduler, build_model
-from dfm_d2.local_update import HandOver, build_update, check_blocks, sum_losses
+from dfm_d2.framework import LRScheduler, build_model
+from dfm_d2.local_update import HandOver, check_blocks, sum_losses
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -20,11 +16,6 @@ STAGES = ["res2", "res3", "res4", "res5"]
 @pytest.fixture
 def model(make_model):
     return make_model(BACKBONE_UPDATE="local").train()
-
-
-@pytest.fixture
-def inputs(make_input):
-    return [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
 
 
 def test_each_parameter_is_in_the_block_of_its_stage(model):
@@ -97,16 +88,7 @@ def trainer_of(model, make_input, folder, optimizer: str):
             yield [make_input(f"i{position}")]
             position += 1
 
-    cfg = toy_config(OPTIMIZER=optimizer, MOMENTUM=0.9)
-    trainer = LocalUpdateTrainer(
-        model.train(),
-        loader,
-        build_block_optimizer(cfg, model),
-        build_update("sequential"),
-        contextlib.nullcontext,
-        images_per_step=1,
-    )
-    trainer.scheduler = build_lr_scheduler(cfg, trainer.optimizer)
+    trainer = make_trainer(model, loader, images_per_step=1, OPTIMIZER=optimizer, MOMENTUM=0.9)
     ema = ModelEMA(model, 0.5)
     trainer.register_hooks([LRScheduler(), EMAHook(ema)])
     return trainer, SafeCheckpointer(model, str(folder), trainer=trainer, ema=ema), ema

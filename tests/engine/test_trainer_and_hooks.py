@@ -1,6 +1,5 @@
 """The trainer's errors and state, the averaged weights, the best checkpoint, progress and metrics.json."""
 
-import contextlib
 import json
 import logging
 import random
@@ -9,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tiny_model import tiny_cfg
-from toy_model import ToyModel, make_toy, toy_config, toy_loader
+from toy_model import ToyModel, make_toy, make_trainer
 
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.ema import EMAHook, ModelEMA
 from dfm_d2.engine.hooks import BestCheckpointHook, FinalEvalHook, ProgressBar, evaluation_bar, loss_by_block
 from dfm_d2.engine.metrics import cut_back, flatten, read_metrics
-from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import inference_autocast, resolve_amp_dtype
-from dfm_d2.engine.trainer import LocalUpdateTrainer, get_rng_state, set_rng_state
+from dfm_d2.engine.trainer import get_rng_state, set_rng_state
 from dfm_d2.framework import (
     PROVIDER,
     DatasetEvaluator,
@@ -26,15 +24,7 @@ from dfm_d2.framework import (
     PeriodicWriter,
     inference_on_dataset,
 )
-from dfm_d2.local_update import NonFiniteLossError, build_update
-
-
-def make_trainer(model=None) -> LocalUpdateTrainer:
-    model = (make_toy() if model is None else model).train()
-    optimizer = build_block_optimizer(toy_config(), model)
-    return LocalUpdateTrainer(
-        model, toy_loader, optimizer, build_update("sequential"), contextlib.nullcontext, images_per_step=4
-    )
+from dfm_d2.local_update import NonFiniteLossError
 
 
 def test_a_non_finite_loss_names_everything_and_spares_the_checkpoint(tmp_path):
@@ -69,7 +59,7 @@ def test_a_non_finite_loss_is_no_traceback_in_the_log_and_other_errors_are_as_th
     def tracebacks() -> list:
         return [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
-    trainer = make_trainer()
+    trainer = make_trainer(make_toy())
     nan = torch.tensor(float("nan"), requires_grad=True)
     trainer.model.losses_of = lambda index, *rest: {f"loss/predictor{index}": nan}
     with pytest.raises(NonFiniteLossError):
@@ -179,7 +169,7 @@ def test_metrics_are_flat_and_without_nan():
 
 @pytest.mark.parametrize("use_bar", [True, False])
 def test_progress_tells_the_loss_of_each_predictor(use_bar, caplog, capsys):
-    trainer = make_trainer()
+    trainer = make_trainer(make_toy())
     trainer.register_hooks([EMAHook(ModelEMA(trainer.model, 0.9)), ProgressBar(2, use_bar)])
     with caplog.at_level("INFO", logger="dfm_d2.engine.hooks"):
         trainer.train(0, 5)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tiny_model import tiny_cfg
 from torch import nn
 
-from dfm_d2.config import add_dfm_config
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.weights import (
     MSRA,
@@ -20,36 +20,28 @@ from dfm_d2.engine.weights import (
     load_numpy_pickle,
 )
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
-from dfm_d2.framework import build_backbone, get_cfg
+from dfm_d2.framework import build_backbone
+
+WANTED = {
+    TORCHVISION: "INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD "
+    "[58.395,57.12,57.375] MODEL.RESNETS.STRIDE_IN_1X1 False",
+    MSRA: "INPUT.FORMAT BGR MODEL.PIXEL_MEAN [103.53,116.28,123.675] MODEL.PIXEL_STD [1.0,1.0,1.0] "
+    "MODEL.RESNETS.STRIDE_IN_1X1 True",
+}
 
 
 def config_for(source: str, depth: int = 50, norm: str = "BN"):
     """The config that weights of a source want."""
-    cfg = get_cfg()
-    add_dfm_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    resnets = cfg.MODEL.RESNETS
-    resnets.DEPTH, resnets.NORM, resnets.RES2_OUT_CHANNELS = depth, norm, 256 if depth >= 50 else 64
-    resnets.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    resnets.STRIDE_IN_1X1 = source == MSRA
-    if source == MSRA:
-        cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = (
-            "BGR",
-            [103.53, 116.28, 123.675],
-            [1.0] * 3,
-        )
-    else:
-        cfg.INPUT.FORMAT = "RGB"
-        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    cfg, resnets = tiny_cfg(), {"STEM_OUT_CHANNELS": 64, "WIDTH_PER_GROUP": 64, "DEPTH": depth, "NORM": norm}
+    resnets["RES2_OUT_CHANNELS"] = 256 if depth >= 50 else 64
+    cfg.merge_from_list(WANTED[source].split())
+    cfg.MODEL.RESNETS.update(resnets)
     return cfg
 
 
-class Detector(nn.Module):
+def detector_of(cfg) -> nn.Module:
     """A backbone under the name that it has in a detector."""
-
-    def __init__(self, cfg) -> None:
-        super().__init__()
-        self.backbone = build_backbone(cfg)
+    return nn.ModuleDict({"backbone": build_backbone(cfg)})
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
@@ -98,7 +90,7 @@ def test_torchvision_names_become_detectron2s(depth, prefix):
     converted = convert_torchvision_resnet(state)
     wanted = {
         name.removeprefix("backbone.bottom_up."): tuple(value.shape)
-        for name, value in Detector(config_for(TORCHVISION, depth)).state_dict().items()
+        for name, value in detector_of(config_for(TORCHVISION, depth)).state_dict().items()
         if name.startswith("backbone.bottom_up.") and not name.endswith("num_batches_tracked")
     }
     assert {name: tuple(value.shape) for name, value in converted.items()} == wanted
@@ -109,11 +101,11 @@ def test_a_torchvision_file_gives_the_same_features(tmp_path):
     resnet = torchvision.models.resnet18()
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
     cfg = config_for(TORCHVISION, 18, "FrozenBN")
-    detector = Detector(cfg)
+    detector = detector_of(cfg)
     SafeCheckpointer(detector, cfg=cfg).load(str(tmp_path / "resnet18.pth"), [])
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        ours = detector.eval().backbone.bottom_up(images)["res5"]
+        ours = detector.eval()["backbone"].bottom_up(images)["res5"]
         theirs = nn.Sequential(*list(resnet.eval().children())[:-2])(images)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -130,10 +122,10 @@ def caffe2_names() -> dict[str, np.ndarray]:
 def test_a_caffe2_file_is_matched_by_name(tmp_path):
     content = caffe2_names()
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": content}, protocol=2))
-    detector = Detector(config_for(MSRA))
+    detector = detector_of(config_for(MSRA))
     detector.requires_grad_(True)  # the file has a few layers only, and what is frozen must be in it
     SafeCheckpointer(detector, cfg=config_for(MSRA)).load(str(tmp_path / "R-50.pkl"), [])
-    bottom_up = detector.backbone.bottom_up
+    bottom_up = detector["backbone"].bottom_up
     for key, value in (
         ("conv1_w", bottom_up.stem.conv1.weight),
         ("res_conv1_bn_s", bottom_up.stem.conv1.norm.weight),
