@@ -172,8 +172,9 @@ def draw_panels(
     Args:
         panels: {title of the panel: (label of its x axis, {method: line})}.
     """
-    from dfm_d2.visualize.pictures import plt, save_figure
     from matplotlib.ticker import MaxNLocator
+
+    from dfm_d2.visualize.figures import plt, save_figure
 
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
     size = (2.2 + 2.8 * len(panels), 3.8)

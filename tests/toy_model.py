@@ -118,7 +118,7 @@ def toy_config(**solver):
     add_dfm_config(cfg)
     cfg.SOLVER.BASE_LR = 0.01
     cfg.SOLVER.WARMUP_ITERS = 3
-    cfg.SOLVER.MAX_ITER = 60
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 60, ()
     for key, value in solver.items():
         cfg.SOLVER[key] = value
     return cfg
