@@ -27,7 +27,7 @@ def test_simple_trainer_trains_as_the_joint_update_does(make_model, make_input):
     batches = [[make_input(f"{step}a"), make_input(f"{step}b", boxes=())] for step in range(3)]
     trainer = SimpleTrainer(model, iter(batches), build_block_optimizer(toy_config(), model))
     trainer.train(0, 3)
-    ours = make_trainer(twin, lambda position: iter(batches), "joint", images_per_step=2)
+    ours = make_trainer(twin, lambda position: iter(batches), "joint", 2, WARMUP_ITERS=0)
     ours.train(0, 3)
     theirs, mine = trainer.storage.histories(), ours.storage.histories()
     losses = [key for key in mine if key.startswith("loss")]
