@@ -209,29 +209,29 @@ def observe_detector_postprocess(provider):
     }
 
 
-class _Tiny(torch.nn.Module):
-    """A model with a ResNet-like name or two, nested as a detector nests its backbone."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("pixel_mean", torch.zeros(3))
-        self.backbone = torch.nn.ModuleDict()
-        stem = torch.nn.Module()
-        stem.conv1 = torch.nn.Conv2d(3, 2, 1, bias=False)
-        stem.conv1.norm = torch.nn.BatchNorm2d(2)
-        block = torch.nn.Module()
-        block.conv1 = torch.nn.Conv2d(2, 2, 1, bias=False)
-        block.shortcut = torch.nn.Conv2d(2, 2, 1, bias=False)
-        self.backbone["stem"] = stem
-        self.backbone["res2"] = torch.nn.Sequential(block)
-        self.head = torch.nn.Linear(2, 2)
+# A model with names as a detector has them, its backbone's below `backbone`.
+_SHAPES = {
+    "pixel_mean": (3,),
+    "backbone.stem.conv1.weight": (2, 3, 1, 1),
+    **{
+        f"backbone.stem.conv1.norm.{name}": (2,) for name in ("weight", "bias", "running_mean", "running_var")
+    },
+    "backbone.res2.0.conv1.weight": (2, 2, 1, 1),
+    "backbone.res2.0.shortcut.weight": (2, 2, 1, 1),
+    "head.weight": (2, 2),
+    "head.bias": (2,),
+}
 
 
 def _loaded(provider, checkpoint: dict) -> dict:
-    model = _Tiny()
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.zero_()
+    model = torch.nn.Module()
+    for name, shape in _SHAPES.items():
+        node, (*path, last) = model, name.split(".")
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, torch.nn.Module())
+            node = node.get_submodule(part)
+        node.register_buffer(last, torch.zeros(shape))
     keys = provider.DetectionCheckpointer(model)._load_model(checkpoint)
     return {
         "sums": {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()},

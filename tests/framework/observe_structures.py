@@ -71,47 +71,29 @@ def observe_get_cfg(provider):
 
 
 def observe_configurable(provider):
-    class Thing:
-        @provider.configurable
-        def __init__(self, a, b=2, *, c=3):
-            self.values = [a, b, c]
+    def make(from_config=None):
+        class Thing:
+            @provider.configurable
+            def __init__(self, a, b=2, *, c=3):
+                self.values = [a, b, c]
 
-        @classmethod
-        def from_config(cls, cfg, b=20):
-            return {"a": cfg.A, "b": b}
+        if from_config is not None:
+            Thing.from_config = from_config
+        return Thing
 
-    class Nameless:
-        @provider.configurable
-        def __init__(self, a):
-            self.a = a
-
-    class WrongName:
-        @provider.configurable
-        def __init__(self, a):
-            self.a = a
-
-        @classmethod
-        def from_config(cls, config):
-            return {"a": config.A}
-
-    class NotClassmethod:
-        @provider.configurable
-        def __init__(self, a):
-            self.a = a
-
-        def from_config(self, cfg):
-            return {"a": cfg.A}
-
+    thing = make(classmethod(lambda cls, cfg, b=20: {"a": cfg.A, "b": b}))
+    wrong_name = make(classmethod(lambda cls, config: {"a": config.A}))
+    no_classmethod = make(lambda self, cfg: {"a": cfg.A})
     cfg = provider.CfgNode({"A": 1})
     return {
-        "explicit": Thing(5, b=6).values,
-        "from config": Thing(cfg).values,
-        "by keyword": Thing(cfg=cfg).values,
-        "to from_config": Thing(cfg, b=30).values,
-        "override": Thing(cfg, c=40).values,
-        "without from_config": raised(lambda: Nameless(cfg)),
-        "first argument is not cfg": raised(lambda: WrongName(cfg)),
-        "no classmethod": raised(lambda: NotClassmethod(cfg)),
+        "explicit": thing(5, b=6).values,
+        "from config": thing(cfg).values,
+        "by keyword": thing(cfg=cfg).values,
+        "to from_config": thing(cfg, b=30).values,
+        "override": thing(cfg, c=40).values,
+        "without from_config": raised(lambda: make()(cfg)),
+        "first argument is not cfg": raised(lambda: wrong_name(cfg)),
+        "no classmethod": raised(lambda: no_classmethod(cfg)),
         "on another method": raised(lambda: provider.configurable(lambda x: x)),
     }
 
