@@ -57,7 +57,6 @@ VARIANTS: dict[str, list[str]] = {
     "path": ["MODEL.DFM.ASSIGNMENT", "path"],
     "independent": ["MODEL.DFM.COUPLING", "independent"],
     "independent_path": ["MODEL.DFM.COUPLING", "independent", "MODEL.DFM.ASSIGNMENT", "path"],
-    "velocity": ["MODEL.DFM.PREDICTION", "velocity"],
     "velocity_loss": ["MODEL.DFM.LOSS.VELOCITY_WEIGHT", "0.1"],
     "quality_focal": ["MODEL.DFM.LOSS.CLS", "quality_focal"],
     "cross_attention": ["MODEL.DFM.HEAD.INTERACTION", "cross_attention"],

@@ -82,7 +82,6 @@ def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
     options = {
         "signal_scale": 2.0,
         "box_weights": (2.0, 2.0, 1.0, 1.0),
-        "prediction": "endpoint",
         "aggregation": "uniform",
     }
     num_bytes = 4 * (answers.numel() + logits.numel() + 5 * x_t.numel() + b * n * k)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from dfm_d2.classification.backbone import SplitBackbone
@@ -111,6 +110,8 @@ class Classifier(nn.Module, ABC):
         Args:
             logits: `(n, S, K)` at temperature 1 of images that were not trained on. labels: `(n,)`.
         """
+        from scipy.optimize import minimize_scalar
+
         logits, labels = logits.double().cpu(), labels.cpu()
 
         def loss(log_temperature: float) -> float:

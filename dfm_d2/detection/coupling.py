@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dfm_d2.detection.ground_truth import GroundTruth
@@ -73,6 +72,8 @@ def couple(x_0: Tensor, slots: Slots, method: str, keys: Sequence[int]) -> Slots
     if method == "independent":
         order = keyed_uniform(keys, x_0.shape[1], STREAM_PERMUTATION, x_0.device).argsort(1)
     elif method == "optimal_transport":
+        from scipy.optimize import linear_sum_assignment  # not for inference
+
         cost = torch.cdist(x_0.float(), slots.x_1.float()).square().cpu().numpy()
         order = torch.stack([torch.from_numpy(linear_sum_assignment(c)[1]) for c in cost]).to(x_0.device)
     else:

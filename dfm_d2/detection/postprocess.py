@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from dfm_d2.detection.sampler import Candidates, SamplerSettings
 from dfm_d2.flow import BoxSpace
@@ -131,6 +130,8 @@ def _kept_by_nms(
     apart = moved.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]]).float()
     all_boxes = torch.cat([moved.float().reshape(-1, 4), apart])
     all_scores = torch.cat([scores.float().reshape(-1), apart.new_zeros(2)])
+    from torchvision.ops import nms  # seconds to import, which training does not need
+
     keep = nms(all_boxes, all_scores, threshold)
     kept = torch.zeros(num_images * count + 2, dtype=torch.int64, device=scores.device)
     return kept.scatter(0, keep, 1)[:-2].view(num_images, count) > 0
