@@ -149,7 +149,7 @@ def build_split_backbone(cfg) -> SplitBackbone:
     """The backbone of `MODEL.CLASSIFIER`.
 
     Raises:
-        UserError: it cannot be built or not be split so; the sentence names the key.
+        UserError: it cannot be built or not be split so; the message names the key.
     """
     classifier = cfg.MODEL.CLASSIFIER
     if classifier.BACKBONE == "timm":

@@ -20,7 +20,7 @@ def detector_arguments(cfg) -> dict:
     """Arguments of FlowDetector and CascadeDetector. Sets the backend of the process to MODEL.DFM.KERNELS.
 
     Raises:
-        UserError: a key has a value that cannot be built; the sentence names it.
+        UserError: a key has a value that cannot be built; the message names it.
     """
     dfm = cfg.MODEL.DFM
     if dfm.NUM_CLASSES < 1:

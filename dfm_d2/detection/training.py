@@ -69,7 +69,7 @@ def pad_ground_truth(
     """The boxes of a batch in signal space, on the device of `image_sizes` `(B, 2)`.
 
     Raises:
-        ValueError: an input without "instances", or with a class outside [0, K); the sentence names it.
+        ValueError: an input without "instances", or with a class outside [0, K); the message names it.
     """
     x_1, classes = [], []
     for index, (item, size) in enumerate(zip(batched_inputs, image_sizes)):
