@@ -32,7 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="", help="folder of the pictures; else OUTPUT_DIR")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what to write")
     parser.add_argument("--color", choices=("class", "predictor"), default="class", help="of flow.png")
-    parser.add_argument("--metrics", help="metrics.json to draw as curves.png; else that of OUTPUT_DIR")
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
     words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(words)
@@ -46,8 +45,6 @@ def run(args: argparse.Namespace) -> None:
     from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.setup import load_config, setup_run, validate_config
 
-    if args.metrics and not Path(args.metrics).is_file():
-        raise UserError(f"--metrics {args.metrics} does not exist: check the path.")
     cfg = load_config(DETECTION, args.config_file, args.opts)
     validate_config(DETECTION, cfg)
     if not args.image and not cfg.DATASETS.TEST:
@@ -68,9 +65,8 @@ def run(args: argparse.Namespace) -> None:
     paths = write_pictures(
         cfg, model, classes, folder, args.image, args.number, args.score, args.kinds, args.color
     )
-    metrics = args.metrics or Path(cfg.OUTPUT_DIR) / METRICS_FILE
-    if args.metrics or metrics.is_file():
-        paths.append(draw_curves(Path(folder) / "curves.png", read_metrics(metrics)))
+    if metrics := read_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE):
+        paths.append(draw_curves(Path(folder) / "curves.png", metrics))
     for path in paths:
         print(path)
 

@@ -1,6 +1,7 @@
 """Running an exported file: tensors in, tensors out, and what the file says of itself."""
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,9 @@ def load_file(path: str | Path) -> tuple[Run, dict[str, Any]]:
 def _load_torchscript(path: Path) -> tuple[Run, str | bytes]:
     extra = {ABOUT: ""}
     try:
-        module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch would have no more such files written
+            module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
     except RuntimeError as error:
         raise UserError(f"{path} is no TorchScript file: export it again") from error
     return lambda inputs: module(*inputs.values()), extra[ABOUT]

@@ -48,6 +48,7 @@ def test_images_and_folders(detect, tmp_path, capsys):
     write(tmp_path / "folder/b.PNG")
     (tmp_path / "folder/notes.txt").write_text("no image")
     assert detect(one, tmp_path / "folder") == 0
+    assert "3/3" in capsys.readouterr().err, "the progress bar"
     found = json.loads((tmp_path / "out/detections.json").read_text())
     assert list(found) == ["a", "a_2", "b"]
     assert found["a_2"]["file"].endswith("folder/a.jpg")
@@ -56,7 +57,6 @@ def test_images_and_folders(detect, tmp_path, capsys):
     painted = np.asarray(Image.open(tmp_path / "out/a.png"))
     assert painted.shape == (60, 80, 3)
     assert (painted != np.asarray(Image.open(one))).any(), "nothing was drawn"
-    assert "3/3" in capsys.readouterr().err, "the progress bar"
 
 
 def test_what_is_not_there(detect, tmp_path, capsys):
