@@ -11,10 +11,9 @@ from dfm_d2.classification.config import KEYS as CLASSIFIER_KEYS
 from dfm_d2.detection.config import KEYS as DETECTOR_KEYS
 from dfm_d2.engine.config import KEYS
 from dfm_d2.engine.keys import add_keys
-from dfm_d2.framework import CfgNode, get_cfg
 
 
-def add_dfm_config(cfg: CfgNode) -> None:
+def add_dfm_config(cfg) -> None:
     """Add the keys of dfm_d2, those of detectors and of classifiers, to a Detectron2 config, in place.
 
     For those who embed us: ``cfg = get_cfg(); add_dfm_config(cfg); cfg.merge_from_file(path)``.
@@ -31,6 +30,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     for place, word in enumerate(words):
         if word[:1].isupper() and not Path(word).exists():
             if cfg is None:  # not for --help, which has no time for it
+                from dfm_d2.framework import get_cfg
+
                 cfg = get_cfg()
                 add_dfm_config(cfg)
             if word.split(".")[0] in cfg:

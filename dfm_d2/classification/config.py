@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from dfm_d2.engine.keys import Key
-from dfm_d2.framework import CfgNode
 
 # The meta-architecture of every UPDATE.METHOD.
 METHODS = {
@@ -110,7 +109,7 @@ REMOVED = {name: ({}, "") for name in _OF_DETECTORS.split()} | {
 }
 
 
-def choose_method(cfg: CfgNode) -> None:
+def choose_method(cfg) -> None:
     """Set MODEL.META_ARCHITECTURE, and what goes with it, by UPDATE.METHOD.
 
     A method whose blocks depend on each other is updated jointly, whatever MODEL.DFM.UPDATE says.
@@ -123,7 +122,7 @@ def choose_method(cfg: CfgNode) -> None:
         cfg.MODEL.DFM.STEP_IN_BACKWARD = False
 
 
-def problems(cfg: CfgNode) -> Iterator[str]:
+def problems(cfg) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
     c, dfm, method = cfg.MODEL.CLASSIFIER, cfg.MODEL.DFM, cfg.UPDATE.METHOD
     channels, strides, named = list(c.CNN.CHANNELS), list(c.CNN.STRIDES), list(c.SAMPLER.BLOCKS)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from dfm_d2.engine.keys import Key
 from dfm_d2.errors import UserError
-from dfm_d2.framework import CfgNode
 
 KEYS = (
     Key("MODEL.META_ARCHITECTURE", choices=("FlowDetector", "CascadeDetector")),
@@ -120,7 +119,7 @@ REMOVED = {
 }
 
 
-def problems(cfg: CfgNode) -> Iterator[str]:
+def problems(cfg) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
     dfm, sizes = cfg.MODEL.DFM, tuple(cfg.INPUT.MIN_SIZE_TRAIN)
     head, loss, sampler = dfm.HEAD, dfm.LOSS, dfm.SAMPLER
@@ -152,7 +151,7 @@ def problems(cfg: CfgNode) -> Iterator[str]:
         yield f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; indices go from 0 to {dfm.NUM_PREDICTORS - 1}."
 
 
-def check_start(cfg: CfgNode) -> None:
+def check_start(cfg) -> None:
     """UserError if training from scratch (``MODEL.WEIGHTS`` empty) would leave random layers untrained."""
     frozen = (
         (cfg.MODEL.RESNETS.NORM == "FrozenBN", "MODEL.RESNETS.NORM BN or GN"),

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 
 from dfm_d2.engine.keys import Key
-from dfm_d2.framework import CfgNode
 
 KEYS = (
     Key("DATALOADER.NUM_WORKERS", least=0),
@@ -74,7 +73,7 @@ KEYS = (
 )
 
 
-def problems(cfg: CfgNode) -> Iterator[str]:
+def problems(cfg) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
     model, dfm, solver = cfg.MODEL, cfg.MODEL.DFM, cfg.SOLVER
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", model.DEVICE):

@@ -1,12 +1,10 @@
-"""Config keys as data: name, default, choices and bounds in one place. Needs no torch."""
+"""Config keys as data: name, default, choices and bounds in one place. Needs no torch and no framework."""
 
 import copy
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from dfm_d2.framework import CfgNode
 
 _BOUNDS = {
     "least": ("at least", operator.ge),
@@ -63,24 +61,24 @@ class Key:
         return f"{each} must be {' and '.join(f'{words} {bound}' for words, _, bound in bounds)}"
 
 
-def add_keys(cfg: CfgNode, keys: Iterable[Key]) -> None:
+def add_keys(cfg, keys: Iterable[Key]) -> None:
     """Add those keys to a config, in place, that are not Detectron2's own."""
     for key in keys:
         if key.default is not None:
             node, (*path, last) = cfg, key.name.split(".")
             for part in path:
-                node = node.setdefault(part, CfgNode())
+                node = node.setdefault(part, type(cfg)())
             node[last] = copy.copy(key.default)
 
 
-def get_key(cfg: CfgNode, name: str) -> Any:
+def get_key(cfg, name: str) -> Any:
     """The value of a dotted key."""
     for part in name.split("."):
         cfg = cfg[part]
     return cfg
 
 
-def problems_of(cfg: CfgNode, keys: Iterable[Key]) -> Iterator[str]:
+def problems_of(cfg, keys: Iterable[Key]) -> Iterator[str]:
     """One error message for each key whose value is none of its choices or out of its bounds."""
     for key in keys:
         value = get_key(cfg, key.name)

@@ -1,6 +1,7 @@
 """The optimizer that a config asks for: which options each parameter has."""
 
 import logging
+from functools import partial
 
 import torch
 from torch import nn
@@ -56,11 +57,9 @@ def build_block_optimizer(
         return {"lr": rate, "weight_decay": decay}
 
     def make_optimizer(groups: list[dict]) -> torch.optim.Optimizer:
-        if solver.OPTIMIZER == "adamw":
-            return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)
-        return torch.optim.SGD(
-            groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=True
-        )
+        sgd = partial(torch.optim.SGD, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+        kinds = {"adamw": torch.optim.AdamW, "sgd": sgd}
+        return kinds[solver.OPTIMIZER](groups, lr=solver.BASE_LR, fused=True)
 
     optimizer = BlockOptimizer(blocks, make_optimizer, options, solver.BLOCK_CLIP_NORM, scaler, grid)
     sizes = {block: sum(p.numel() for p in parameters) for block, parameters in optimizer.blocks.items()}

@@ -16,9 +16,7 @@ from dfm_d2.engine.task import Task
 from dfm_d2.errors import CheckpointError, UserError, input_errors, report
 from dfm_d2.framework import (
     PROVIDER,
-    CfgNode,
     default_argument_parser,
-    get_cfg,
     merge_config_file,
     merge_config_opts,
 )
@@ -58,25 +56,24 @@ def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def load_config(task: Task, config_file: str, opts: list[str]) -> CfgNode:
+def load_config(task: Task, config_file: str, opts: list[str]):
     """Detectron2's defaults, the keys of any training and of the task, the file and the KEY VALUE overrides.
 
     Runs no code from the file. Raises UserError naming the file and the key that is wrong.
     """
+    from dfm_d2.framework import get_cfg  # of Detectron2, which imports torch: not for --help
+
     cfg = get_cfg()
     add_keys(cfg, (*config.KEYS, *task.keys))
-    try:
+    if config_file:
         with input_errors():
-            if config_file:
-                merge_config_file(cfg, config_file, task.removed)
-            merge_config_opts(cfg, opts, task.removed)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+            merge_config_file(cfg, config_file, task.removed)
+    merge_config_opts(cfg, opts, task.removed)
     task.complete(cfg)
     return cfg
 
 
-def validate_config(task: Task, cfg: CfgNode) -> None:
+def validate_config(task: Task, cfg) -> None:
     """UserError for the first value that cannot work: the message names the key and the choices."""
     for message in problems_of(cfg, (*config.KEYS, *task.keys)):
         raise UserError(message)
@@ -85,7 +82,7 @@ def validate_config(task: Task, cfg: CfgNode) -> None:
             raise UserError(message)
 
 
-def check_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
     """UserError for what is wrong with a run, as far as that can be seen without torch and the data."""
     validate_config(task, cfg)
     task.find_data(cfg)
@@ -100,7 +97,7 @@ def check_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
-def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
     """Make ready what a training or an evaluation needs; ``cfg`` is completed in place, then frozen.
 
     Returns the class names in the order of their indices. Raises UserError for bad values and
@@ -140,7 +137,7 @@ def setup_run(task: Task, cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     return classes
 
 
-def resolve_classes(cfg: CfgNode) -> list[str]:
+def resolve_classes(cfg) -> list[str]:
     """The class names of the data sets; sets ``MODEL.DFM.NUM_CLASSES`` where it is 0.
 
     Raises UserError where no data set is named or the config has another number.
@@ -163,7 +160,7 @@ def resolve_classes(cfg: CfgNode) -> list[str]:
     return classes
 
 
-def resolve_device(cfg: CfgNode, explicit: bool) -> None:
+def resolve_device(cfg, explicit: bool) -> None:
     """Fall back from CUDA to the CPU where there is none, with a warning; UserError if it was asked for.
 
     explicit: the user gave ``MODEL.DEVICE`` on the command line.
@@ -179,7 +176,7 @@ def resolve_device(cfg: CfgNode, explicit: bool) -> None:
     cfg.MODEL.DEVICE = "cpu"
 
 
-def uses_gpu(cfg: CfgNode) -> bool:
+def uses_gpu(cfg) -> bool:
     """Whether a run of this config computes on GPUs of this machine."""
     import torch
 

@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dfm_d2.engine.keys import Key
-from dfm_d2.framework import CfgNode
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dfm_d2.framework import DatasetEvaluator
+
+Config = Any  # a CfgNode; Detectron2's comes with torch
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,22 @@ class Task:
     """
 
     keys: Sequence[Key]
-    problems: Callable[[CfgNode], Iterator[str]]
+    problems: Callable[[Config], Iterator[str]]
     models: Sequence[str]
-    find_data: Callable[[CfgNode], None]
-    register: Callable[[CfgNode], Any]
-    train_loader: Callable[[CfgNode, int], Iterable[list[dict]]]
-    test_loader: Callable[[CfgNode, str], Any]
-    evaluator: "Callable[[CfgNode, str, Any], DatasetEvaluator]"
+    find_data: Callable[[Config], None]
+    register: Callable[[Config], Any]
+    train_loader: Callable[[Config, int], Iterable[list[dict]]]
+    test_loader: Callable[[Config, str], Any]
+    evaluator: "Callable[[Config, str, Any], DatasetEvaluator]"
     summary: Callable[[Mapping[str, Any]], str]
     removed: Mapping[str, tuple[Any, str]]
-    complete: Callable[[CfgNode], None] = lambda cfg: None
-    check_start: Callable[[CfgNode], None] = lambda cfg: None
-    before_evaluation: "Callable[[CfgNode, nn.Module], None]" = lambda cfg, model: None
-    after_training: Callable[[CfgNode, Sequence[str]], None] = lambda cfg, class_names: None
-    without_pretrained: Callable[[CfgNode], CfgNode] = lambda cfg: cfg
+    complete: Callable[[Config], None] = lambda cfg: None
+    check_start: Callable[[Config], None] = lambda cfg: None
+    before_evaluation: "Callable[[Config, nn.Module], None]" = lambda cfg, model: None
+    after_training: Callable[[Config, Sequence[str]], None] = lambda cfg, class_names: None
+    without_pretrained: Callable[[Config], Config] = lambda cfg: cfg
 
-    def build_model(self, cfg: CfgNode) -> "nn.Module":
+    def build_model(self, cfg: Config) -> "nn.Module":
         """The model of a config."""
         from dfm_d2.framework import build_model
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from dfm_d2.errors import UserError
+
 _BASE_KEY = "_BASE_"
 # Keys that may be None, which is what they are in Detectron2, or a number.
 OPTIONAL_NUMBERS = ("SOLVER.WEIGHT_DECAY_BIAS",)
@@ -32,14 +34,14 @@ def merge_config_file(cfg, path: str, removed: Removed | None = None) -> None:
     are left out, so that what a run under Detectron2 dumped can be read; one warning names those whose value
     is not Detectron2's default. No code from a file is ever run.
 
-    Raises FileNotFoundError for a missing file, and ValueError for broken YAML, Python tags, unknown keys and
-    values of the wrong kind; the message is one line that names the file and the key.
+    Raises UserError for a missing file, broken YAML, Python tags, unknown keys and values of the wrong kind;
+    the message is one line that names the file and the key.
     """
     merge = _Merge(cfg, removed, unused_keys())
     values = merge.read(path)
     version = values.get("VERSION", cfg.get("VERSION"))
     if version != cfg.get("VERSION"):
-        raise ValueError(f"Config file '{path}' has VERSION {version}: only {cfg.VERSION} can be read.")
+        raise UserError(f"Config file '{path}' has VERSION {version}: only {cfg.VERSION} can be read.")
     cfg.merge_from_list([word for pair in values.items() for word in pair])
     if merge.ignored:
         _warn_once(f"'{path}': the framework ignores {', '.join(sorted(merge.ignored))}")
@@ -48,12 +50,12 @@ def merge_config_file(cfg, path: str, removed: Removed | None = None) -> None:
 def merge_config_opts(cfg, opts: Sequence[str] | None, removed: Removed | None = None) -> None:
     """Merge `[KEY, VALUE, KEY, VALUE, ...]`, as typed at the end of a command, into `cfg`, in place.
 
-    removed: as for `merge_config_file`. Raises ValueError, in one line that names the key, for an odd count,
+    removed: as for `merge_config_file`. Raises UserError, in one line that names the key, for an odd count,
     an unknown key or a value of the wrong kind.
     """
     opts = list(opts or [])
     if len(opts) % 2:
-        raise ValueError(
+        raise UserError(
             f"Config overrides come in pairs KEY VALUE, but {len(opts)} words were given "
             f"({' '.join(opts)}): the value of {opts[-1]} is missing or a space is."
         )
@@ -93,7 +95,7 @@ class _Merge:
         named = f"Config file '{path}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
         file = os.path.realpath(path)
         if file in map(os.path.realpath, parents):
-            raise ValueError(f"{named} includes itself through {_BASE_KEY}: break the circle.")
+            raise UserError(f"{named} includes itself through {_BASE_KEY}: break the circle.")
         if file in self._read:
             return self._read[file]
         content = _load(self.cfg, path, named)
@@ -108,7 +110,7 @@ class _Merge:
         return self._read[file]
 
     def checked(self, values: dict[str, Any], named: str) -> dict[str, Any]:
-        """The values that are to be merged. Raises ValueError for the first that cannot be."""
+        """The values that are to be merged. Raises UserError for the first that cannot be."""
         checked = {}
         for key, value in values.items():
             if key in self._leaves:
@@ -120,11 +122,11 @@ class _Merge:
                     self.ignored.append(f"{key} {value!r}")
             elif any(name.startswith(f"{key}.") for name in self._leaves):
                 if value != {}:
-                    raise ValueError(f"{named} sets the section {key} to {value!r}: set a key inside of it.")
+                    raise UserError(f"{named} sets the section {key} to {value!r}: set a key inside of it.")
             else:
                 close = difflib.get_close_matches(key, self._leaves, n=1, cutoff=0.8)
                 hint = f": did you mean {close[0]}?" if close else "."
-                raise ValueError(f"{named} sets the unknown key {key}{hint}")
+                raise UserError(f"{named} sets the unknown key {key}{hint}")
         return checked
 
     def _checked_value(self, key: str, value: Any, named: str) -> Any:
@@ -132,7 +134,7 @@ class _Merge:
         default = None if key in OPTIONAL_NUMBERS else self._leaves[key]
         meant = _decoded(value)
         if not _fits(meant, default):
-            raise ValueError(f"{named} sets {key} to {value!r}: it must be {_kind(default)}.")
+            raise UserError(f"{named} sets {key} to {value!r}: it must be {_kind(default)}.")
         if isinstance(default, float) or (default is None and meant is not None):
             return float(meant)
         return value
@@ -141,7 +143,7 @@ class _Merge:
         default, instead = self.removed[section]
         before = dict(_leaves(default, section))
         if instead and (key not in before or _plain(value) != _plain(before[key])):
-            raise ValueError(f"{named} sets {key} to {value!r}, but this option was removed: {instead}.")
+            raise UserError(f"{named} sets {key} to {value!r}, but this option was removed: {instead}.")
 
 
 def _load(cfg, path: str, named: str) -> dict:
@@ -151,18 +153,18 @@ def _load(cfg, path: str, named: str) -> dict:
         with cfg._open_cfg(path) as file:
             content = yaml.safe_load(file)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"{named} does not exist: check the path.") from error
+        raise UserError(f"{named} does not exist: check the path.") from error
     except yaml.constructor.ConstructorError as error:
-        raise ValueError(
+        raise UserError(
             f"{named} holds a YAML tag or key that is not plain data ({_where(error)}), which is refused "
             "because such a tag can run code: remove it."
         ) from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{named} is not valid YAML ({_where(error)}): correct it.") from error
+        raise UserError(f"{named} is not valid YAML ({_where(error)}): correct it.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{named} is not a text file: give a YAML config file.") from error
+        raise UserError(f"{named} is not a text file: give a YAML config file.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{named} holds no keys: it must be a YAML mapping such as 'MODEL: ...'.")
+        raise UserError(f"{named} holds no keys: it must be a YAML mapping such as 'MODEL: ...'.")
     return content
 
 

@@ -165,7 +165,7 @@ def test_mistakes_are_named_before_torch_is_imported_and_nothing_malicious_runs(
         env=os.environ | {"DFM_FRAMEWORK": provider},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     statuses, had_torch = json.loads(done.stdout.splitlines()[-1])
