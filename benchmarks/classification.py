@@ -3,40 +3,57 @@
 
 python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --tune
 python benchmarks/classification.py --config configs/cifar10_flow_vit.yaml --seeds 1 --variants flow backprop
+python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --probe
 
 --tune: every method first gets the same budget, three learning rates (0.3, 1 and 3 times the config's) on one
 seed and a third of the iterations, compared on a fifth of the training images that is set aside; what won
 trains all variants of the method.
+--probe: what frozen features of every block know instead. Features are a block's output averaged over the
+image; the probes are scikit-learn's logistic regression on standardised features, and 5 neighbours. "random"
+is the backbone before training.
 """
 
 import argparse
+import dataclasses
 import time
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from class_figures import draw_panels, line_of
-from class_runs import (
-    VARIANTS,
-    accuracy,
-    batches,
-    load,
-    op_of,
-    parser,
-    probabilities,
-    result_of,
-    sampled,
-    seen,
-    trained,
-    tuned_as,
-)
-from rows import RESULTS, Row, load_rows, quantiles, save_rows
+from harness import RESULTS, Row, draw_panels, line_of, load_rows, measured, printed, save_rows
+from runs import Key, Study, costs_of, op_of, result_of
 
+from dfm_d2.classification.backbone import block_outputs
+from dfm_d2.classification.data.loader import build_class_test_loader
 from dfm_d2.classification.data.registration import HELD_OUT
 from dfm_d2.classification.evaluation import classification_metrics
+from dfm_d2.classification.forward_forward import ForwardForwardClassifier, unit_square
+from dfm_d2.classification.sampler import ClassSampler
+from dfm_d2.classification.stochastic_forward_forward import StochasticForwardForwardClassifier
 from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.setup import load_config
+from dfm_d2.framework import build_model
 
+_NO_READOUT = ["MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", "0.0"]
+
+# Trainings: overrides of the config.
+VARIANTS: dict[str, list[str]] = {
+    "flow": [],
+    "backprop": ["UPDATE.METHOD", "backprop"],
+    # The coarser grid favours the linear head on some backbones.
+    "backprop_pool_2": ["UPDATE.METHOD", "backprop", "MODEL.CLASSIFIER.POOL", "2"],
+    "forward_forward": ["UPDATE.METHOD", "forward_forward"],
+    "stochastic_ff": ["UPDATE.METHOD", "stochastic_forward_forward"],
+    "no_readout": _NO_READOUT,
+    # The control of transport: the velocity's noise is another image's.
+    "x_0_shuffled": [*_NO_READOUT, "MODEL.CLASSIFIER.SHUFFLE_X0", "True"],
+    "uniform_time": ["MODEL.CLASSIFIER.TIME_POWER", "1.0"],
+    "coarse_pool": ["MODEL.CLASSIFIER.POOL", "2"],
+}
+STUDY = Study(CLASSIFICATION, "train_classifier", VARIANTS)
 RATES = (0.3, 1.0, 3.0)
 # Samplers: fields of ClassSamplerSettings. The default, one step of 4 samples, spends on
 # fresh noise what "steps_4" spends on steps.
@@ -51,137 +68,209 @@ SAMPLERS: dict[str, dict] = {
     "zero_noise_4": {"noise": 0.0, "samples": 1, "steps": 4},
     "uniform": {"weights": "uniform"},
     "probability": {"aggregation": "probability"},
-    "other_seed": {"seed": 1},
 }
+UNITS = {"accuracy": "%", "nll": "nats", "ece": "%"}
+PROBED = ["flow", "backprop", "forward_forward", "stochastic_ff"]
+# Training images that the probe and the neighbours see at most.
+_IMAGES = 5000
+
+
+def tuned_as(variant: str) -> str:
+    """The variant whose learning rate was tuned for this one: the first of its method."""
+
+    def method(name: str) -> str:
+        return dict(zip(VARIANTS[name][::2], VARIANTS[name][1::2])).get("UPDATE.METHOD", "flow")
+
+    return next(name for name in VARIANTS if method(name) == method(variant))
+
+
+def batches(cfg, name: str) -> list[list[dict]]:
+    """All batches of a registered set."""
+    return list(build_class_test_loader(cfg, name))
+
+
+def labels_of(loader: Sequence[list[dict]]) -> torch.Tensor:
+    """`(n,)`."""
+    return torch.tensor([item["label"] for batch in loader for item in batch])
+
+
+@torch.no_grad()
+def probabilities(model, loader: Iterable[list[dict]]) -> torch.Tensor:
+    """Class probabilities `(n, K)`."""
+    return torch.stack([output["probs"].cpu() for batch in loader for output in model(batch)])
+
+
+@torch.no_grad()
+def seen(model, loader: Iterable[list[dict]]) -> list[tuple[list[torch.Tensor], list]]:
+    """One pass of a flow's backbone over a set, for many samplers: of each batch the pooled outputs of the
+    blocks and the image ids."""
+    return [
+        (block_outputs(model.backbone, model.normalised(batch)), [item["image_id"] for item in batch])
+        for batch in loader
+    ]
+
+
+@torch.no_grad()
+def sampled(model, images: list[tuple[list[torch.Tensor], list]], **changes) -> torch.Tensor:
+    """Class probabilities `(n, K)` of what was `seen` by a sampler with these settings changed."""
+    usual = model.sampler
+    settings = dataclasses.replace(usual.settings, **changes)
+    model.sampler = ClassSampler(settings, model.criterion.temperature)
+    try:
+        logits = [model.flow_logits(pooled, ids) for pooled, ids in images]
+    finally:
+        model.sampler = usual
+    return model.probabilities(torch.cat(logits)).cpu()
+
+
+def accuracy(probs: torch.Tensor, labels: torch.Tensor) -> float:
+    """Percent."""
+    return 100 * float((probs.argmax(1) == labels).float().mean())
 
 
 def tuned_rates(args: argparse.Namespace, variants: list[str]) -> tuple[dict[str, float], list[Row]]:
     """The learning rate of every variant, that of its method, and the rows by which it was chosen."""
     solver = load_config(CLASSIFICATION, args.config, args.opts).SOLVER
     base, iterations = solver.BASE_LR, solver.MAX_ITER
-    if not args.tune:
-        return dict.fromkeys(variants, base), []
-    rows, rates = [], {}
-    for method in dict.fromkeys(map(tuned_as, variants)):
+    rows, rates = [], dict.fromkeys(variants, base)
+    for method in dict.fromkeys(map(tuned_as, variants)) if args.tune else ():
         scores = {}
-        for factor in RATES:
-            more = ["SOLVER.BASE_LR", base * factor, "SOLVER.MAX_ITER", max(iterations // 3, 1)]
+        for rate in (base * factor for factor in RATES):
+            more = ["SOLVER.BASE_LR", rate, "SOLVER.MAX_ITER", max(iterations // 3, 1)]
             more += ["DATASETS.HOLD_OUT", 0.2, "TEST.EVAL_PERIOD", 0]
-            out = trained(args, method, 0, f"tune_{method}_{factor}", more)
-            cfg, model = load(out)
-            scores[factor] = accuracy(model, batches(cfg, HELD_OUT))
-            found = result_of(out)
-            rows.append(
-                Row(op_of(args), method, "tune", "held-out accuracy", "%", "BASE_LR", f"{base * factor:g}",
-                    *[scores[factor]] * 3, found["device"], torch.__version__, found["commit"], "seed 0")
-            )  # fmt: skip
-        best = base * max(scores, key=scores.get)
-        rates |= {v: best for v in variants if tuned_as(v) == method}
+            out = STUDY.trained(args, method, 0, f"tune_{method}_{rate:g}", more)
+            cfg, model = STUDY.load(out)
+            held_out = batches(cfg, HELD_OUT)
+            scores[rate] = accuracy(probabilities(model, held_out), labels_of(held_out))
+            where = (op_of(args), method, "tune", "held-out accuracy", "%", "BASE_LR", f"{rate:g}")
+            made = {"on": result_of(out)["device"], "made_by": result_of(out)["commit"]}
+            rows.append(measured(*where, values=[scores[rate]], note="seed 0", **made))
+        rates |= {v: max(scores, key=scores.get) for v in variants if tuned_as(v) == method}
     return rates, rows
 
 
-def evaluations(out: Path) -> dict[str, dict[str, float]]:
-    """{sampler: {metric: value}} of a training; a model without a flow has the default alone."""
-    cfg, model = load(out)
+def scores_of(variant: str, out: Path) -> dict[Key, float]:
+    """Scores of all samplers (a model without a flow has the default alone), the curve of the accuracy on the
+    test images, time and memory of a training."""
+    cfg, model = STUDY.load(out)
     test = batches(cfg, cfg.DATASETS.TEST[0])
-    begun = time.perf_counter()
-    probs, labels = probabilities(model, test)
-    seconds = time.perf_counter() - begun
-    found = {"default": {**metrics_of(probs, labels), "ms an image": 1000 * seconds / len(labels)}}
+    labels, begun = labels_of(test), time.perf_counter()
+    found = {"default": probabilities(model, test)}
+    milliseconds = 1000 * (time.perf_counter() - begun) / len(labels)
     if hasattr(model, "sampler"):
         images = seen(model, test)
         blocks = {f"block_{d}": {"blocks": (d,)} for d in range(model.num_blocks)}
         if model.num_blocks > 1:
             blocks["last_two"] = {"blocks": (-2, -1)}
-        for name, changes in (SAMPLERS | blocks).items():
-            found[name] = metrics_of(sampled(model, images, **changes), labels)
-    return found
+        found |= {name: sampled(model, images, **changes) for name, changes in (SAMPLERS | blocks).items()}
+    scores: dict[Key, float] = {}
+    for name, probs in found.items():
+        metrics = classification_metrics(probs.double().numpy(), labels.numpy(), [])
+        for metric in (metric for metric in UNITS if metric in metrics):
+            scores[variant, "eval", metric, UNITS[metric], "sampler", name] = metrics[metric]
+    scores[variant, "eval", "ms an image", "ms", "sampler", "default"] = milliseconds
+    last = result_of(out)["iterations"]
+    for line in read_metrics(out / METRICS_FILE):
+        if "accuracy" in line:
+            # The line of the last evaluation has the iteration that would come next.
+            at = min(line["iteration"] + 1, last)
+            scores[variant, "curve", "accuracy", "%", "iteration", at] = line["accuracy"]
+    return scores | costs_of(variant, out)
 
 
-def metrics_of(probs: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """accuracy, nll and ece."""
-    return classification_metrics(probs.double().numpy(), labels.numpy(), [])
-
-
-def rows_of(args: argparse.Namespace, variant: str, outs: list[Path]) -> list[Row]:
-    """Quantiles over the seeds of one variant."""
-    results = [result_of(out) for out in outs]
-    scores = [evaluations(out) for out in outs]
-    # Of the training itself: one that was done before may have had another.
-    rate = load_config(CLASSIFICATION, str(outs[0] / "config.yaml"), []).SOLVER.BASE_LR
-    tail = (results[0]["device"], torch.__version__, results[0]["commit"])
-    note = f"seeds 0-{len(outs) - 1}, {results[0]['iterations']} iterations, BASE_LR {rate:g}"
-    rows = []
-    units = {"accuracy": "%", "nll": "nats", "ece": "%", "ms an image": "ms"}
-    for sampler in scores[0]:
-        for metric, unit in units.items():
-            if metric not in scores[0][sampler]:
-                continue
-            values = [score[sampler][metric] for score in scores]
-            said = f"{note}: {' '.join(f'{value:.2f}' for value in values)}" if metric == "accuracy" else note
-            rows.append(
-                Row(
-                    op_of(args),
-                    variant,
-                    "eval",
-                    metric,
-                    unit,
-                    "sampler",
-                    sampler,
-                    *quantiles(values),
-                    *tail,
-                    said,
-                )
-            )
-    rows += curve_rows(args, variant, outs, (*tail, note))
-    for metric, unit, key in (("time", "s", "seconds"), ("peak memory", "MiB", "peak_mib")):
-        values = [result[key] for result in results]
-        rows.append(
-            Row(op_of(args), variant, "train", metric, unit, "seeds", "all", *quantiles(values), *tail, note)
-        )
-    return rows
-
-
-def curve_rows(args: argparse.Namespace, variant: str, outs: list[Path], tail: tuple) -> list[Row]:
-    """Accuracy on the test images whenever a training evaluated itself."""
-    points: dict[int, list[float]] = {}
-    for out in outs:
-        last = result_of(out)["iterations"]
-        # The line of the last evaluation has the iteration that would come next.
-        seen_at = {min(line["iteration"] + 1, last): line for line in read_metrics(out / METRICS_FILE)
-                   if "accuracy" in line}  # fmt: skip
-        for iteration, line in seen_at.items():
-            points.setdefault(iteration, []).append(line["accuracy"])
-    return [
-        Row(op_of(args), variant, "curve", "accuracy", "%", "iteration", str(at), *quantiles(values), *tail)
-        for at, values in sorted(points.items())
-    ]
-
-
-def draw(name: str) -> Path:
+def draw_curves(name: str) -> Path:
     """The curves of all variants that the file of results has."""
-    rows = [row for row in load_rows(name) if row.metric == "accuracy"]
-    curves = {variant: line_of([row for row in rows if row.provider == variant and row.mode == "curve"])
-              for variant in dict.fromkeys(row.provider for row in rows if row.mode == "curve")}  # fmt: skip
+    rows = [row for row in load_rows(name) if row.mode == "curve"]
+    variants = dict.fromkeys(row.provider for row in rows)
+    curves = {variant: line_of(row for row in rows if row.provider == variant) for variant in variants}
     title = f"{name.removeprefix('classification_')}: accuracy on the test images, {rows[0].device}"
-    return draw_panels(RESULTS / f"{name}.png", title, {"training": ("iteration", curves)})
+    panels = {"training": ("iteration", curves)}
+    return draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels)
+
+
+@torch.no_grad()
+def features(model, loader: Sequence[list[dict]]) -> list[np.ndarray]:
+    """Averaged outputs `(n, C)` of every block.
+
+    Inputs of blocks are normalised where the model's own are: of Forward-Forward those after the first, of
+    the stochastic variant all. Images have no label in them, and inputs no noise.
+    """
+    from_block = {ForwardForwardClassifier: 1, StochasticForwardForwardClassifier: 0}.get(
+        type(model), model.num_blocks
+    )
+    found: list[list] = [[] for _ in range(model.num_blocks)]
+    for batch in loader:
+        x = model.normalised(batch)
+        for d in range(model.num_blocks):
+            x = model.backbone.forward_block(d, unit_square(x) if d >= from_block else x)
+            found[d].append(model.backbone.grid(x).mean((2, 3)).cpu().numpy())
+    return [np.concatenate(parts) for parts in found]
+
+
+def spread(loader: Sequence[list[dict]], limit: int) -> list[list[dict]]:
+    """At most `limit` of the images, evenly from the whole set, which may be sorted by class."""
+    items = [item for batch in loader for item in batch]
+    chosen = np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int)
+    size = len(loader[0])
+    return [[items[i] for i in chosen[start : start + size]] for start in range(0, len(chosen), size)]
+
+
+def probed(variant: str, out: Path) -> dict[Key, float]:
+    """What frozen features know; beside those of backprop the ones of its backbone before training."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    cfg, model = STUDY.load(out)
+    train = spread(batches(cfg, cfg.DATASETS.TRAIN[0]), _IMAGES)
+    test = batches(cfg, cfg.DATASETS.TEST[0])
+    models, scores = {variant: model}, {}
+    if variant == "backprop":
+        torch.manual_seed(cfg.SEED)
+        models["random"] = build_model(cfg).eval()
+    for name, model in models.items():
+        for d, (known, unknown) in enumerate(zip(features(model, train), features(model, test))):
+            probes = {"linear probe": LogisticRegression(max_iter=2000)}
+            probes |= {"5 neighbours": KNeighborsClassifier(5)}
+            for kind, probe in probes.items():
+                fitted = make_pipeline(StandardScaler(), probe).fit(known, labels_of(train))
+                value = 100 * float(fitted.score(unknown, labels_of(test)))
+                scores[name, kind, "accuracy", "%", "block", d] = value
+    return scores
+
+
+def draw_probes(rows: list[Row]) -> Path:
+    """One panel a probe."""
+    panels: dict[str, tuple[str, dict]] = {}
+    for name, kind in dict.fromkeys((row.provider, row.mode) for row in rows):
+        line = line_of(row for row in rows if (row.provider, row.mode) == (name, kind))
+        panels.setdefault(kind, ("block", {}))[1][name] = line
+    path = RESULTS / f"representation_{rows[0].op}.png"
+    return draw_panels(path, f"{rows[0].op}: frozen features of each block", "accuracy (%)", panels)
 
 
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--tune", action="store_true")
-    args = arguments.parse_args()
-    variants = args.variants or list(VARIANTS)
+    parser = STUDY.parser(__doc__)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--probe", action="store_true")
+    args = parser.parse_args()
+    if args.probe:
+        rows = []
+        for variant in args.variants or PROBED:
+            rows += STUDY.rows(args, variant, partial(probed, variant), any_rate=True)
+        print(save_rows(f"representation_{op_of(args)}", printed(rows)), draw_probes(rows), sep="\n")
+        return
+    variants, name = args.variants or list(VARIANTS), f"classification_{op_of(args)}"
     rates, tuning = tuned_rates(args, variants)
     # Saving a variant's rows replaces its older ones: those of a tuning are saved with what it was for.
     rows = [row for row in tuning if row.provider in variants]
     for variant in variants:
         more = ["SOLVER.BASE_LR", rates[variant]]
-        outs = [trained(args, variant, seed, more=more) for seed in range(args.seeds)]
-        rows += rows_of(args, variant, outs)
-    name = f"classification_{op_of(args)}"
-    print(save_rows(name, rows))
-    print(draw(name))
+        rows += STUDY.rows(args, variant, partial(scores_of, variant), more)
+    print(save_rows(name, printed(rows)))
+    if any(row.mode == "curve" for row in rows):
+        print(draw_curves(name))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ run() {
         echo "GPU tests failed: $out/gpu_tests.txt" >&2
     fi
     python3 benchmarks/kernels.py --device cuda --save
-    python3 benchmarks/roi_align.py --device cuda
-    python3 benchmarks/sampler.py --device cuda --save
+    python3 benchmarks/latency.py sampler --device cuda --save
+    python3 benchmarks/latency.py --device cuda --save
     python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local cascade cascade_checkpoint parallel
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128
     # shellcheck disable=SC2086

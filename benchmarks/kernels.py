@@ -5,24 +5,23 @@ python benchmarks/kernels.py --aot                 registers, spills and shared 
 python benchmarks/kernels.py --device cuda --save  eager, torch.compile and Triton against the bytes' floor
 python benchmarks/kernels.py --device cpu          the same without Triton (which has no CPU backend)
     --ops box_flow_update    only these ops
+
+multilevel_roi_align is timed beside a loop over levels of torchvision's operator, too.
 """
 
-import argparse
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
+import harness  # noqa: F401  (finds dfm_kernels in a checkout)
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
-
-import dfm_kernels  # noqa: E402
-from rows import RESULTS, Row, commit, device_name, save_rows  # noqa: E402
-from timing import launches, measure, peak_mib  # noqa: E402
+from dfm_kernels import kernels
+from dfm_kernels.multilevel_roi_align.reference import assign_levels
+from harness import Row, arguments, device_name, launches, measured, parsed, peak_mib, repeated, reported
+from torch import Tensor
+from torchvision.ops import roi_align
 
 # (B, N, D, K): VOC and COCO inference, shared time, LVIS' classes, a training batch; and what a CPU can do.
 GRIDS = {
@@ -46,32 +45,6 @@ class Case(NamedTuple):
     num_bytes: int
 
 
-class Gradients(NamedTuple):
-    """Of a loss by the logits and by the boxes."""
-
-    logits: torch.Tensor
-    boxes: torch.Tensor
-
-
-class Pyramid(NamedTuple):
-    """Pooled features, and gradients by four levels."""
-
-    pooled: torch.Tensor
-    p2: torch.Tensor
-    p3: torch.Tensor
-    p4: torch.Tensor
-    p5: torch.Tensor
-
-
-class Interaction(NamedTuple):
-    """The answer, and gradients by the grid and the two matrices."""
-
-    mixed: torch.Tensor
-    roi: torch.Tensor
-    weight_in: torch.Tensor
-    weight_out: torch.Tensor
-
-
 def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
     """Inference's step; answers and logits in float32."""
     x_t = torch.randn(b, n, 4, device=device)
@@ -82,7 +55,6 @@ def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
     options = {
         "signal_scale": 2.0,
         "box_weights": (2.0, 2.0, 1.0, 1.0),
-        "prediction": "endpoint",
         "aggregation": "uniform",
     }
     num_bytes = 4 * (answers.numel() + logits.numel() + 5 * x_t.numel() + b * n * k)
@@ -98,9 +70,9 @@ def flow_loss(b: int, n: int, d: int, k: int, device: str) -> Case:
     t, normalizer = torch.rand(b, device=device), torch.tensor(float(b * n), device=device)
     options = {"signal_scale": 2.0, "kind": "focal", "alpha": 0.25, "gamma": 2.0, "velocity_max": 25.0}
 
-    def gradients(loss: Callable) -> Gradients:
+    def gradients(loss: Callable) -> tuple[Tensor, ...]:
         terms = loss(logits, x_1_hat, classes, target, t, normalizer, **options)
-        return Gradients(*torch.autograd.grad(sum(terms), (logits, x_1_hat)))
+        return torch.autograd.grad(sum(terms), (logits, x_1_hat))
 
     return Case(gradients, 4 * (2 * logits.numel() + 3 * x_1_hat.numel() + 2 * classes.numel()))
 
@@ -120,9 +92,9 @@ def multilevel_roi_align(b: int, n: int, d: int, k: int, device: str) -> Case:
     boxes = torch.cat([centre - side / 2, centre + side / 2], -1)
     weight = torch.randn(b * d * n, channels, 7, 7, device=device)
 
-    def gradients(pool: Callable) -> Pyramid:
+    def gradients(pool: Callable) -> tuple[Tensor, ...]:
         pooled = pool(features, boxes, scales, 7, 2, height / 3.5)
-        return Pyramid(pooled.detach(), *torch.autograd.grad(pooled, features, weight))
+        return pooled.detach(), *torch.autograd.grad(pooled, features, weight)
 
     # Forward: four pixels a sample would be more than the floor, which reads the pyramid once.
     return Case(gradients, 4 * (2 * sum(f.numel() for f in features) + 2 * weight.numel()))
@@ -134,20 +106,35 @@ def dynamic_interaction(b: int, n: int, d: int, k: int, device: str) -> Case:
     queries, cells, channels, hidden = b * n * d, 49, 256, 64
     shapes = ((queries, cells, channels), (queries, channels, hidden), (queries, hidden, channels))
     tensors = [torch.randn(shape, device=device, dtype=dtype) / 8 for shape in shapes]
-    tensors += [
-        torch.ones(hidden, device=device, dtype=dtype),
-        torch.zeros(hidden, device=device, dtype=dtype),
-    ]
-    tensors += [torch.ones(channels, device=device, dtype=dtype)]
-    tensors += [torch.zeros(channels, device=device, dtype=dtype)]
+    for size in (hidden, channels):  # of the two LayerNorms
+        tensors += [
+            torch.ones(size, device=device, dtype=dtype),
+            torch.zeros(size, device=device, dtype=dtype),
+        ]
     tensors = [x.requires_grad_() for x in tensors]
     weight = torch.randn(shapes[0], device=device, dtype=dtype)
 
-    def gradients(interact: Callable) -> Interaction:
+    def gradients(interact: Callable) -> tuple[Tensor, ...]:
         mixed = interact(*tensors[:3], tuple(tensors[3:5]), tuple(tensors[5:]))
-        return Interaction(mixed.detach(), *torch.autograd.grad(mixed, tensors[:3], weight))
+        return mixed.detach(), *torch.autograd.grad(mixed, tensors[:3], weight)
 
     return Case(gradients, weight.element_size() * 2 * (2 * weight.numel() + 2 * tensors[1].numel()))
+
+
+def torchvision_roi_align(
+    features: Sequence[Tensor], boxes_xyxy: Tensor, scales, output_size: int, samples: int, canonical: float
+) -> Tensor:
+    """What a pooler on torchvision's operator does: one call a level, rows put back in order."""
+    flat = boxes_xyxy.flatten(0, 1)
+    image = torch.arange(len(boxes_xyxy), device=flat.device).repeat_interleave(boxes_xyxy.shape[1])
+    rois = torch.cat([image[:, None], flat], dim=1)
+    level = assign_levels(flat, len(features), 2, canonical)
+    out = features[0].new_zeros(len(rois), features[0].shape[1], output_size, output_size)
+    for index, (feature, scale) in enumerate(zip(features, scales)):
+        rows = torch.nonzero(level == index).squeeze(1)
+        pooled = roi_align(feature, rois[rows], output_size, scale, samples, aligned=True)
+        out = out.index_put((rows,), pooled)
+    return out
 
 
 OPS = {
@@ -156,69 +143,50 @@ OPS = {
     "multilevel_roi_align": multilevel_roi_align,
     "dynamic_interaction": dynamic_interaction,
 }
-MODES = dict.fromkeys(("flow_loss", "multilevel_roi_align", "dynamic_interaction"), "forward and backward")
 
 
-def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> list[Row]:
+def providers(op: str, device: str) -> dict[str, Callable]:
+    """Implementations of an op; the first is what the others are compared with."""
+    eager, chosen = (
+        getattr(importlib.import_module(f"dfm_kernels.{op}.{place}"), op) for place in ("reference", "op")
+    )
+    backend = "triton" if device == "cuda" else "auto"
+
+    def on_backend(*arguments, **options):
+        with kernels(backend):
+            return chosen(*arguments, **options)
+
+    found = {"eager": eager, "compile": torch.compile(eager), backend: on_backend}
+    if op == "multilevel_roi_align":
+        found["torchvision"] = torchvision_roi_align
+    return found
+
+
+def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> Iterator[Row]:
     """Rows of one op at one size, after what will be timed has been compared with the reference."""
-    case, mode = OPS[op](*size, device), MODES.get(op, "forward")
     torch._dynamo.reset()
-    package, name = importlib.import_module(f"dfm_kernels.{op}"), "triton" if device == "cuda" else "auto"
-    eager = getattr(package.reference, op)
-    chosen = dfm_kernels.kernels(name)(getattr(package, op))
-    functions = {"eager": eager, "compile": torch.compile(eager), name: chosen}
-    providers = {name: partial(case.run, function) for name, function in functions.items()}
-    expected = providers["eager"]()
-    for name, run in providers.items():
-        for field, a, b in zip(expected._fields, run(), expected):
+    case, mode = OPS[op](*size, device), "forward" if op == "box_flow_update" else "forward and backward"
+    runs = {name: partial(case.run, function) for name, function in providers(op, device).items()}
+    expected = runs["eager"]()
+    for name, run in runs.items():
+        for place, (a, b) in enumerate(zip(run(), expected, strict=True)):
             limit = {"rtol": 0, "atol": _TOLERANCE[op] * float(b.abs().max())}
-            torch.testing.assert_close(a, b, **limit, msg=lambda m, f=field, n=name: f"{op} {n} {f}: {m}")
-    tail = (device_name(device), torch.__version__, commit())
+            torch.testing.assert_close(a, b, **limit, msg=lambda m, at=f"{op} {name} {place}": f"{at}: {m}")
     label = "B={} N={} D={} K={}".format(*size)
+
+    def row(name: str, metric: str, unit: str, values: list[float]) -> Row:
+        return measured(op, name, mode, metric, unit, "size", label, values=values, on=device_name(device))
+
     source = torch.empty(case.num_bytes // 2 // 4, device=device)  # a clone reads and writes
-    clone = measure(source.clone, device)
-    rows = [Row(op, "clone of as many bytes", mode, "time", "ms", "size", label, *clone, *tail)]
-    for name, run in providers.items():
-        times = measure(run, device)
-        rows.append(Row(op, name, mode, "time", "ms", "size", label, *times, *tail))
+    clone = row("clone of as many bytes", "time", "ms", repeated(source.clone, device))
+    yield clone
+    for name, run in runs.items():
+        time = row(name, "time", "ms", repeated(run, device))
+        yield time
         if device == "cuda":
-            found = {
-                ("share of a clone's bandwidth", "%"): 100 * clone[1] / times[1],
-                ("launches", ""): float(launches(run)),
-                ("peak memory", "MiB"): peak_mib(run),
-            }
-            for (metric, unit), value in found.items():
-                rows.append(Row(op, name, mode, metric, unit, "size", label, *[value] * 3, *tail))
-    print(f"{op} {label}: " + ", ".join(f"{r.provider} {r.p50:.4f} ms" for r in rows if r.metric == "time"))
-    return rows
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Time of every provider as a share of eager's, a panel an op."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    times = {(r.op, r.x_value, r.provider): r.p50 for r in rows if r.metric == "time"}
-    found = list(dict.fromkeys(op for op, _, _ in times))
-    figure, axes = plt.subplots(len(found), 1, figsize=(8, 2.2 * len(found)), squeeze=False)
-    for axis, op in zip(axes[:, 0], found):
-        sizes = list(dict.fromkeys(size for name, size, _ in times if name == op))
-        providers = list(dict.fromkeys(p for name, _, p in times if name == op))
-        for index, provider in enumerate(providers):
-            share = [times[op, size, provider] / times[op, size, "eager"] for size in sizes]
-            where = [i + 0.8 * (index / len(providers) - 0.5) for i in range(len(sizes))]
-            axis.bar(where, share, 0.8 / len(providers), align="edge", label=provider)
-        axis.set_yscale("log")
-        axis.axhline(1, color="black", linewidth=0.5)
-        axis.set_title(f"{op}, {MODES.get(op, 'forward')}: time / eager", fontsize=9)
-        axis.set_xticks(range(len(sizes)), sizes, fontsize=7)
-    axes[0, 0].legend(fontsize=7)
-    figure.suptitle(rows[0].device, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            yield row(name, "share of a clone's bandwidth", "%", [100 * clone.p50 / time.p50])
+            yield row(name, "launches", "", [float(launches(run))])
+            yield row(name, "peak memory", "MiB", [peak_mib(run)])
 
 
 def ahead_of_time() -> int:
@@ -240,24 +208,15 @@ def ahead_of_time() -> int:
 
 def main() -> int:
     """Exit status: 1 if a kernel spills."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = arguments(__doc__)
     parser.add_argument("--aot", action="store_true", help="compile without a GPU, measure nothing")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/kernels_<device>.csv and .png"
-    )
-    args = parser.parse_args()
+    args = parsed(parser, lambda _: {"name": "kernels"})
     if args.aot:
         return int(ahead_of_time() > 0)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device: use --device cpu, or --aot")
     torch.manual_seed(0)
-    rows = [row for op in args.ops for size in GRIDS[args.device] for row in rows_of(op, size, args.device)]
-    if args.save:
-        draw(rows, RESULTS / f"kernels_{args.device}.png")
-        print(save_rows(f"kernels_{args.device}", rows))
+    sizes = ((op, size) for op in args.ops for size in GRIDS[args.device])
+    reported(args, (row for op, size in sizes for row in rows_of(op, size, args.device)))
     return 0
 
 

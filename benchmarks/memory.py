@@ -1,89 +1,84 @@
 #!/usr/bin/env python
-"""Memory and time of a training step against the number of predictors D (the paper's Figure 3).
+"""Memory and time of a training step against the number of blocks (the paper's Figure 3).
 
-python benchmarks/memory.py [--device cpu|cuda|simulate] [--decoders 1 2 4 8 12] [--save]
+python benchmarks/memory.py [detector|classifier] [--device cpu|cuda|simulate] [--counts 1 2 4 8 12] [--save]
     --modes joint sequential sequential_step local cascade cascade_checkpoint parallel
+    --modes "flow, sequential" "flow, joint" backprop      of the classifier
 
-The detector is that of --config (weights random, GroupNorm, nothing frozen, float32), its images and boxes
-are random. Modes: "joint" (one backward of all local losses), "sequential" (block by block),
-"sequential_step" (besides STEP_IN_BACKWARD), "local" (besides every stage of the backbone a block, with a
-predictor of its own), "cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in
-the backward), "parallel" (all predictors as one batched computation, on a CPU too, where training would take
-them one by one; not among the modes that run when none is named).
+detector: against its predictors. Weights random, GroupNorm, nothing frozen, float32, images and boxes random.
+Modes: "joint" (one backward of all local losses), "sequential" (block by block), "sequential_step" (besides
+STEP_IN_BACKWARD), "local" (besides every stage of the backbone a block, with a predictor of its own),
+"cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in the backward),
+"parallel" (all predictors as one batched computation, on a CPU too, where training would take them one by
+one; not among the modes that run when none is named).
+classifier: a ViT against its layers, each a block, by local flow and by backprop.
 
 cpu, cuda: each point in a process of its own. "saved activations" is the peak of what autograd holds for the
 backward, counted by saved-tensor hooks; "process peak" is the operating system's, "allocated" torch.cuda's.
-simulate: a step on meta tensors under torch.distributed's MemTracker: every tensor's bytes over time and
-nothing else (no rounding, of the CUDA allocator to 512 bytes a tensor; no workspace of cuDNN), at the peak of
-their total. "activations" are all but the other kinds, temporaries too; "feature gradients" is what the
-predictors add up in the features. ASSIGNMENT is "path", since dynamic_k looks at values; AdamW is not fused.
+simulate: a step of the detector on meta tensors under torch.distributed's MemTracker: every tensor's bytes
+over time and nothing else (no rounding, of the CUDA allocator to 512 bytes a tensor; no workspace of cuDNN),
+at the peak of their total. "activations" are all but the other kinds, temporaries too; "feature gradients" is
+what the predictors add up in the features. ASSIGNMENT is "path", since dynamic_k looks at values; AdamW is
+not fused.
 """
 
 import argparse
 import contextlib
-import csv
-import functools
 import json
 import resource
+import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import harness
 import torch
+from harness import MIB, ROOT, Row
 from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+from dfm_d2.classification.task import CLASSIFICATION
+from dfm_d2.detection.head import HeadAnswer
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.engine.setup import load_config
+from dfm_d2.framework import Boxes, Instances, build_model
+from dfm_d2.local_update import block_optimizer, updates
+from dfm_d2.local_update.activations import SavedActivations
 
-from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
-from simulated_memory import MIB, simulate  # noqa: E402
-
-import dfm_d2.registry  # noqa: E402, F401  (registers the meta-architectures)
-from dfm_d2.config import add_dfm_config  # noqa: E402
-from dfm_d2.detection.head import HeadAnswer  # noqa: E402
-from dfm_d2.framework import Boxes, Instances, build_model, get_cfg  # noqa: E402
-from dfm_d2.local_update import block_optimizer  # noqa: E402
-from dfm_d2.local_update import updates as local_update  # noqa: E402
-from dfm_d2.local_update.activations import SavedActivations  # noqa: E402
-
-# mode: (meta-architecture, UPDATE, BACKBONE_UPDATE, STEP_IN_BACKWARD)
-MODES = {
-    "joint": ("FlowDetector", "joint", "accumulate", False),
-    "sequential": ("FlowDetector", "sequential", "accumulate", False),
-    "sequential_step": ("FlowDetector", "sequential", "accumulate", True),
-    "local": ("FlowDetector", "sequential", "local", True),
-    "cascade": ("CascadeDetector", "joint", "accumulate", False),
-    "cascade_checkpoint": ("CascadeDetector", "joint", "accumulate", False),
-    "parallel": ("FlowDetector", "parallel", "accumulate", False),
+_CASCADE = ["MODEL.META_ARCHITECTURE", "CascadeDetector", "MODEL.DFM.UPDATE", "joint"]
+_STEP = ["MODEL.DFM.UPDATE", "sequential", "MODEL.DFM.STEP_IN_BACKWARD", "True"]
+# Of the detector: overrides of the config.
+DETECTOR = {
+    "joint": ["MODEL.DFM.UPDATE", "joint"],
+    "sequential": ["MODEL.DFM.UPDATE", "sequential"],
+    "sequential_step": _STEP,
+    "local": [*_STEP, "MODEL.DFM.BACKBONE_UPDATE", "local"],
+    "cascade": _CASCADE,
+    "cascade_checkpoint": _CASCADE,
+    "parallel": ["MODEL.DFM.UPDATE", "parallel"],
 }
-DEFAULT_MODES = [mode for mode in MODES if mode != "parallel"]
+CLASSIFIER = {
+    "flow, sequential": ["UPDATE.METHOD", "flow", "MODEL.DFM.UPDATE", "sequential"],
+    "flow, joint": ["UPDATE.METHOD", "flow", "MODEL.DFM.UPDATE", "joint"],
+    "backprop": ["UPDATE.METHOD", "backprop", "MODEL.DFM.UPDATE", "joint"],
+}
 # Whose step is timed in turns with a joint one, where both are asked for.
 IN_TURNS = ("sequential", "parallel")
+_CLASSIFIER_DIM = 128
 
 
-def build(args: argparse.Namespace, mode: str, num_predictors: int) -> tuple:
-    """Config, model, a batch of random images and the update strategy."""
-    cfg = get_cfg()
-    add_dfm_config(cfg)
-    cfg.merge_from_file(args.config)
-    meta_architecture, update, backbone_update, step_in_backward = MODES[mode]
-    cfg.MODEL.META_ARCHITECTURE = meta_architecture
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_AT = "cpu", "", 0
-    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "GN"
-    dfm = cfg.MODEL.DFM
-    dfm.NUM_CLASSES, dfm.NUM_PREDICTORS, dfm.NUM_PROPOSALS = 20, num_predictors, args.proposals
-    dfm.BACKBONE_UPDATE = backbone_update
+def detector(args: argparse.Namespace, mode: str, count: int) -> tuple:
+    """Config, model and a batch of random images."""
+    opts = [*DETECTOR[mode], "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0]
+    opts += ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.DFM.NUM_CLASSES", 20]
+    opts += ["MODEL.DFM.NUM_PREDICTORS", count, "MODEL.DFM.NUM_PROPOSALS", args.proposals]
     if args.device == "simulate":
-        dfm.ASSIGNMENT = "path"
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
+        opts += ["MODEL.DFM.ASSIGNMENT", "path"]
+    cfg, model = harness.random_detector(args.config, opts)
     if mode == "cascade_checkpoint":
         for head in model.predictors:
             head.forward = _recomputed(head.forward)
-    if mode == "parallel":
-        model.all_losses_together = functools.partial(model.all_losses_together, batched=True)
     height, width = args.size
     batch = []
     for index in range(args.batch):
@@ -94,7 +89,22 @@ def build(args: argparse.Namespace, mode: str, num_predictors: int) -> tuple:
         instances.gt_classes = torch.arange(8)
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "image_id": str(index)})
-    return cfg, model, batch, local_update.build_update(update, backbone_update, step_in_backward)
+    return cfg, model, batch
+
+
+def classifier(args: argparse.Namespace, mode: str, count: int) -> tuple:
+    """The same of a ViT of `count` layers, each a block."""
+    vit = f'"img_size=32","patch_size=4","embed_dim={_CLASSIFIER_DIM}","depth={count}","num_heads=4"'
+    opts = [*CLASSIFIER[mode], "MODEL.CLASSIFIER.BLOCKS", "0", "MODEL.CLASSIFIER.TIMM.OPTIONS", f"[{vit}]"]
+    opts += ["MODEL.DFM.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
+    cfg = load_config(CLASSIFICATION, args.config, opts)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    images = torch.randint(0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8)
+    batch = [
+        {"file_name": f"{i}", "image_id": f"{i}", "label": i % 10, "image": x} for i, x in enumerate(images)
+    ]
+    return cfg, model, batch
 
 
 def _recomputed(forward: Callable) -> Callable:
@@ -110,197 +120,218 @@ def _recomputed(forward: Callable) -> Callable:
     return recomputed
 
 
-def point(args: argparse.Namespace, mode: str, num_predictors: int) -> dict[str, list[float]]:
-    """Measurements at one D, MiB and ms, each a list of repetitions."""
-    cfg, model, batch, update = build(args, mode, num_predictors)
+class Training:
+    """Steps of one mode at one number of blocks: what is called takes one."""
+
+    def __init__(self, args: argparse.Namespace, mode: str, count: int):
+        build = detector if args.subject == "detector" else classifier
+        self.cfg, self.model, self.batch = build(args, mode, count)
+        self.model.train()
+        dfm = self.cfg.MODEL.DFM
+        self.update = updates.build_update(dfm.UPDATE, dfm.STEP_IN_BACKWARD)
+        if mode == "parallel":
+            self.update.together = True  # on a CPU, too
+        self.iteration = 0
+        if args.device != "simulate":
+            self.optimizer = build_block_optimizer(self.cfg, self.model.to(args.device))
+
+    def __call__(self) -> None:
+        prepared = self.model.prepare(self.batch, self.iteration)
+        self.update.step(self.model, prepared, self.optimizer, contextlib.nullcontext)
+        self.iteration += 1
+
+
+def point(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[float]]:
+    """Measurements of one mode at one number of blocks, MiB and ms, each a list of repetitions."""
+    training = Training(args, mode, count)
     if args.device == "simulate":
-        return {name: [value] for name, value in simulate(model, batch, update).items()}
-    model = model.to(args.device)
-    optimizer = block_optimizer.build_block_optimizer(cfg, model)
+        return {name: [value] for name, value in simulate(training).items()}
+    parameters = list(training.model.parameters())
+    with SavedActivations(parameters) as saved:
+        training()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times, saved = [], 0
-    for iteration in range(args.repeats + 1):
-        prepared = model.prepare(batch, iteration)
-        synchronize(args.device)
-        begun = time.perf_counter()
-        if iteration == 0:
-            with SavedActivations(model.parameters()) as activations:
-                update.step(model, prepared, optimizer, contextlib.nullcontext)
-            saved = activations.peak
-        else:
-            update.step(model, prepared, optimizer, contextlib.nullcontext)
-            synchronize(args.device)
-            times.append(1000 * (time.perf_counter() - begun))
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
+    times = [harness.timed(training, args.device) for _ in range(args.repeats)]
+    state = [x for s in training.optimizer.state.values() for x in s.values()]
     found = {
-        "saved activations": [saved / MIB],
-        "parameters": [parameters / MIB],
-        "optimizer state": [state / MIB],
+        "saved activations": [saved.peak / MIB],
+        "parameters": [sum(p.numel() * p.element_size() for p in parameters) / MIB],
+        "optimizer state": [sum(x.numel() * x.element_size() for x in state) / MIB],
         "step": times,
     }
     if args.device == "cuda":
-        found["allocated"] = [torch.cuda.max_memory_allocated() / MIB]
+        return found | {"allocated": [torch.cuda.max_memory_allocated() / MIB]}
+    return found | {"process peak": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]}
+
+
+def ratio_in_turns(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[float]]:
+    """Time of a step over that of a joint one, taken in turns in one process."""
+    trainings = {name: Training(args, name, count) for name in ("joint", mode)}
+    times = harness.in_turns(trainings, args.device, args.repeats, warm_up=2)
+    return {"step, in turns": [statistics.median(times[mode]) / statistics.median(times["joint"])]}
+
+
+def simulate(training: Training) -> dict[str, float]:
+    """MiB by kind at the peak of a step of the detector on tensors without data."""
+    from unittest.mock import MagicMock
+
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.utils._pytree import tree_map_only
+
+    def without_data(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    prepared = training.model.prepare(training.batch, 0)
+    images = type(prepared.images)(without_data(prepared.images.tensor), prepared.images.image_sizes)
+    prepared = tree_map_only(torch.Tensor, without_data, prepared._replace(images=None))
+    model = training.model.to("meta")
+    optimizer = block_optimizer.BlockOptimizer(
+        model.blocks(),
+        lambda groups: torch.optim.AdamW(groups, foreach=False),
+        lambda name, parameter: {"lr": 1e-4},
+    )
+    # Meta tensors have no values that could fail these.
+    updates.check_finite = block_optimizer._check_norms = lambda values: None
+
+    def step() -> None:
+        inputs = prepared._replace(images=images)
+        training.update.step(model, inputs, optimizer, contextlib.nullcontext)
+
+    step()  # makes the optimizer's state
+    optimizer.zero_grad(set_to_none=True)
+    meta, features = torch.device("meta"), []
+    parameters = list(model.parameters())
+    at_peak = dict.fromkeys(("total", "features", "parameters"), 0)
+
+    def notice(_module, inputs: tuple) -> None:
+        features[:] = map(weakref.ref, inputs[0])  # to hold them would be a part of the memory
+
+    for predictor in model.predictors:
+        predictor.register_forward_pre_hook(notice)
+
+    class Tracker(MemTracker):
+        """Notices how much of the peak is gradients: those that predictors add up in the features, and those
+        of the parameters."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            answer = super().__torch_dispatch__(func, types, args, kwargs)
+            total = self.get_tracker_snapshot("peak")[meta]["Total"]
+            if total > at_peak["total"]:
+                alive = [x for x in (feature() for feature in features) if x is not None]
+                leaves = [x for x in alive if x.is_leaf]
+                gradients = {"features": gradient_mib(leaves), "parameters": gradient_mib(parameters)}
+                at_peak.update(gradients, total=total)
+            return answer
+
+    tracker = Tracker()
+    # What follows the modules fails where a backward runs within a forward, as that of a stage does; who
+    # allocates a tensor is not asked here.
+    tracker._mod_tracker = MagicMock(parents=frozenset(), is_bw=False)
+    tracker.track_external(model, optimizer)
+    with tracker:
+        step()
+    peak = tracker.get_tracker_snapshot("peak")[meta]
+    kinds = {str(getattr(kind, "value", kind)): size / MIB for kind, size in peak.items()}
+    gradients = at_peak["features"] + at_peak["parameters"]
+    return {
+        "activations": kinds["Activation"] + kinds["Temp"] - gradients,
+        "feature gradients": at_peak["features"],
+        "gradients": at_peak["parameters"],
+        "parameters": kinds["Parameter"],
+        "optimizer state": kinds["Optstate"],
+        "total": kinds["Total"],
+    }
+
+
+def gradient_mib(tensors: Sequence[torch.Tensor]) -> float:
+    """MiB of the gradients that tensors have."""
+    return sum(x.grad.numel() * x.grad.element_size() for x in tensors if x.grad is not None) / MIB
+
+
+def usual_of(args: argparse.Namespace) -> dict[str, object]:
+    """What stands for what the command line leaves out."""
+    if args.subject == "classifier":
+        config, sizes = "cifar10_flow_vit.yaml", {"counts": [4, 8, 16], "batch": 16}
+        sizes |= {"modes": list(CLASSIFIER), "name": "class_memory"}
     else:
-        found["process peak"] = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
-    return found
+        config, sizes = "voc_flow_r50.yaml", {"counts": [1, 2, 4, 8, 12], "name": "memory"}
+        sizes |= {"modes": [mode for mode in DETECTOR if mode != "parallel"]}
+        if args.device == "cpu":
+            sizes |= {"batch": 1, "proposals": 100, "size": (224, 320)}
+        else:
+            sizes |= {"batch": 8, "proposals": 300, "size": (800, 1088)}
+    return sizes | {"config": str(ROOT / "configs" / config)}
 
 
-def synchronize(device: str) -> None:
-    """Wait for the GPU, if there is one."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def rows_of(args: argparse.Namespace) -> Iterator[Row]:
+    """Measure all points, each in a process of its own."""
+    if args.subject == "detector":
+        op, x_name = "training step", "D"
+        setting = f"{Path(args.config).stem} B={args.batch} N={args.proposals} {args.size[0]}x{args.size[1]}"
+    else:
+        op, x_name = "classifier step", "blocks"
+        setting = f"ViT, {_CLASSIFIER_DIM} dimensions, 64 tokens, batch {args.batch}"
+    hardware = "simulated" if args.device == "simulate" else harness.device_name(args.device)
+    points = [(mode, count) for mode in args.modes for count in sorted(set(args.counts))]
+    if args.device != "simulate" and "joint" in args.modes:
+        points += [(f"{mode}/joint", 6) for mode in IN_TURNS if mode in args.modes]
+    units = {"step": "ms", "step, in turns": "ratio"}
+    for mode, count in points:
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", mode, str(count)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{mode} at {count} failed:\n{done.stderr[-3000:]}")
+        for metric, values in json.loads(done.stdout.splitlines()[-1]).items():
+            where = (op, mode, args.device, metric, units.get(metric, "MiB"), x_name, count)
+            yield harness.measured(*where, values=values, on=hardware, note=setting)
 
 
-def time_ratio(args: argparse.Namespace, other: str, num_predictors: int) -> float:
-    """Time of a step of another mode over that of a joint one, taken in turns in one process."""
-    times: dict[str, list[float]] = {"joint": [], other: []}
-    runs = {}
-    for mode in times:
-        cfg, model, batch, update = build(args, mode, num_predictors)
-        model = model.to(args.device)
-        runs[mode] = model, batch, update, block_optimizer.build_block_optimizer(cfg, model)
-    for iteration in range(args.repeats + 2):
-        for mode, (model, batch, update, optimizer) in runs.items():
-            prepared = model.prepare(batch, iteration)
-            synchronize(args.device)
-            begun = time.perf_counter()
-            update.step(model, prepared, optimizer, contextlib.nullcontext)
-            synchronize(args.device)
-            if iteration > 1:
-                times[mode].append(time.perf_counter() - begun)
-    return quantiles(times[other])[1] / quantiles(times["joint"])[1]
+def draw(name: str, last: Row, metric: str) -> Path:
+    """`metric` against the number of blocks, of all rows of the file that have the setting of `last`."""
+    known = [row for row in harness.load_rows(name) if (row.metric, row.note) == (metric, last.note)]
+    modes = dict.fromkeys(row.provider for row in known if row.provider != "parallel")
+    lines = {mode: harness.line_of(row for row in known if row.provider == mode) for mode in modes}
+    panels = {last.note: (f"blocks ({last.x_name})", lines)}
+    return harness.draw_panels(harness.RESULTS / f"{name}.png", last.device, f"{metric} (MiB)", panels)
 
 
-def draw(rows: Path, metric: str, setting: str, path: Path) -> None:
-    """`metric` against D, one line a mode: of the rows of this call, and of those that were there."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found: dict[str, dict[int, float]] = {}
-    with rows.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if (row["metric"], row["note"]) == (metric, setting) and row["provider"] in DEFAULT_MODES:
-                found.setdefault(row["provider"], {})[int(row["x_value"])] = float(row["p50"])
-                title = f"{setting}, {row['device']}"
-    figure, axis = plt.subplots(figsize=(5.5, 3.8))
-    # Thick lines below thin ones: some coincide.
-    for width, (mode, points) in zip((6, 5, 4, 3, 2, 1.5, 1), found.items()):
-        counts = sorted(points)
-        values = [points[count] for count in counts]
-        axis.plot(counts, values, marker="o", markersize=width, linewidth=width / 1.5, label=mode)
-    axis.set_xlabel("predictors D")
-    axis.set_ylabel(f"{metric} (MiB)")
-    axis.set_ylim(bottom=0)
-    axis.set_title(title, fontsize=8)
-    axis.legend(fontsize=8, loc="upper left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def print_growth(rows: list[Row], metric: str) -> None:
+    """Of joint and sequential updates of the detector, what a predictor adds."""
+    growth = {}
+    for mode in ("joint", "sequential"):
+        points = harness.line_of(row for row in rows if (row.provider, row.metric) == (mode, metric))
+        if len(points) < 2:
+            return
+        (first, _, before, _), (last, _, after, _) = points[0], points[-1]
+        growth[mode] = (after - before) / (last - first)
+    said = ", ".join(f"{mode} {value:.2f} MiB" for mode, value in growth.items())
+    print(f"activations a predictor: {said}")
+    print(f"activation growth sequential/joint: {growth['sequential'] / growth['joint']:.4f}")
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--device", choices=("cpu", "cuda", "simulate"), default="cpu")
-    parser.add_argument("--config", default=str(ROOT / "configs" / "voc_flow_r50.yaml"))
-    parser.add_argument("--decoders", type=int, nargs="+", default=[1, 2, 4, 8, 12])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=DEFAULT_MODES)
-    parser.add_argument("--batch", type=int, help="1 on a CPU, else 8 (the paper's)")
+    parser = harness.arguments(__doc__, "simulate")
+    parser.add_argument("subject", nargs="?", choices=("detector", "classifier"), default="detector")
+    parser.add_argument("--config", help="voc_flow_r50.yaml, of the classifier cifar10_flow_vit.yaml")
+    parser.add_argument("--counts", type=int, nargs="+", help="1 2 4 8 12, of the classifier 4 8 16")
+    parser.add_argument("--modes", nargs="+", choices=[*DETECTOR, *CLASSIFIER])
+    parser.add_argument("--batch", type=int, help="1 on a CPU, else 8 (the paper's); of the classifier 16")
     parser.add_argument("--proposals", type=int, help="100 on a CPU, else 300")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="224 320, else 800 1088"
-    )
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="224 320, or 800 1088")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/memory_<device>.csv and .png"
-    )
-    parser.add_argument("--name", default="", help="of these files, in the place of memory_<device>")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    small = args.device == "cpu"
-    args.batch = args.batch or (1 if small else 8)
-    args.proposals = args.proposals or (100 if small else 300)
-    args.size = args.size or ((224, 320) if small else (800, 1088))
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device: use --device cpu or simulate")
-    if min(args.decoders) < 1:
-        parser.error(f"--decoders must be positive, got {args.decoders}")
+    args = harness.parsed(parser, usual_of)
+    if args.device == "simulate" and args.subject == "classifier":
+        parser.error("a classifier cannot be simulated: use --device cpu or cuda")
     if args.child:
-        mode, count = args.child
-        _, _, other = mode.partition("/")
-        measured = time_ratio(args, other, int(count)) if other else point(args, mode, int(count))
-        print(json.dumps(measured))
+        mode, _, joint = args.child[0].partition("/")
+        print(json.dumps((ratio_in_turns if joint else point)(args, mode, int(args.child[1]))))
         return
-    report(args)
-
-
-def child(args: argparse.Namespace, mode: str, num_predictors: int):
-    """What a process of its own measures."""
-    command = [sys.executable, __file__, "--device", args.device, "--config", args.config]
-    command += [
-        "--batch",
-        str(args.batch),
-        "--proposals",
-        str(args.proposals),
-        "--repeats",
-        str(args.repeats),
-    ]
-    command += ["--size", *map(str, args.size), "--child", mode, str(num_predictors)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{mode} at D={num_predictors} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def report(args: argparse.Namespace) -> None:
-    """Measure all points, print rows and the last line."""
-    setting = f"{Path(args.config).stem} B={args.batch} N={args.proposals} {args.size[0]}x{args.size[1]}"
-    hardware = "simulated" if args.device == "simulate" else device_name(args.device)
-    counts = sorted(set(args.decoders))
-    found: dict[str, dict[int, dict]] = {mode: {} for mode in args.modes}
-    rows = []
-    for mode in args.modes:
-        for count in counts:
-            found[mode][count] = measured = child(args, mode, count)
-            for metric, values in measured.items():
-                unit = "ms" if metric == "step" else "MiB"
-                rows.append(
-                    Row("training step", mode, args.device, metric, unit, "D", str(count), *quantiles(values),
-                        hardware, torch.__version__, commit(), setting)
-                )  # fmt: skip
-            gist = ", ".join(f"{name} {quantiles(values)[1]:.1f}" for name, values in measured.items())
-            print(f"{mode:18s} D={count:<3d} {gist}", flush=True)
-    activations = "activations" if args.device == "simulate" else "saved activations"
-    for mode in IN_TURNS:
-        if args.device == "simulate" or not {"joint", mode} <= set(args.modes):
-            continue
-        ratio = child(args, f"joint/{mode}", 6)
-        rows.append(
-            Row("training step", f"{mode}/joint", args.device, "step, in turns", "ratio", "D", "6",
-                *[ratio] * 3, hardware, torch.__version__, commit(), setting)
-        )  # fmt: skip
-        print(f"step time {mode}/joint, in turns, D=6: {ratio:.3f}")
-    if args.save:
-        path = save_rows(args.name or f"memory_{args.device}", rows)
-        if len(counts) > 1:
-            draw(path, activations, setting, path.with_suffix(".png"))
-            print(path.with_suffix(".png"))
-    if {"joint", "sequential"} <= set(args.modes) and len(counts) > 1:
-        first, last = counts[0], counts[-1]
-        growth = {
-            mode: found[mode][last][activations][0] - found[mode][first][activations][0]
-            for mode in ("joint", "sequential")
-        }
-        per_predictor = {mode: value / (last - first) for mode, value in growth.items()}
-        print(
-            f"activations a predictor: joint {per_predictor['joint']:.2f} MiB, "
-            f"sequential {per_predictor['sequential']:.2f} MiB"
-        )
-        print(f"activation growth sequential/joint: {growth['sequential'] / growth['joint']:.4f}")
+    rows = harness.reported(args, rows_of(args))
+    metric = "activations" if args.device == "simulate" else "saved activations"
+    if args.save and len(set(args.counts)) > 1:
+        print(draw(args.name, rows[-1], metric))
+    print_growth(rows, metric)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,16 @@ benchmarks/classification.py, made here where they are not there. Corruptions ar
 """
 
 import io
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from class_figures import draw_panels
-from class_runs import (
-    accuracy,
-    accuracy_of,
-    batches,
-    load,
-    op_of,
-    parser,
-    result_of,
-    sampled,
-    seen,
-    trained,
-)
+from classification import STUDY, accuracy, batches, labels_of, probabilities, sampled, seen
+from harness import RESULTS, Line, Row, draw_panels, printed, save_rows
 from PIL import Image
-from rows import RESULTS, Row, quantiles, save_rows
+from runs import Key, op_of
 
 from dfm_d2.flow import stream_key
 
@@ -71,59 +62,48 @@ def corrupted_batches(loader: list[list[dict]], kind: str, severity: float) -> l
     return changed
 
 
-def accuracies(model, loader: list[list[dict]]) -> dict[str, float]:
-    """{sampler: percent}; a model without a flow has one answer, "eval"."""
-    if not hasattr(model, "sampler"):
-        return {"eval": accuracy(model, loader)}
-    images = seen(model, loader)
-    return {
-        name: accuracy_of(sampled(model, images, **changes), images.labels)
-        for name, changes in SAMPLERS.items()
-    }
+def scores_of(variant: str, out: Path) -> dict[Key, float]:
+    """Of every corruption by every sampler; a model without a flow has one answer, "eval"."""
+    cfg, model = STUDY.load(out)
+    clean, scores = batches(cfg, cfg.DATASETS.TEST[0]), {}
+    labels = labels_of(clean)
+    cases = [("clean", 0.0)] + [(kind, s) for kind, severities in SEVERITIES.items() for s in severities]
+    for kind, severity in cases:
+        test = clean if kind == "clean" else corrupted_batches(clean, kind, severity)
+        if hasattr(model, "sampler"):
+            images = seen(model, test)
+            found = {name: sampled(model, images, **changes) for name, changes in SAMPLERS.items()}
+        else:
+            found = {"eval": probabilities(model, test)}
+        for name, probs in found.items():
+            scores[variant, name, "accuracy", "%", kind, f"{severity:g}"] = accuracy(probs, labels)
+    return scores
 
 
-def panels_of(rows: list[Row]) -> dict:
+def panels_of(rows: list[Row]) -> dict[str, tuple[str, dict[str, Line]]]:
     """One panel a corruption, from clean images to the greatest severity."""
-    named = {(row.provider, row.mode, row.x_name, row.x_value): row for row in rows}
-    models = dict.fromkeys((row.provider, row.mode) for row in rows)
     panels = {}
     for kind, severities in SEVERITIES.items():
-        lines = {}
-        for provider, mode in models:
-            steps = [("clean", "0"), *((kind, f"{severity:g}") for severity in severities)]
-            points = [(level, named[(provider, mode) + step]) for level, step in enumerate(steps)]
-            name = provider if mode == "eval" else f"{provider}, {mode}"
-            lines[name] = [(level, row.p20, row.p50, row.p80) for level, row in points]
-        panels[f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"] = (
-            "severity (0: clean)",
-            lines,
-        )
+        levels = {("clean", "0"): 0} | {(kind, f"{s:g}"): level for level, s in enumerate(severities, 1)}
+        lines: dict[str, list] = {}
+        for row in rows:
+            if (row.x_name, row.x_value) in levels:
+                name = row.provider if row.mode == "eval" else f"{row.provider}, {row.mode}"
+                level = levels[row.x_name, row.x_value]
+                lines.setdefault(name, []).append((level, row.p20, row.p50, row.p80))
+        title = f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"
+        panels[title] = ("severity (0: clean)", lines)
     return panels
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
-    found: dict[tuple, list[float]] = {}
-    cases = [("clean", 0.0)] + [(kind, s) for kind, severities in SEVERITIES.items() for s in severities]
+    args, rows = STUDY.parser(__doc__).parse_args(), []
     for variant in args.variants or ["flow", "backprop"]:
-        for seed in range(args.seeds):
-            out = trained(args, variant, seed, any_rate=True)
-            cfg, model = load(out)
-            clean = batches(cfg, cfg.DATASETS.TEST[0])
-            for kind, severity in cases:
-                test = clean if kind == "clean" else corrupted_batches(clean, kind, severity)
-                for name, value in accuracies(model, test).items():
-                    found.setdefault((variant, name, kind, severity), []).append(value)
-    rows, first = [], result_of(out)
-    for (variant, name, kind, severity), values in found.items():
-        rows.append(
-            Row(op_of(args), variant, name, "accuracy", "%", kind, f"{severity:g}",
-                *quantiles(values), first["device"], torch.__version__, first["commit"],
-                f"seeds 0-{args.seeds - 1}")
-        )  # fmt: skip
-    print(save_rows(f"robustness_{op_of(args)}", rows))
-    title = f"{op_of(args)}: corrupted test images, {rows[0].note}"
-    print(draw_panels(RESULTS / f"robustness_{op_of(args)}.png", title, panels_of(rows)))
+        rows += STUDY.rows(args, variant, partial(scores_of, variant), any_rate=True)
+    name = f"robustness_{op_of(args)}"
+    print(save_rows(name, printed(rows)))
+    title = f"{op_of(args)}: corrupted test images"
+    print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels_of(rows)))
 
 
 if __name__ == "__main__":

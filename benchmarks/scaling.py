@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Steps a second against the number of processes, and the bytes that a step sends.
+"""Steps a second of training against the number of processes, and the bytes that a step sends.
 
 python benchmarks/scaling.py [--processes 1 2] [--modes data predictor] [--device cpu|cuda] [--save]
                              [--opts KEY VALUE ...]
@@ -11,23 +11,32 @@ python benchmarks/scaling.py --volumes
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+from harness import (
+    MIB,
+    ROOT,
+    Row,
+    arguments,
+    device_name,
+    measured,
+    parsed,
+    quantiles,
+    random_detector,
+    reported,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
-
-from rows import Row, commit, device_name, quantiles, save_rows  # noqa: E402
+from dfm_d2.detection.data.shapes import write_shapes
+from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 
 
-def seconds_of(args: argparse.Namespace, mode: str, processes: int) -> list[float]:
-    """Seconds of each iteration, without the first ones."""
+def iterations_of(args: argparse.Namespace, mode: str, processes: int) -> list[dict]:
+    """The metrics of each iteration, without the first ones."""
     shared_out = mode == "predictor" and processes > 1
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -49,66 +58,54 @@ def seconds_of(args: argparse.Namespace, mode: str, processes: int) -> list[floa
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
         if done.returncode:
             raise SystemExit(f"{mode} parallel with {processes} processes failed:\n{done.stderr[-3000:]}")
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.json").read_text().splitlines()]
-    return [line["time"] for line in lines if "time" in line][3:]
+        return [line for line in read_metrics(Path(folder) / METRICS_FILE) if "time" in line][3:]
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    """Rows of steps and images a second."""
+def rows_of(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of steps and images a second, and of the share of a step that waits for data."""
     if not Path(args.data).exists():
-        from dfm_d2.detection.data.shapes import write_shapes
-
         write_shapes(Path(args.data), num_train=64, num_val=2, size=128, seed=0)
-    rows, alone = [], None
-    tail = (device_name(args.device), torch.__version__, commit(), f"{args.threads} threads a process")
+    hardware, note, alone = device_name(args.device), f"{args.threads} threads a process", None
     # One process is the same in both modes.
     runs = [("data", 1)] if 1 in args.processes else []
     runs += [(mode, processes) for mode in args.modes for processes in args.processes if processes > 1]
     for mode, processes in runs:
-        p20, p50, p80 = quantiles([1 / s for s in seconds_of(args, mode, processes)])
-        alone = p50 if processes == 1 else alone
-        metrics = [("steps", "1/s", 1), ("images", "1/s", processes * args.images)]
+        lines = iterations_of(args, mode, processes)
+        steps = [1 / line["time"] for line in lines]
+        alone = quantiles(steps)[1] if processes == 1 else alone
+        found = {
+            ("steps", "1/s"): steps,
+            ("images", "1/s"): [processes * args.images * value for value in steps],
+            ("data", "%"): [100 * line["data_time"] / line["time"] for line in lines],
+        }
         if alone is not None:
-            metrics.append(("steps of one process", "%", 100 / alone))
-        for metric, unit, scale in metrics:
-            where = ("training", f"{mode} parallel", "sequential", metric, unit, "processes", str(processes))
-            rows.append(Row(*where, p20 * scale, p50 * scale, p80 * scale, *tail))
-            print(f"{mode} parallel, {processes} processes: {metric} {p50 * scale:.3g} {unit}", flush=True)
-    return rows
+            found["steps of one process", "%"] = [100 * value / alone for value in steps]
+        for metric, values in found.items():
+            where = ("training", f"{mode} parallel", "sequential", *metric, "processes", processes)
+            yield measured(*where, values=values, on=hardware, note=note)
 
 
 def volumes() -> None:
     """The table of docs/scaling.md."""
-    import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
-    from dfm_d2.config import add_dfm_config
-    from dfm_d2.framework import build_model, get_cfg
-
     batch, proposals, channels, side = 16, 300, 256, (800, 1088)
     pyramid = sum(-(-side[0] // s) * -(-side[1] // s) for s in (4, 8, 16, 32)) * channels * 4
-    print(f"features of an image: {pyramid / 2**20:.1f} MiB; MiB that a process sends in a step:")
+    print(f"features of an image: {pyramid / MIB:.1f} MiB; MiB that a process sends in a step:")
     print(f"{'D':>3} {'W':>3} {'G':>3} {'DDP':>6} {'data par.':>9} {'predictor par.':>14} {'pipeline':>9}")
     for count in (6, 12):
-        cfg = get_cfg()
-        add_dfm_config(cfg)
-        cfg.merge_from_file(str(ROOT / "configs" / "voc_flow_r50.yaml"))
-        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-        cfg.MODEL.DFM.NUM_CLASSES, cfg.MODEL.DFM.NUM_PREDICTORS = 20, count
-        blocks = build_model(cfg).blocks()
+        opts = ["MODEL.DEVICE", "cpu", "MODEL.DFM.NUM_PREDICTORS", count]
+        blocks = random_detector(str(ROOT / "configs" / "voc_flow_r50.yaml"), opts)[1].blocks()
         size = {name: 4 * sum(p.numel() for _, p in block) for name, block in blocks.items()}
         shared, head = size["shared"], size["predictor0"]
-        for world in (8, 64):
-            for group in (2, 4, 8):
-                if group > count:
-                    continue
-                images = batch / world
-                everything = ring(shared + count * head, world)
-                features = 2 * (group - 1) * images * pyramid  # to the others, and their gradients back
-                owned = ring(shared, world) + ring(count / group * head, world / group)
-                boxes = images * group * proposals * 4 * 4 * count / group  # to the owner of the next one
-                queries = 2 * images * group * proposals * (channels + 4) * 4
-                found = (everything, everything, features + owned + boxes, features + owned + queries)
-                mib = (f"{x / 2**20:.0f}" for x in found)
-                print(f"{count:3d} {world:3d} {group:3d} {{:>6}} {{:>9}} {{:>14}} {{:>9}}".format(*mib))
+        for world, group in ((w, g) for w in (8, 64) for g in (2, 4, 8) if g <= count):
+            images = batch / world
+            everything = ring(shared + count * head, world)
+            features = 2 * (group - 1) * images * pyramid  # to the others, and their gradients back
+            owned = ring(shared, world) + ring(count / group * head, world / group)
+            boxes = images * group * proposals * 4 * 4 * count / group  # to the owner of the next one
+            queries = 2 * images * group * proposals * (channels + 4) * 4
+            found = (everything, everything, features + owned + boxes, features + owned + queries)
+            mib = (f"{x / MIB:.0f}" for x in found)
+            print(f"{count:3d} {world:3d} {group:3d} {{:>6}} {{:>9}} {{:>14}} {{:>9}}".format(*mib))
 
 
 def ring(amount: float, ranks: float) -> float:
@@ -117,26 +114,20 @@ def ring(amount: float, ranks: float) -> float:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = arguments(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--modes", nargs="+", choices=("data", "predictor"), default=["data", "predictor"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--config", default=str(ROOT / "configs" / "shapes_flow_r18.yaml"))
     parser.add_argument("--data", default=str(ROOT / "data" / "scaling"))
     parser.add_argument("--images", type=int, default=4, help="a process and step")
     parser.add_argument("--iterations", type=int, default=23)
     parser.add_argument("--threads", type=int, default=1, help="a process")
     parser.add_argument("--volumes", action="store_true")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/scaling_<device>.csv")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
-    args = parser.parse_args()
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides, last")
+    args = parsed(parser, lambda _: {"name": "scaling"})
     if args.volumes:
-        volumes()
-        return
-    rows = measure(args)
-    if args.save:
-        print(save_rows(f"scaling_{args.device}", rows))
+        return volumes()
+    reported(args, rows_of(args))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -58,3 +59,12 @@ def input_errors() -> Iterator[None]:
         if error.filename is None:
             raise
         raise UserError(f"{error.filename}: {error.strerror}.") from error
+
+
+def exit_status(run: Callable[..., int | None], *arguments: Any) -> int:
+    """The exit status of a command: what ``run`` returns (None: 0), or 2 where the user erred."""
+    try:
+        with input_errors():
+            return run(*arguments) or 0
+    except UserError as error:
+        return report(error)

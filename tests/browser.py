@@ -16,7 +16,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1 "
-    "--remote-allow-origins=* --remote-debugging-port=0"
+    "--remote-allow-origins=* --remote-debugging-port=0 --window-size=1280,900"
 ).split()
 
 
@@ -38,22 +38,15 @@ class Page:
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
-            self._note(message)
-
-    def _note(self, message: dict) -> None:
-        if message["method"] == "Network.requestWillBeSent":
-            self.requests.append(message["params"]["request"]["url"][:200])
-        elif message["method"] == "Runtime.exceptionThrown":
-            self.errors.append(str(message["params"]["exceptionDetails"]))
+            if message["method"] == "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"][:200])
+            elif message["method"] == "Runtime.exceptionThrown":
+                self.errors.append(str(message["params"]["exceptionDetails"]))
 
     def open(self, path: Path) -> None:
         address = path.resolve().as_uri()
         self.call("Page.navigate", url=address)
-        for _ in range(100):
-            if self.run("document.readyState + location.href") == f"complete{address}":
-                return
-            time.sleep(0.05)
-        raise TimeoutError(f"{path} did not load")
+        wait_for(lambda: self.run("document.readyState + location.href") == f"complete{address}")
 
     def run(self, script: str):
         """The value of a JavaScript expression."""
@@ -61,10 +54,8 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def screenshot(self, path: Path) -> bytes:
-        content = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
-        path.write_bytes(content)
-        return content
+    def screenshot(self) -> bytes:
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def mouse(self, kind: str, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -72,42 +63,37 @@ class Page:
     def click(self, selector: str) -> None:
         """A real click in the middle of an element."""
         self.run(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
-        box = self.run(f"JSON.stringify(document.querySelector('{selector}').getBoundingClientRect())")
-        box = json.loads(box)
+        box = self.run(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.mouse("mousePressed", x, y)
         self.mouse("mouseReleased", x, y)
 
-    def key(self, key: str) -> None:
-        codes = {"ArrowRight": 39, "ArrowLeft": 37}
+    def press_right(self) -> None:
         for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes[key])
+            self.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", windowsVirtualKeyCode=39)
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 @contextmanager
-def open_browser(folder: Path, width: int = 1280, height: int = 900):
+def open_browser(folder: Path):
     """A Page, or the test is skipped where there is no browser."""
     websocket = pytest.importorskip("websocket", reason="needs the package websocket-client")
     program = next((found for found in map(shutil.which, NAMES) if found), None)
     if program is None:
         pytest.skip("needs a Chromium (Debian: apt-get install chromium)")
-    profile = folder / "profile"
-    command = [
-        program,
-        *FLAGS,
-        f"--user-data-dir={profile}",
-        f"--window-size={width},{height}",
-        "about:blank",
-    ]
+    port_file = folder / "profile" / "DevToolsActivePort"
+    command = [program, *FLAGS, f"--user-data-dir={port_file.parent}", "about:blank"]
     with open(folder / "browser.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        port_file = profile / "DevToolsActivePort"
-        for _ in range(400):
-            if port_file.is_file() and port_file.read_text().strip():
-                break
-            assert process.poll() is None, (folder / "browser.log").read_text()
-            time.sleep(0.05)
+        wait_for(lambda: process.poll() is not None or port_file.is_file() and port_file.read_text().strip())
+        assert process.poll() is None, (folder / "browser.log").read_text()
         port = port_file.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=20) as answer:
             tab = next(entry for entry in json.load(answer) if entry["type"] == "page")

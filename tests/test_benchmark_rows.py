@@ -8,12 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import class_memory  # noqa: E402
-import class_runs  # noqa: E402
-import representation  # noqa: E402
-import rows  # noqa: E402
-from class_figures import draw_panels, line_of  # noqa: E402
-from rows import Row, load_rows, quantiles, save_rows  # noqa: E402
+import classification  # noqa: E402
+import harness  # noqa: E402
+from harness import Row, draw_panels, line_of, load_rows, quantiles, save_rows  # noqa: E402
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "digits_flow_cnn.yaml")
 
@@ -24,7 +21,7 @@ def row(provider: str, value: float, x: str = "0", op: str = "a") -> Row:
 
 
 def test_rows_come_back_and_only_what_was_measured_again_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     save_rows("x", [row("flow", 1.5), row("flow", 2.5, "1"), row("backprop", 3.0), row("flow", 9.0, op="b")])
     save_rows("x", [row("flow", 4.0)])
     found = {(r.op, r.provider, r.x_value): r.p50 for r in load_rows("x")}
@@ -33,21 +30,21 @@ def test_rows_come_back_and_only_what_was_measured_again_is_replaced(tmp_path, m
 
 
 def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "ROOT", tmp_path)
-    assert rows.commit() == "unknown"
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness.commit() == "unknown"
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for name in ("benchmarks/results/a.csv", "code.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "one"]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
-    clean = rows.commit()
+    clean = harness.commit()
     assert len(clean) >= 7 and "+" not in clean
     (tmp_path / "benchmarks/results/a.csv").write_text("2")
     (tmp_path / "new.txt").write_text("2")
-    assert rows.commit() == clean
+    assert harness.commit() == clean
     (tmp_path / "code.py").write_text("2")
-    assert rows.commit() == clean + "+"
+    assert harness.commit() == clean + "+"
 
 
 def test_quantiles_of_one_value_are_that_value():
@@ -58,22 +55,22 @@ def test_quantiles_of_one_value_are_that_value():
 def test_lines_are_in_the_order_of_x_and_a_picture_is_written(tmp_path):
     line = line_of([row("flow", 2.0, "10"), row("flow", 1.0, "9")])
     assert line == [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)]
-    path = draw_panels(tmp_path / "a.png", "title", {"one": ("block", {"flow": line}), "two": ("block", {})})
-    class_memory.draw({"flow": {4: 1.0, 8: 1.5}}, "title", tmp_path / "b.png")
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (path, tmp_path / "b.png"))
+    panels = {"one": ("block", {"flow": line}), "two": ("block", {})}
+    path = draw_panels(tmp_path / "a.png", "title", "accuracy (%)", panels)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_images_of_a_sorted_set_are_taken_from_all_of_it():
     loader = [[{"label": label}] * 10 for label in range(7)]
-    kept = representation.spread(loader, 14)
+    kept = classification.spread(loader, 14)
     assert [item["label"] for batch in kept for item in batch] == [c for c in range(7) for _ in range(2)]
-    assert representation.spread(loader, 100) == loader
+    assert classification.spread(loader, 100) == loader
 
 
 def test_variants_take_the_learning_rate_of_their_method():
-    assert class_runs.tuned_as("no_readout") == class_runs.tuned_as("uniform_time") == "flow"
-    assert class_runs.tuned_as("backprop_pool_2") == "backprop"
-    assert class_runs.tuned_as("stochastic_ff") == "stochastic_ff"
+    assert classification.tuned_as("no_readout") == classification.tuned_as("uniform_time") == "flow"
+    assert classification.tuned_as("backprop_pool_2") == "backprop"
+    assert classification.tuned_as("stochastic_ff") == "stochastic_ff"
 
 
 @pytest.mark.parametrize(
@@ -84,13 +81,14 @@ def test_variants_take_the_learning_rate_of_their_method():
         (["SOLVER.BASE_LR", "0.5"], False),
         (["SOLVER.MAX_ITER", "5"], False),
         (["UPDATE.METHOD", "backprop"], False),
+        (["MODEL.DEVICE", "cuda"], False),
     ],
 )
 def test_a_training_of_other_values_is_not_taken(tmp_path, changes, same):
-    cfg = class_runs.load_config(
-        class_runs.CLASSIFICATION, CONFIG, ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10"]
-    )
+    ran = ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
+    cfg = classification.load_config(classification.CLASSIFICATION, CONFIG, ran)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    assert class_runs.same_training(CONFIG, changes, tmp_path) is same
-    any_rate = class_runs.same_training(CONFIG, changes, tmp_path, any_rate=True)
+    study = classification.STUDY
+    assert study.same_training(CONFIG, changes, tmp_path) is same
+    any_rate = study.same_training(CONFIG, changes, tmp_path, any_rate=True)
     assert any_rate is (same or changes[0] == "SOLVER.BASE_LR")

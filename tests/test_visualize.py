@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dfm_d2.detection.flow_pictures import _field, record_flow
+from dfm_d2.detection.flow_pictures import FlowRun, record_flow
 from dfm_d2.errors import UserError
 from dfm_d2.visualize.boxes import draw_box, draw_flow, draw_predictions, place_labels
 from dfm_d2.visualize.curves import draw_curves
@@ -84,12 +84,11 @@ def test_the_field_is_that_of_the_followed_box(make_model, make_input):
     assert record.field_points.shape == (9 * 12, 2) and len(record.field) == 3
     assert {moved.shape for moved in record.field} == {(9 * 12, 2)}
     assert record.followed == int(record.scores[-1].argmax())
-    trajectory, sizes = model.trajectory([item])
-    box = model.space.decode(trajectory.states[1], sizes)[0, record.followed]
+    run = FlowRun(model, item)
+    box = model.space.decode(run.trajectory.states[1], run.image_sizes)[0, record.followed]
     center = (box[:2] + box[2:]) / 2
-    flow, _ = model.field([item])
-    moved = _field(model, flow, sizes, trajectory, 1, record.followed, center[None])[0]
-    end = model.space.decode(trajectory.steps[1].x_1_hat, sizes)[0, record.followed]
+    moved = run.field(1, record.followed, center[None])[0]
+    end = model.space.decode(run.trajectory.steps[1].x_1_hat, run.image_sizes)[0, record.followed]
     torch.testing.assert_close(moved, (end[:2] + end[2:]) / 2 - center, rtol=1e-3, atol=1e-2)
 
 

@@ -1,13 +1,12 @@
 """The page of a flow in a real browser: the slider, the toggles, tooltips, and that nothing is fetched."""
 
 import copy
-import json
-import time
+import io
 
 import numpy as np
 import pytest
 import torch
-from browser import open_browser
+from browser import open_browser, wait_for
 from PIL import Image
 from tiny_model import spread, tiny_cfg
 
@@ -15,8 +14,10 @@ from dfm_d2.detection.flow_pictures import record_flow
 from dfm_d2.framework import build_model
 from dfm_d2.visualize.page import write_page
 
-BOXES = "document.querySelectorAll('svg rect.box').length"
 CLASSES = ("circle", "square", "star")
+BOXES = "document.querySelectorAll('svg rect.box').length"
+STEP = "+document.getElementById('step').value"
+NOW = "document.getElementById('now').textContent"
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +64,19 @@ def set_value(page, name, value):
     )
 
 
-def test_slider_toggles_and_tooltips(open_page, tmp_path):
+def test_slider_toggles_and_tooltips(open_page):
     page = open_page()
-    now = "document.getElementById('now').textContent"
     assert page.run("document.title") == "cells.jpg"
-    assert page.run(now).startswith("t = 0.0000 \u00b7 step 0 of 3 \u00b7 ") and page.run(BOXES) == 12
-    before = page.screenshot(tmp_path / "noise.png")
+    assert page.run(NOW).startswith("t = 0.0000 \u00b7 step 0 of 3 \u00b7 ") and page.run(BOXES) == 12
+    before = page.screenshot()
     first = page.run("document.querySelector('rect.box').getAttribute('x')")
 
     page.click("#step")  # the middle of the slider
-    place = page.run("+document.getElementById('step').value")
+    place = page.run(STEP)
     assert place in (1, 2)
-    page.key("ArrowRight")
-    assert page.run("+document.getElementById('step').value") == place + 1
-    assert f"step {place + 1} of 3" in page.run(now)
-    assert page.screenshot(tmp_path / "later.png") != before
+    page.press_right()
+    assert page.run(STEP) == place + 1 and f"step {place + 1} of 3" in page.run(NOW)
+    assert page.screenshot() != before
     assert page.run("document.querySelector('rect.box').getAttribute('x')") != first
 
     set_value(page, "step", 0)
@@ -85,14 +84,13 @@ def test_slider_toggles_and_tooltips(open_page, tmp_path):
     assert page.run(BOXES) == 0, "predictor 0 moves every box of the first step"
     page.click("#predictor-0")
     assert page.run(BOXES) == 12
-    of_class = json.loads(page.run("JSON.stringify(flow.steps[0].classes)"))
+    of_class = page.run("flow.steps[0].classes")
     page.click("#class-1")
     assert page.run(BOXES) == sum(label != 1 for label in of_class)
     page.click("#class-1")
 
-    scores = json.loads(page.run("JSON.stringify(flow.steps[0].scores)"))
-    middle = sorted(scores)[6]
-    set_value(page, "score", middle)
+    scores = page.run("flow.steps[0].scores")
+    set_value(page, "score", sorted(scores)[6])
     page.click("#show-weak")
     least = page.run("+document.getElementById('score').value")
     assert page.run(BOXES) == sum(score >= least for score in scores) not in (0, 12)
@@ -109,39 +107,28 @@ def test_slider_toggles_and_tooltips(open_page, tmp_path):
     page.click("#show-paths")
     assert page.run("document.querySelectorAll('polyline.path').length") > 0
     page.click("#show-detections")
-    labels = json.loads(
-        page.run(
-            "JSON.stringify([...document.querySelectorAll('rect.label')].map(e => "
-            "['x', 'y', 'width', 'height'].map(name => +e.getAttribute(name))))"
-        )
+    labels = page.run(
+        "[...document.querySelectorAll('rect.label')].map(e => "
+        "['x', 'y', 'width', 'height'].map(name => +e.getAttribute(name)))"
     )
     assert len(labels) == page.run("document.querySelectorAll('svg text').length") > 0
     assert all(x >= 0 and x + width <= 128 and y >= 0 and y + height <= 96 for x, y, width, height in labels)
 
-    spot = json.loads(
-        page.run(
-            "JSON.stringify((() => { const all = [...document.querySelectorAll('rect.box')];"
-            "const b = all[all.length - 1].getBoundingClientRect();"
-            "return [b.x + b.width / 2, b.y + b.height / 2]; })())"
-        )
-    )
-    page.mouse("mouseMoved", *spot)
+    spot = page.run("[...document.querySelectorAll('rect.box')].pop().getBoundingClientRect().toJSON()")
+    page.mouse("mouseMoved", spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2)
     assert page.run("document.getElementById('tip').style.display") == "block"
     assert page.run("document.getElementById('tip').textContent").split("\n")[0]
 
 
 def test_boxes_stay_in_the_frame_of_the_image(open_page, record):
     record.states[0][:] = torch.tensor([-500.0, -500.0, 700.0, 700.0])
-    names = json.loads(
-        open_page().run(
-            "(() => { const at = document.getElementById('view').getBoundingClientRect();"
-            "const image = document.querySelector('svg image').getBoundingClientRect();"
-            "const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || 'box';"
-            "return JSON.stringify([image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),"
-            "name((image.right + at.right) / 2), name(image.x + 5)]); })()"
-        )
+    left, right, *found = open_page().run(
+        "(() => { const at = document.getElementById('view').getBoundingClientRect();"
+        "const image = document.querySelector('svg image').getBoundingClientRect();"
+        "const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || 'box';"
+        "return [image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),"
+        "name((image.right + at.right) / 2), name(image.x + 5)]; })()"
     )
-    left, right, *found = names
     assert left > 10 and right > 10, "no margin beside the image: this shows nothing"
     assert found == ["view", "view", "box"]
 
@@ -150,11 +137,10 @@ def test_names_are_text_whatever_they_hold(open_page):
     names = ("<!--<script>", "</script><script>throw 1</script>", '<b>"red cell"</b> & \u2028 \u00e9')
     title = "<img src=x onerror='throw 2'>.jpg"
     page = open_page(names, title)
-    assert page.run("document.title") == title
-    assert page.run("document.getElementById('title').textContent") == title
+    assert page.run("document.title") == page.run("document.getElementById('title').textContent") == title
     page.click("#show-detections")
     set_value(page, "score", 0)
-    shown = [page.run(f"document.getElementById('class-{k}').parentElement.textContent") for k in range(3)]
+    shown = page.run("[0, 1, 2].map(k => document.getElementById(`class-${k}`).parentElement.textContent)")
     assert all(text.startswith(name) for text, name in zip(shown, names))
     assert page.run(BOXES) > 0
 
@@ -167,15 +153,11 @@ def test_a_page_without_detections(open_page, record):
     assert page.run(BOXES) == 12
 
 
-def test_it_plays_to_the_end(open_page, tmp_path):
+def test_it_plays_to_the_end(open_page):
     page = open_page()
     page.click("#play")
-    for _ in range(100):
-        if page.run("document.getElementById('step').value") == "3":
-            break
-        time.sleep(0.1)
+    wait_for(lambda: page.run(STEP) == 3)
     assert page.run("document.getElementById('play').textContent") == "Play"
-    assert "step 3 of 3" in page.run("document.getElementById('now').textContent")
-    page.screenshot(tmp_path / "end.png")
-    pixels = np.asarray(Image.open(tmp_path / "end.png").convert("RGB")).astype(int)
+    assert "step 3 of 3" in page.run(NOW)
+    pixels = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
     assert (pixels.max(2) - pixels.min(2) > 80).sum() > 500, "no coloured box is to be seen"

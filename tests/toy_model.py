@@ -1,21 +1,32 @@
 """A locally trainable model small enough to train in milliseconds: B images, D predictors, C channels."""
 
+import contextlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfm_d2.framework import get_cfg
-from dfm_d2.local_update import BlockLosses, HandOver, predictor_block
+from dfm_d2.config import add_dfm_config
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.engine.trainer import LocalUpdateTrainer
+from dfm_d2.flow import at_least_float32
+from dfm_d2.framework import build_lr_scheduler, get_cfg
+from dfm_d2.local_update import BlockLosses, HandOver, build_update, predictor_block
 
 CHANNELS = 6
+# What the tests call the update modes: arguments of build_update.
+UPDATES = {
+    "joint": ("joint",),
+    "parallel": ("parallel",),
+    "sequential": ("sequential",),
+    "in backward": ("sequential", True),
+}
 
 
-@dataclass
-class ToyPrepared:
+class ToyPrepared(NamedTuple):
     images: Tensor  # (B, 3, 8, 8)
     targets: Tensor  # (B, D)
 
@@ -47,7 +58,6 @@ class ToyModel(nn.Module):
             nn.Sequential(nn.Linear(2 * CHANNELS, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1))
             for _ in range(num_predictors)
         )
-        self.seen: list[tuple[int, int]] = []
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         blocks: dict = {"shared": []} | {predictor_block(d): [] for d in range(self.num_predictors)}
@@ -57,8 +67,7 @@ class ToyModel(nn.Module):
         return blocks
 
     def prepare(self, batched_inputs: list[dict], iteration: int) -> ToyPrepared:
-        dtype = next(self.parameters()).dtype
-        images = torch.stack([item["image"] for item in batched_inputs]).to(dtype)
+        images = torch.stack([item["image"] for item in batched_inputs]).to(self.predictors[0][0].weight)
         factors = torch.arange(1, self.num_predictors + 1, device=images.device)
         targets = images.mean(dim=(1, 2, 3))[:, None] * factors
         if self.noise:
@@ -76,9 +85,8 @@ class ToyModel(nn.Module):
         pooled = torch.cat([feature.mean(dim=(2, 3)) for feature in features], dim=1)
         if self.noise:
             pooled = nn.functional.dropout(pooled, 0.2)
-        error = self.predictors[index](pooled)[:, 0].float() - prepared.targets[:, index].float()
-        if prepared.images.dtype == torch.float64:
-            error = self.predictors[index](pooled)[:, 0] - prepared.targets[:, index]
+        answer = at_least_float32(self.predictors[index](pooled)[:, 0])
+        error = answer - at_least_float32(prepared.targets[:, index])
         name = predictor_block(index)
         return {
             f"loss_square/{name}": error.square().mean(),
@@ -101,10 +109,11 @@ def toy_loader(start_position: int, batch_size: int = 4):
         position += batch_size
 
 
+BATCH = next(toy_loader(0))
+
+
 def toy_config(**solver):
     """Detectron2's config with ours and some SOLVER keys set."""
-    from dfm_d2.config import add_dfm_config
-
     cfg = get_cfg()
     add_dfm_config(cfg)
     cfg.SOLVER.BASE_LR = 0.01
@@ -113,3 +122,40 @@ def toy_config(**solver):
     for key, value in solver.items():
         cfg.SOLVER[key] = value
     return cfg
+
+
+def make_toy(dtype: torch.dtype = torch.float32, **arguments) -> ToyModel:
+    """The same one at every call."""
+    torch.manual_seed(0)
+    return ToyModel(**arguments).to(dtype)
+
+
+def train_steps(
+    model, update, inputs=BATCH, steps=1, start=0, optimizer=None, scaler=None,
+    autocast=contextlib.nullcontext, **solver,
+):  # fmt: skip
+    """Train any model by one of UPDATES. Returns its optimizer (of SOLVER keys) and the last metrics."""
+    optimizer = optimizer or build_block_optimizer(toy_config(**solver), model, scaler)
+    strategy = build_update(*UPDATES[update])
+    for iteration in range(start, start + steps):
+        metrics = strategy.step(model, model.prepare(inputs, iteration), optimizer, autocast)
+    return optimizer, metrics
+
+
+def make_trainer(
+    model, loader=toy_loader, update="sequential", images_per_step=4, **solver
+) -> LocalUpdateTrainer:
+    """A trainer of any model, with a schedule and without hooks; the writers' window is of four steps."""
+    cfg = toy_config(**solver)
+    optimizer, strategy = build_block_optimizer(cfg, model), build_update(*UPDATES[update])
+    autocast = contextlib.nullcontext
+    trainer = LocalUpdateTrainer(
+        model.train(), loader, optimizer, strategy, autocast, images_per_step, window=4
+    )
+    trainer.scheduler = build_lr_scheduler(cfg, optimizer)
+    return trainer
+
+
+def moved(model, before: dict[str, Tensor]) -> set[str]:
+    """The names of what is not what it was."""
+    return {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}

@@ -12,7 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
-from dfm_d2.command_line import exit_status, parser_of  # noqa: E402
+import make_shapes  # noqa: E402
+import train_net  # noqa: E402
+import visualize_flow  # noqa: E402
+
+from dfm_d2.detection.task import DETECTION  # noqa: E402
+from dfm_d2.engine.setup import load_config  # noqa: E402
+from dfm_d2.errors import UserError, report  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
 SHAPES = ROOT / "data" / "shapes"
@@ -21,26 +27,19 @@ NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 2000, 300, 128
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of(__doc__)
-    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
-    return exit_status(run, parser.parse_args(arguments))
-
-
-def run(args: argparse.Namespace) -> int:
     """Exit status of the first part that failed, else 0."""
-    import make_shapes
-    import train_net
-    import visualize_flow
-
-    from dfm_d2.detection.task import DETECTION
-    from dfm_d2.engine.setup import load_config
-
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
+    overrides = parser.parse_args(arguments).opts
     started = time.perf_counter()
-    opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *args.opts]
-    cfg = load_config(DETECTION, CONFIG, opts)
-    output = Path(cfg.OUTPUT_DIR)
+    opts = ["DATASETS.VOC_ROOT", str(SHAPES), "OUTPUT_DIR", str(OUTPUT), *overrides]
+    try:
+        cfg = load_config(DETECTION, CONFIG, opts)
+    except UserError as error:
+        return report(error)
+    output, command = Path(cfg.OUTPUT_DIR), ["--config-file", CONFIG, *opts]
     numbers = ["--train", str(NUM_TRAIN), "--val", str(NUM_VAL), "--size", str(IMAGE_SIZE)]
-    command = ["--config-file", CONFIG, *opts]
     status = (
         make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *numbers])
         or train_net.run_command(command)

@@ -16,12 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.command_line import exit_status, parser_of  # noqa: E402
+from dfm_d2.errors import UserError, exit_status  # noqa: E402
 from dfm_d2.export import FORMATS  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of(__doc__)
+    """Exit status: 0 done, 2 something that the user can put right."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--config-file", default="", metavar="FILE", help="path to config file")
     parser.add_argument("--format", choices=sorted(FORMATS), default="torchscript", help="output format")
     parser.add_argument("--export-method", choices=["tracing"], default="tracing")
@@ -30,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", default="exported", help="folder to write")
     parser.add_argument("--noise", choices=["input", "constant"], default="input")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
-    return exit_status(run, parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    return exit_status(run, args)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,34 +41,34 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from dfm_d2.data.images import read_image
+    from dfm_d2.detection.task import DETECTION
+    from dfm_d2.engine.setup import load_config, resolve_classes, validate_config
+
+    cfg = load_config(DETECTION, args.config_file, args.opts)
+    validate_config(DETECTION, cfg)
+    # Files compute in float32 and in plain torch, and so does the model that they are compared with.
+    cfg.SOLVER.AMP.ENABLED = False
+    cfg.MODEL.DFM.KERNELS = "torch"
+    pixels = np.full((480, 640, 3), 127, dtype=np.uint8)
+    if args.sample_image:
+        pixels = read_image(args.sample_image, cfg.INPUT.FORMAT)
+    # Now that the config is right, what brings torch.
     from dfm_d2.detection.data.loader import resized_item
     from dfm_d2.detection.exportable import ConstantNoise, export_detector, prepared_model
     from dfm_d2.detection.exported_detector import ExportedDetector
     from dfm_d2.detection.loading import load_detector
-    from dfm_d2.detection.task import DETECTION
     from dfm_d2.engine.run import evaluate
-    from dfm_d2.engine.setup import load_config, resolve_classes
-    from dfm_d2.errors import UserError, input_errors
 
-    cfg = load_config(DETECTION, args.config_file, args.opts)
-    # Files compute in float32 and in plain torch, and so does the model that they are compared with.
-    cfg.SOLVER.AMP.ENABLED = False
-    cfg.MODEL.DFM.KERNELS = "torch"
     model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
-    pixels = np.full((480, 640, 3), 127, dtype=np.uint8)
-    with input_errors():
-        if args.sample_image:
-            pixels = read_image(args.sample_image, cfg.INPUT.FORMAT)
-        image = resized_item({"file_name": args.sample_image, "image_id": 0}, pixels, cfg)["image"].float()
-        is_constant = args.noise == "constant"
-        path = export_detector(model, args.format, args.output, cfg, classes, image, is_constant)
+    image = resized_item({"file_name": args.sample_image, "image_id": 0}, pixels, cfg)["image"].float()
+    is_constant = args.noise == "constant"
+    path = export_detector(model, args.format, args.output, cfg, classes, image, is_constant)
     print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
     if not args.run_eval:
         return
-    with input_errors():
-        DETECTION.register(cfg)
-        if resolve_classes(cfg) != list(classes):
-            raise UserError(f"DATASETS.TEST has other classes than the weights, {', '.join(classes)}.")
+    DETECTION.register(cfg)
+    if resolve_classes(cfg) != list(classes):
+        raise UserError(f"DATASETS.TEST has other classes than the weights, {', '.join(classes)}.")
     eager = prepared_model(model)
     eager = ConstantNoise(eager) if is_constant else eager
     results = {}

@@ -8,11 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.command_line import exit_status, parser_of  # noqa: E402
+from dfm_d2.errors import exit_status  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of(__doc__)
+    """Exit status: 0 done, 2 something that the user can put right."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder to write, for example data/shapes")
     parser.add_argument("--train", type=int, default=1500, help="number of training images")
     parser.add_argument("--val", type=int, default=300, help="number of validation images")
@@ -23,10 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     from dfm_d2.detection.data.shapes import write_shapes
-    from dfm_d2.errors import input_errors
 
-    with input_errors():
-        wrote = write_shapes(args.out, args.train, args.val, args.size, args.seed)
+    wrote = write_shapes(args.out, args.train, args.val, args.size, args.seed)
     done = "wrote" if wrote else "already complete, nothing to do:"
     print(f"{done} {args.out} ({args.train} train, {args.val} val, {args.size} px, seed {args.seed})")
 

@@ -16,12 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
-from dfm_d2.command_line import exit_status, parser_of  # noqa: E402
+from dfm_d2.config import split_overrides  # noqa: E402
+from dfm_d2.errors import UserError, exit_status  # noqa: E402
 from dfm_d2.visualize import KINDS  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = parser_of(__doc__)
+    """Exit status: 0 done, 2 something that the user can put right."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--image", nargs="+", default=[], help="image files; else the first of DATASETS.TEST")
     parser.add_argument("--number", type=int, default=6, help="images of predictions.png")
@@ -31,46 +34,43 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--color", choices=("class", "predictor"), default="class", help="of flow.png")
     parser.add_argument("--metrics", help="metrics.json to draw as curves.png; else that of OUTPUT_DIR")
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
-    words, overrides = list(sys.argv[1:] if arguments is None else arguments), []
-    if not {"-h", "--help"} & set(words):
-        from dfm_d2.config import split_overrides  # the help needs no config
-
-        words, overrides = split_overrides(words)
+    words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(words)
-    args.opts += overrides
+    args.opts += opts
     if args.number < 1:
         parser.error(f"--number is {args.number}; it must be at least 1")
     return exit_status(run, args)
 
 
 def run(args: argparse.Namespace) -> None:
-    from dfm_d2.detection.flow_pictures import write_pictures
-    from dfm_d2.detection.loading import load_detector
     from dfm_d2.detection.task import DETECTION
-    from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
-    from dfm_d2.engine.run import load_for_inference
-    from dfm_d2.engine.setup import load_config, setup_run
-    from dfm_d2.errors import UserError, input_errors
-    from dfm_d2.visualize.curves import draw_curves
+    from dfm_d2.engine.setup import load_config, setup_run, validate_config
 
     if args.metrics and not Path(args.metrics).is_file():
         raise UserError(f"--metrics {args.metrics} does not exist: check the path.")
     cfg = load_config(DETECTION, args.config_file, args.opts)
+    validate_config(DETECTION, cfg)
+    if not args.image and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name a data set, or give files with --image.")
+    # Now that the config is right, what brings torch.
+    from dfm_d2.detection.flow_pictures import write_pictures
+    from dfm_d2.detection.loading import load_detector
+    from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
+    from dfm_d2.engine.run import load_for_inference
+    from dfm_d2.visualize.curves import draw_curves
+
     if args.image:  # no data set is needed
         model, classes = load_detector(cfg, explicit_device="MODEL.DEVICE" in args.opts[0::2])
-    elif not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty: name a data set, or give files with --image.")
     else:
         classes = setup_run(DETECTION, cfg, args)
         model = load_for_inference(DETECTION, cfg, classes)
     folder = args.out or cfg.OUTPUT_DIR
-    with input_errors():
-        paths = write_pictures(
-            cfg, model, classes, folder, args.image, args.number, args.score, args.kinds, args.color
-        )
-        metrics = args.metrics or Path(cfg.OUTPUT_DIR) / METRICS_FILE
-        if args.metrics or metrics.is_file():
-            paths.append(draw_curves(Path(folder) / "curves.png", read_metrics(metrics)))
+    paths = write_pictures(
+        cfg, model, classes, folder, args.image, args.number, args.score, args.kinds, args.color
+    )
+    metrics = args.metrics or Path(cfg.OUTPUT_DIR) / METRICS_FILE
+    if args.metrics or metrics.is_file():
+        paths.append(draw_curves(Path(folder) / "curves.png", read_metrics(metrics)))
     for path in paths:
         print(path)
 

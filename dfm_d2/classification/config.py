@@ -105,6 +105,7 @@ _OF_DETECTORS = (
 )
 REMOVED = {name: ({}, "") for name in _OF_DETECTORS.split()} | {
     "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
+    "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint"),
     "MODEL.CLASSIFIER.LOSS.WEIGHTING": ("plain", "the endpoint error weighs the same at every t"),
 }
 

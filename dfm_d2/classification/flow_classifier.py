@@ -103,7 +103,6 @@ class FlowClassifier(Classifier):
     Args (besides those of Classifier):
         label_space: the class embeddings. hidden_dim: of the predictors.
         criterion: the loss of a block. sampler: inference.
-        prediction: "endpoint" or "velocity", what a predictor's answer is.
         noise_samples: S. time_power: p of `t = u^p`, u uniform. shuffle_x_0: see MODEL.CLASSIFIER.SHUFFLE_X0.
     """
 
@@ -115,7 +114,6 @@ class FlowClassifier(Classifier):
         hidden_dim: int,
         criterion: EndpointLoss,
         sampler: ClassSampler,
-        prediction: str = "endpoint",
         noise_samples: int = 1,
         time_power: float = 1.0,
         shuffle_x_0: bool = False,
@@ -126,7 +124,6 @@ class FlowClassifier(Classifier):
         self.label_space = label_space
         self.criterion = criterion
         self.sampler = sampler
-        self.prediction = prediction
         self.noise_samples = noise_samples
         self.time_power = time_power
         self.shuffle_x_0 = shuffle_x_0
@@ -149,7 +146,6 @@ class FlowClassifier(Classifier):
                 temperature=c.LOSS.READOUT_TEMPERATURE,
             ),
             "sampler": ClassSampler(sampler_settings(c.SAMPLER), c.LOSS.READOUT_TEMPERATURE),
-            "prediction": cfg.MODEL.DFM.PREDICTION,
             "noise_samples": c.NOISE_SAMPLES,
             "time_power": c.TIME_POWER,
             "shuffle_x_0": c.SHUFFLE_X0,
@@ -212,10 +208,7 @@ class FlowClassifier(Classifier):
 
     def _endpoint(self, index: int, pooled: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The endpoint `(B, S, E)` of a block, from pooled `(B, C)`, `x_t` `(B, S, E)` and t `(B, S)`."""
-        answer = at_least_float32(self.block_predictors[index](pooled, x_t, t)).to(x_t.dtype)
-        if self.prediction == "velocity":
-            return x_t + (1 - t)[..., None] * answer
-        return answer
+        return at_least_float32(self.block_predictors[index](pooled, x_t, t)).to(x_t.dtype)
 
     # --------------------------------------------------------------- inference
 

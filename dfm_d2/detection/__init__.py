@@ -1,16 +1,7 @@
 """The flow detector, its end-to-end twin, their data and evaluation.
 
-`from dfm_d2.detection import FlowPredictor` gives the trained detector for use in programs.
+`from dfm_d2.detection import FlowPredictor` gives a trained detector for use in programs.
 """
-
-
-def __getattr__(name: str):
-    # Imported when it is asked for: it brings torch.
-    if name == "FlowPredictor":
-        from dfm_d2.detection.flow_predictor import FlowPredictor
-
-        return FlowPredictor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register(cfg) -> list[str]:
@@ -28,3 +19,12 @@ def register(cfg) -> list[str]:
 
     register_datasets(cfg)
     return resolve_classes(cfg)
+
+
+def __getattr__(name: str):
+    # Imported when it is asked for: it brings torch.
+    if name == "FlowPredictor":
+        from dfm_d2.detection.flow_predictor import FlowPredictor
+
+        return FlowPredictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

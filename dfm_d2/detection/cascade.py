@@ -48,7 +48,7 @@ class CascadeDetector(FlowDetector):
         for head in self.predictors:
             answer = head(features, self.space.proposals(x, image_sizes), x, t, queries)
             yield x, answer
-            x, queries = self.space.clamp(self.flow.endpoint(x, answer.boxes, t).detach()), answer.queries
+            x, queries = self.space.clamp(self.flow.endpoint(x, answer.boxes).detach()), answer.queries
 
     def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
         """One solver step towards the endpoint of the last head, after all the others."""

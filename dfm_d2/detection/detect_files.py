@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -11,39 +12,32 @@ import tqdm
 
 from dfm_d2.data.files import paths_by_stem, write_atomically, write_text_atomically
 from dfm_d2.data.images import ImageError, read_image
-from dfm_d2.detection.flow_predictor import FlowPredictor
 from dfm_d2.errors import UserError
-from dfm_d2.framework import Instances
-from dfm_d2.visualize.boxes import paint_detections
+from dfm_d2.visualize.paint import paint_detections
+
+if TYPE_CHECKING:
+    from dfm_d2.detection.flow_predictor import FlowPredictor
+    from dfm_d2.framework import CfgNode, Instances
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
-class VideoError(UserError):
-    """A video that cannot be read; the message names it."""
-
-    def __init__(self, file: Path):
-        super().__init__(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
-
-
 def detect_files(
+    cfg: "CfgNode",
     inputs: Sequence[str],
     output: str | Path,
-    config_file: str,
-    weights: str,
-    opts: Sequence[str] = (),
     batch_size: int = 1,
     score_thresh: float = 0.3,
 ) -> list[str]:
     """Write into `output` a picture of each image, detections.json of all images, and each video.
 
     Args:
-        inputs: images, folders of images, videos. opts: KEY VALUE overrides of the config file.
+        cfg: with MODEL.WEIGHTS. inputs: images, folders of images, videos.
         batch_size: images or frames that are computed at once. score_thresh: least score that is drawn.
 
     Returns:
-        An error message for each input that cannot be read.
+        An error message for each image and video that cannot be read or written.
 
     Raises:
         UserError: a name that does not exist, no image at all, an input that would be overwritten, or a
@@ -51,12 +45,16 @@ def detect_files(
     """
     images, videos = find_inputs(inputs)
     pictures, films = _output_files(images, output, ".png"), _output_files(videos, output, ".mp4")
-    predictor = FlowPredictor.from_files(config_file, weights, opts, batch_size)
+    from dfm_d2.detection.flow_predictor import (
+        FlowPredictor,
+    )  # now that the inputs are right: it brings torch
+
+    predictor = FlowPredictor(cfg, batch_size)
     failures = _detect_images(predictor, images, pictures, score_thresh) if images else []
     for video, film in zip(videos, films):
         try:
             _detect_video(predictor, video, film, score_thresh)
-        except VideoError as error:
+        except UserError as error:
             failures.append(str(error))
     return failures
 
@@ -91,7 +89,7 @@ def _output_files(files: Sequence[Path], folder: str | Path, ending: str) -> lis
 
 
 def _detect_images(
-    predictor: FlowPredictor, files: Sequence[Path], pictures: Sequence[Path], score_thresh: float
+    predictor: "FlowPredictor", files: Sequence[Path], pictures: Sequence[Path], score_thresh: float
 ) -> list[str]:
     """Write the picture of each file and detections.json of all; returns what could not be read."""
     failures: list[str] = []
@@ -111,22 +109,23 @@ def _detect_images(
     return failures
 
 
-def _as_dicts(instances: Instances, class_names: Sequence[str]) -> list[dict]:
+def _as_dicts(instances: "Instances", class_names: Sequence[str]) -> list[dict]:
     """Detections as plain values: box_xyxy in pixels of the image, score, class."""
     boxes, scores = instances.pred_boxes.tensor.tolist(), instances.scores.tolist()
     names = [class_names[label] for label in instances.pred_classes.tolist()]
     return [{"box_xyxy": b, "score": s, "class": name} for b, s, name in zip(boxes, scores, names)]
 
 
-def _detect_video(predictor: FlowPredictor, file: Path, path: Path, score_thresh: float) -> None:
+def _detect_video(predictor: "FlowPredictor", file: Path, path: Path, score_thresh: float) -> None:
     """Write the video `path` with what was found in each frame of `file`.
 
-    Raises VideoError where OpenCV reads no frame, UserError where it cannot write.
+    Raises UserError where OpenCV reads no frame or cannot write.
     """
+    unreadable = UserError(f"{file} is no video that OpenCV can read: convert it, for example to mp4.")
     source = cv2.VideoCapture(str(file))
     size = tuple(int(source.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
     if not source.isOpened() or min(size) < 1:
-        raise VideoError(file)
+        raise unreadable
     rate = source.get(cv2.CAP_PROP_FPS) or 25.0
     path.parent.mkdir(parents=True, exist_ok=True)
     target = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
@@ -149,7 +148,7 @@ def _detect_video(predictor: FlowPredictor, file: Path, path: Path, score_thresh
         target.release()
     if not written:
         path.unlink(missing_ok=True)
-        raise VideoError(file)
+        raise unreadable
 
 
 def _rgb_frames(source: cv2.VideoCapture) -> Iterator[np.ndarray]:

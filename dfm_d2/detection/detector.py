@@ -253,9 +253,7 @@ class FlowDetector(BoxFlowModel):
                 for index in range(self.num_predictors - 1):
                     x_t, t = inputs[index], samples[index].t
                     _, boxes = self._answer(index, features, x_t, t, prepared)
-                    inputs[index + 1] = self._next_input(
-                        index, x_t, self.flow.endpoint(x_t, boxes, t), prepared
-                    )
+                    inputs[index + 1] = self._next_input(index, x_t, self.flow.endpoint(x_t, boxes), prepared)
         t = torch.stack([sample.t for sample in samples])
         boxes_xyxy = torch.stack([self.space.proposals(x_t, prepared.image_sizes) for x_t in inputs])
         boxes, class_logits = self.predictors.answer_together(features, boxes_xyxy, torch.stack(inputs), t)
@@ -279,7 +277,7 @@ class FlowDetector(BoxFlowModel):
         self, class_logits: Tensor, boxes: Tensor, x_t: Tensor, t: Tensor, prepared: Prepared, gt_index
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one raw answer at `(x_t, t)`, and its endpoint `(B, N, 4)`."""
-        x_1_hat = self.flow.endpoint(x_t, boxes, t)
+        x_1_hat = self.flow.endpoint(x_t, boxes)
         class_logits = class_logits.to(x_t.dtype)
         if gt_index is None:
             gt_index = self.assigner(prepared.ground_truth, x_1_hat, class_logits)

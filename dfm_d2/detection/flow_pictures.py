@@ -3,20 +3,19 @@
 Shapes: N proposals, K solver steps, M field points.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from dfm_kernels.box_flow_update import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import read_image
 from dfm_d2.detection.data.loader import read_test_item
 from dfm_d2.detection.detector import FlowDetector
-from dfm_d2.detection.sampler import Flow
 from dfm_d2.engine.precision import inference_autocast
-from dfm_d2.flow import Trajectory
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.visualize import KINDS
 from dfm_d2.visualize.boxes import draw_flow, draw_predictions
@@ -93,87 +92,85 @@ def record_flow(model: FlowDetector, item: dict, with_field: bool = True) -> Flo
         with_field: also the velocity field of the box that ends with the greatest score: its centre is put on
             a grid of places, one after another, while all other boxes stay where they are.
     """
-    trajectory, image_sizes = model.trajectory([item])
-    flow, _ = model.field([item])
-    height, width = image_sizes[0].tolist()
-    scale = torch.tensor([item.get("width", width) / width, item.get("height", height) / height] * 2)
-
-    def pixels(x: Tensor) -> Tensor:
-        return model.space.decode(x, image_sizes)[0].cpu() * scale
-
-    steps = range(len(trajectory.steps))
-    scores, classes = zip(*(step.info.class_probs[0].cpu().max(-1) for step in trajectory.steps))
+    run = FlowRun(model, item)
+    steps = run.trajectory.steps
+    scores, classes = zip(*(step.info.class_probs[0].cpu().max(-1) for step in steps))
     followed = int(scores[-1].argmax()) if with_field else -1
-    points = _grid(height, width) if with_field else torch.zeros(0, 2)
+    points = run.grid() if with_field else torch.zeros(0, 2)
     return FlowRecord(
-        times=trajectory.times,
-        states=[pixels(x) for x in trajectory.states],
-        answers=[list(_answers(model, flow, image_sizes, trajectory, k, pixels)) for k in steps],
+        times=run.trajectory.times,
+        states=[run.pixels(x) for x in run.trajectory.states],
+        answers=[list(run.answers(k)) for k in range(len(steps))],
         classes=list(classes),
         scores=list(scores),
         detections=model.inference([item])[0]["instances"].to("cpu"),
         followed=followed,
-        field_points=points * scale[:2],
+        field_points=points * run.scale[:2],
         field=[
-            _field(model, flow, image_sizes, trajectory, k, followed, points.to(model.device)) * scale[:2]
-            for k in (steps if with_field else [])
+            run.field(k, followed, points) * run.scale[:2] for k in range(len(steps) if with_field else 0)
         ],
     )
 
 
-def _answers(
-    model: FlowDetector,
-    flow: Flow,
-    image_sizes: Tensor,
-    trajectory: Trajectory,
-    k: int,
-    pixels: Callable[[Tensor], Tensor],
-) -> Iterator[Answer]:
-    """What each predictor answers by itself in step `k`."""
-    x_t, t, t_next = trajectory.states[k], trajectory.times[k], trajectory.times[k + 1]
-    boxes_xyxy = model.space.proposals(x_t, image_sizes)
-    # The heads of a cascade answer one after another: what leaves is the last one's.
-    indices = model.predictors.answering(t, model.sampler.settings.predictors) if model.is_local else [-1]
-    settings = model.sampler.settings
-    try:
-        for index in indices:
-            if len(indices) > 1:
-                model.sampler.settings = replace(settings, predictors=(index,))
-            update = flow(x_t, boxes_xyxy, t, t_next)
-            score, label = update.class_probs[0].cpu().max(-1)
-            yield Answer(index % model.num_predictors, pixels(update.x_1_hat), label, score)
-    finally:
-        model.sampler.settings = settings
+class FlowRun:
+    """The flow of one image, and what is asked of the model along it.
 
+    Attributes:
+        trajectory: states and steps. image_sizes: `(1, 2)` as the network sees it.
+        scale: `(4,)` from there to pixels of the original image.
+    """
 
-def _grid(height: float, width: float) -> Tensor:
-    """Centres `(M, 2)` of even cells of the image as the network sees it."""
-    step = max(height, width) / _FIELD_POINTS
-    rows, columns = max(round(height / step), 1), max(round(width / step), 1)
-    y = (torch.arange(rows) + 0.5) * height / rows
-    x = (torch.arange(columns) + 0.5) * width / columns
-    return torch.cartesian_prod(y, x).flip(1)
+    def __init__(self, model: FlowDetector, item: dict):
+        self.model = model
+        self.trajectory, self.image_sizes = model.trajectory([item])
+        self._flow, _ = model.field([item])
+        height, width = self.image_sizes[0].tolist()
+        self.scale = torch.tensor([item.get("width", width) / width, item.get("height", height) / height] * 2)
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """Boxes `(N, 4)` of the original image, of a state."""
+        return self.model.space.decode(x, self.image_sizes)[0].cpu() * self.scale
 
-def _field(
-    model: FlowDetector,
-    flow: Flow,
-    image_sizes: Tensor,
-    trajectory: Trajectory,
-    k: int,
-    box: int,
-    points: Tensor,
-) -> Tensor:
-    """`(M, 2)` pixels of the network's image from each point to the centre of the endpoint found there."""
-    t, t_next = trajectory.times[k], trajectory.times[k + 1]
-    sides = model.space.decode(trajectory.states[k], image_sizes)[0, box]
-    half = (sides[2:] - sides[:2]).abs() / 2
-    moved = []
-    for point in points:
-        x_t = trajectory.states[k].clone()
-        there = torch.cat([point - half, point + half])
-        x_t[0, box] = model.space.encode(there[None, None], image_sizes)[0, 0]
-        end = flow(x_t, model.space.proposals(x_t, image_sizes), t, t_next).x_1_hat
-        corners = model.space.decode(end, image_sizes)[0, box]
-        moved.append((corners[:2] + corners[2:]) / 2 - point)
-    return torch.stack(moved).cpu()
+    def step(self, k: int, x_t: Tensor) -> BoxFlowUpdate:
+        """What the predictors of step `k` answer to `x_t` `(1, N, 4)`."""
+        boxes_xyxy = self.model.space.proposals(x_t, self.image_sizes)
+        return self._flow(x_t, boxes_xyxy, *self.trajectory.times[k : k + 2])
+
+    def answers(self, k: int) -> Iterator[Answer]:
+        """What each predictor answers by itself in step `k`."""
+        model, settings, indices = self.model, self.model.sampler.settings, [-1]
+        if model.is_local:  # else the heads answer one after another: what leaves is the last one's
+            indices = model.predictors.answering(self.trajectory.times[k], settings.predictors)
+        try:
+            for index in indices:
+                if len(indices) > 1:
+                    model.sampler.settings = replace(settings, predictors=(index,))
+                update = self.step(k, self.trajectory.states[k])
+                score, label = update.class_probs[0].cpu().max(-1)
+                yield Answer(index % model.num_predictors, self.pixels(update.x_1_hat), label, score)
+        finally:
+            model.sampler.settings = settings
+
+    def grid(self) -> Tensor:
+        """Centres `(M, 2)` of even cells of the image as the network sees it."""
+        height, width = self.image_sizes[0].tolist()
+        step = max(height, width) / _FIELD_POINTS
+        rows, columns = max(round(height / step), 1), max(round(width / step), 1)
+        y = (torch.arange(rows) + 0.5) * height / rows
+        x = (torch.arange(columns) + 0.5) * width / columns
+        return torch.cartesian_prod(y, x).flip(1)
+
+    def field(self, k: int, box: int, points: Tensor) -> Tensor:
+        """`(M, 2)` from each point to the centre of the endpoint of a box put there, pixels of the network's
+        image."""
+        space, state = self.model.space, self.trajectory.states[k]
+        sides = space.decode(state, self.image_sizes)[0, box]
+        half = (sides[2:] - sides[:2]).abs() / 2
+        moved = []
+        for point in points.to(state.device):
+            x_t = state.clone()
+            there = torch.cat([point - half, point + half])
+            x_t[0, box] = space.encode(there[None, None], self.image_sizes)[0, 0]
+            corners = space.decode(self.step(k, x_t).x_1_hat, self.image_sizes)[0, box]
+            moved.append((corners[:2] + corners[2:]) / 2 - point)
+        return torch.stack(moved).cpu()

@@ -49,7 +49,6 @@ def detector_arguments(cfg) -> dict:
         "flow": BoxFlow(
             signal_scale=dfm.SIGNAL_SCALE,
             box_weights=tuple(dfm.HEAD.BOX_WEIGHTS),
-            prediction=dfm.PREDICTION,
             aggregation=dfm.AGGREGATION,
         ),
         "sampler": BoxSampler(space, sampler_settings(cfg)),

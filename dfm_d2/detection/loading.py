@@ -6,7 +6,7 @@ from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.checkpoint import class_names_of
 from dfm_d2.engine.run import load_for_inference
 from dfm_d2.engine.setup import resolve_device, validate_config
-from dfm_d2.errors import UserError, input_errors
+from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode
 
 
@@ -18,9 +18,8 @@ def load_detector(cfg: CfgNode, explicit_device: bool = False) -> tuple[nn.Modul
     explicit_device: see ``resolve_device``.
     Raises UserError for bad values, a missing file and the weights of another model.
     """
-    with input_errors():
-        validate_config(DETECTION, cfg)
-        resolve_device(cfg, explicit_device)
+    validate_config(DETECTION, cfg)
+    resolve_device(cfg, explicit_device)
     weights, dfm = cfg.MODEL.WEIGHTS, cfg.MODEL.DFM
     if not weights:
         raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")

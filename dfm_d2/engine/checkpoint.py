@@ -15,14 +15,14 @@ from dfm_d2.data.files import remove_partial_files, write_atomically, write_text
 from dfm_d2.engine.weights import (
     MSRA,
     TORCHVISION,
-    Preprocessing,
+    check_pixels,
     convert_torchvision_resnet,
     find_torchvision_prefix,
     load_numpy_pickle,
     load_tensors,
 )
 from dfm_d2.errors import CheckpointError, UserError
-from dfm_d2.framework import PROVIDER, DetectionCheckpointer, PathManager, PeriodicCheckpointer
+from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManager, PeriodicCheckpointer
 
 # The entry of a checkpoint that says what made it: version, provider, class names, config.
 ABOUT = "dfm_d2"
@@ -32,7 +32,6 @@ LAST = "last_checkpoint"
 TRAINING_ONLY = "stage_predictors."
 
 _logger = logging.getLogger(__name__)
-
 
 # Keys that say what the weights mean and that their names and shapes do not show.
 MEANING = (
@@ -44,7 +43,6 @@ MEANING = (
     "MODEL.DFM.SIGNAL_SCALE",
     "MODEL.DFM.TIME",
     "MODEL.DFM.TIME_RATE",
-    "MODEL.DFM.PREDICTION",
     "MODEL.DFM.HEAD.IN_FEATURES",
     "MODEL.DFM.HEAD.BOX_WEIGHTS",
     "MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE",
@@ -52,32 +50,36 @@ MEANING = (
     "MODEL.CLASSIFIER.POOL",
     "INPUT.IMAGE_SIZE",
 )
+# Those that are no keys any more: what all configs mean now.
+FORMER = {"MODEL.DFM.PREDICTION": "endpoint"}
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, with atomic writes, safe reads and errors instead of silent skips."""
+    """Detectron2's checkpointer, with atomic writes, safe reads and errors instead of silent skips.
+
+    ``load(path)`` continues or evaluates a run: every parameter must be there with its shape, and the classes
+    must be the same. ``load(path, [])`` takes weights to start from: heads may differ, but something must
+    match. Either way, weights whose pixels are known must be of those that the config makes.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         save_dir: str = "",
         *,
-        preprocessing: Preprocessing | None = None,
+        cfg: CfgNode | None = None,
         class_names: Sequence[str] = (),
-        config: str = "",
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
         """
-        preprocessing: checked against pretrained weights whose pixels are known; None checks nothing.
-        class_names: of the data set, in order; saved, and compared when a checkpoint is loaded strictly.
-        config: the run's config as yaml, saved.
+        cfg: the run's config, saved and compared with that of what is loaded; None compares nothing.
+        class_names: of the data set, in order; saved and compared, too.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        self.preprocessing = preprocessing
+        self.cfg = cfg
         self.class_names = list(class_names)
-        self.config = config
-        self._strict = False
+        self._whole = False
         self._path = ""
 
     def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
@@ -94,7 +96,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             "version": __version__,
             "provider": PROVIDER,
             "class_names": self.class_names,
-            "config": self.config,
+            "config": "" if self.cfg is None else self.cfg.dump(),
         }
         path = Path(self.save_dir) / f"{name}.pth"
         write_atomically(path, lambda file: torch.save(data, file))
@@ -106,17 +108,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Make --resume take this file of ``save_dir``."""
         write_text_atomically(Path(self.save_dir) / LAST, last_filename_basename)
 
-    def load(
-        self, path: str, checkpointables: list[str] | None = None, *, strict: bool = False
-    ) -> dict[str, Any]:
-        """Load ``path`` (a file or a URL) into the model, and ``checkpointables`` (all: None).
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load ``path`` (a file or a URL) into the model, and ``checkpointables`` (all: None), as said above.
 
-        strict: every parameter must be there with its shape, and the classes must be the same; for resuming
-        and evaluating. Without it heads may differ, for fine-tuning, but something must match.
-        Returns the entries that nothing took. Raises CheckpointError or UserError with one sentence.
+        Returns the entries that nothing took. Raises CheckpointError or UserError, one line.
         """
         local = _fetch(path) if path else ""
-        self._strict, self._path = strict, path
+        self._whole, self._path = checkpointables is None, path
         try:
             return super().load(local, checkpointables)
         except UserError:
@@ -126,12 +124,6 @@ class SafeCheckpointer(DetectionCheckpointer):
         finally:
             # Detectron2 asserts at the next load that this one came to its end.
             self._parsed_url_during_load = None
-
-    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Continue from ``last_checkpoint`` if ``resume`` and there is one, else load ``path``'s weights."""
-        if resume and self.has_checkpoint():
-            return self.load(self.get_checkpoint_file(), strict=True)
-        return self.load(path, checkpointables=[])
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         """{"model": {name: tensor or array}, ...} of a file; nothing in it is run."""
@@ -145,18 +137,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         elif "model" not in content:
             content = {"model": content.get("state_dict", content)}
         source = _source_of(content)
-        if source is not None and self.preprocessing is not None:
-            self.preprocessing.check(source, filename)
+        if source is not None and self.cfg is not None:
+            check_pixels(self.cfg, source, filename)
         if find_torchvision_prefix(content["model"]) is not None:
             content = {"model": convert_torchvision_resnet(content["model"]), "matching_heuristics": True}
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        """Load ``checkpoint["model"]``; what does not fit is an error (``load`` says when)."""
-        if self._strict:
-            self._check_classes(checkpoint.get(ABOUT, {}))
-            self._check_meaning(checkpoint.get(ABOUT, {}))
-            _check_shapes(self.model.state_dict(), checkpoint["model"], self._path)
+        """Load ``checkpoint["model"]``; what does not fit is an error (the class says when)."""
+        if self._whole:
+            self._check_run(checkpoint.get(ABOUT, {}))
+            self._check_shapes(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         missing = set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}
         # torch takes counters of batch norms as there where a file is of before they were.
@@ -174,24 +165,50 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         return incompatible
 
-    def _check_meaning(self, about: Mapping[str, Any]) -> None:
-        """CheckpointError if the weights were trained under another value of a key of MEANING."""
-        saved, here = (yaml.safe_load(text or "{}") for text in (about.get("config"), self.config))
-        for key in MEANING:
-            then, now = _lookup(saved, key), _lookup(here, key)
-            if then is not None and now is not None and then != now:
-                raise CheckpointError(
-                    f"{self._path} was trained with {key} {then}, but the config has {now}: its weights mean "
-                    "something else there; set the key back."
-                )
-
-    def _check_classes(self, about: Mapping[str, Any]) -> None:
+    def _check_run(self, about: Mapping[str, Any]) -> None:
+        """CheckpointError if the weights were trained for other classes, or with another key of MEANING."""
         saved = list(about.get("class_names", []))
         if saved and self.class_names and saved != self.class_names:
             raise CheckpointError(
                 f"{self._path} was trained for the classes {', '.join(saved)}, but the data set has "
                 f"{', '.join(self.class_names)}: use its data set, or set "
                 "DATASETS.CLASSES to its classes, in its order."
+            )
+        texts = about.get("config"), "" if self.cfg is None else self.cfg.dump()
+        configs = [yaml.safe_load(text or "{}") for text in texts]
+        for key in (*MEANING, *FORMER):
+            then, now = (_lookup(config, key) for config in configs)
+            now = FORMER.get(key) if now is None else now
+            if then is not None and now is not None and then != now:
+                raise CheckpointError(
+                    f"{self._path} was trained with {key} {then}, but the config has {now}: its weights mean "
+                    "something else there; use the config that it was trained with."
+                )
+
+    def _check_shapes(self, saved: Mapping[str, Any]) -> None:
+        """CheckpointError unless ``saved`` has the entries of the model with their shapes, and no others.
+
+        Those of TRAINING_ONLY may be there or not: checkpoints of one update mode load in another.
+        """
+        model = self.model.state_dict()
+        for name, value in model.items():
+            if name not in saved and name.startswith(TRAINING_ONLY):
+                continue
+            if name not in saved:
+                raise CheckpointError(
+                    f"{self._path} has no {name}: it is of another model configuration than this run's."
+                )
+            if tuple(saved[name].shape) != tuple(value.shape):
+                raise CheckpointError(
+                    f"{self._path} has {name} with the shape {tuple(saved[name].shape)}, this run's model "
+                    f"{tuple(value.shape)}: use the config that it was trained with."
+                )
+        # A predictor too many is no harmless rest: the others were trained on the intervals between them.
+        unknown = next((n for n in saved if n not in model and not n.startswith(TRAINING_ONLY)), None)
+        if unknown is not None:
+            raise CheckpointError(
+                f"{self._path} has {unknown}, which this run's model does not have: use the config that it "
+                "was trained with."
             )
 
 
@@ -211,14 +228,12 @@ class CheckpointHook(PeriodicCheckpointer):
         super().before_train()
         folder = Path(self.checkpointer.save_dir)
         remove_partial_files(folder)
-        start = self.trainer.start_iter
-        found = {int(path.stem[-7:]): path for path in folder.glob("model_" + "[0-9]" * 7 + ".pth")}
+        found = sorted(folder.glob("model_" + "[0-9]" * 7 + ".pth"))
         # A later one, which a kill left without its last_checkpoint, is about to be written again.
-        made = [str(found[iteration]) for iteration in sorted(found) if iteration < start]
-        excess = len(made) - self.max_to_keep if self.max_to_keep else 0
-        for path in made[: max(excess, 0)]:
-            os.unlink(path)
-        self.recent_checkpoints = made[max(excess, 0) :]
+        made = [str(path) for path in found if int(path.stem[-7:]) < self.trainer.start_iter]
+        while self.max_to_keep and len(made) > self.max_to_keep:
+            os.unlink(made.pop(0))
+        self.recent_checkpoints = made
 
     def after_step(self) -> None:
         """Save when it is time to."""
@@ -274,29 +289,3 @@ def _source_of(content: Mapping[str, Any]) -> str | None:
     if author == "torchvision" or find_torchvision_prefix(content["model"]) is not None:
         return TORCHVISION
     return None
-
-
-def _check_shapes(model: Mapping[str, torch.Tensor], saved: Mapping[str, Any], path: str) -> None:
-    """CheckpointError unless ``saved`` has the entries of ``model`` with their shapes, and no others.
-
-    Those of TRAINING_ONLY may be there or not: checkpoints of one update mode load in another.
-    """
-    for name, value in model.items():
-        if name not in saved and name.startswith(TRAINING_ONLY):
-            continue
-        if name not in saved:
-            raise CheckpointError(
-                f"{path} has no {name}: it is of another model configuration than this run's."
-            )
-        if tuple(saved[name].shape) != tuple(value.shape):
-            raise CheckpointError(
-                f"{path} has {name} with the shape {tuple(saved[name].shape)}, this run's model "
-                f"{tuple(value.shape)}: use the config that it was trained with."
-            )
-    # A predictor too many is no harmless rest: the others were trained on the intervals between them.
-    unknown = next((n for n in saved if n not in model and not n.startswith(TRAINING_ONLY)), None)
-    if unknown is not None:
-        raise CheckpointError(
-            f"{path} has {unknown}, which this run's model does not have: use the config that it was trained "
-            "with."
-        )

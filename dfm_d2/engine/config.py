@@ -22,8 +22,6 @@ KEYS = (
     # ---- the model
     # K; 0: that of the training set.
     Key("MODEL.DFM.NUM_CLASSES", 0, least=0),
-    # What a predictor answers: the endpoint x_1, or the velocity.
-    Key("MODEL.DFM.PREDICTION", "endpoint", choices=("endpoint", "velocity")),
     # "triton": the kernels of docs/kernels.md, an error where one cannot run; "auto": for CUDA tensors that
     # they take. With either the detector's sampler is one CUDA graph for each padded shape that comes back.
     # "torch" stays the default until they have been measured on a GPU.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dfm_d2.engine.checkpoint import TRAINING_ONLY
+from dfm_d2.framework import HookBase
 
 
 class ModelEMA:
@@ -20,8 +21,6 @@ class ModelEMA:
 
     def __init__(self, model: nn.Module, decay: float):
         """``decay`` in (0, 1); the average starts as the model's present weights."""
-        if not 0.0 < decay < 1.0:
-            raise ValueError(f"SOLVER.EMA_DECAY is {decay}; it must be between 0 (off) and 1.")
         self.model = model
         self.decay = decay
         self.restart()
@@ -29,7 +28,10 @@ class ModelEMA:
     def restart(self) -> None:
         """Begin a new average at the model's present weights."""
         self.updates = 0
-        self.weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.weights = self._own_weights()
+
+    def _own_weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -45,7 +47,7 @@ class ModelEMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it the model has the averaged weights; afterwards its own again, bit for bit."""
-        own = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        own = self._own_weights()
         self.model.load_state_dict(self.weights)
         try:
             yield
@@ -61,15 +63,23 @@ class ModelEMA:
 
         What only training uses and was not trained then begins at the model's present weights.
         """
-        weights, present = dict(state_dict["weights"]), self.model.state_dict()
-        for name in self.weights:
-            if name.startswith(TRAINING_ONLY):
-                weights.setdefault(name, present[name])
+        present = self.model.state_dict()
         for name, value in self.weights.items():
-            if name not in weights or weights[name].shape != value.shape:
+            default = present[name] if name.startswith(TRAINING_ONLY) else None
+            saved = state_dict["weights"].get(name, default)
+            if saved is None or saved.shape != value.shape:
                 raise ValueError(
                     f"The checkpoint's averaged weights do not have {name} {tuple(value.shape)}."
                 )
+            value.copy_(saved)
         self.updates = state_dict["updates"]
-        for name, value in self.weights.items():
-            value.copy_(weights[name])
+
+
+class EMAHook(HookBase):
+    """Takes the weights of every iteration into the average."""
+
+    def __init__(self, ema: ModelEMA):
+        self.ema = ema
+
+    def after_step(self) -> None:
+        self.ema.update()

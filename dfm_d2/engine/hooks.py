@@ -1,4 +1,4 @@
-"""Hooks of our own: progress, the averaged weights, and the best checkpoint."""
+"""Hooks of our own: evaluation, the best checkpoint, one state of all processes, and progress."""
 
 import collections
 import datetime
@@ -8,30 +8,25 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 import tqdm
+from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.framework import EvalHook, HookBase
-from dfm_d2.local_update import predictor_index
+from dfm_d2.framework import EvalHook, HookBase, inference_on_dataset
+from dfm_d2.local_update import BlockOptimizer, predictor_index
+from dfm_d2.local_update.processes import mean_over_processes
 
 _logger = logging.getLogger(__name__)
 
 BEST = "model_best"
-
-
-class EMAHook(HookBase):
-    """Takes the weights of every iteration into the average."""
-
-    def __init__(self, ema: ModelEMA):
-        self.ema = ema
-
-    def after_step(self) -> None:
-        """Update the average."""
-        self.ema.update()
 
 
 class FinalEvalHook(EvalHook):
@@ -39,7 +34,6 @@ class FinalEvalHook(EvalHook):
     process would wait for others that are still at work on it."""
 
     def after_train(self) -> None:
-        """Evaluate, unless training failed."""
         if not self.trainer.failed:
             super().after_train()
 
@@ -69,28 +63,74 @@ class BestCheckpointHook(HookBase):
 
     def after_step(self) -> None:
         """Look at the evaluation of this iteration, if there was one."""
-        self._look()
+        storage, iteration = self.trainer.storage, min(self.trainer.iter, self.trainer.max_iter - 1)
+        measured = {name: value for name, (value, at) in storage.latest().items() if at == storage.iter}
+        value = measured.get(self.metric)
+        if value is None:
+            scores = sorted(name for name in measured if name.startswith(("bbox", "accuracy")))
+            if scores:
+                said = "TEST.BEST_METRIC %s is not among what is measured: %s"
+                _logger.warning(said, self.metric, ", ".join(scores))
+        elif value > self.best:
+            self.best = value
+            self.checkpointer.save(BEST, tag=False, iteration=iteration)
+            record = {"metric": self.metric, "value": value, "iteration": iteration}
+            write_text_atomically(self.record, json.dumps(record) + "\n")
+            _logger.info("Best %s so far: %.2f at iteration %d", self.metric, value, iteration)
 
     def after_train(self) -> None:
-        """Look at the last evaluation, unless training failed."""
         if not self.trainer.failed:
-            self._look()
+            self.after_step()
 
-    def _look(self) -> None:
-        storage = self.trainer.storage
-        latest = storage.latest()
-        measured = sorted(name for name in latest if name.startswith(("bbox", "accuracy")))
-        if self.metric not in latest and measured:
-            names = ", ".join(measured)
-            _logger.warning("TEST.BEST_METRIC %s is not among what is measured: %s", self.metric, names)
-        value, iteration = latest.get(self.metric, (float("-inf"), -1))
-        if iteration != storage.iter or value <= self.best:
+
+class GatherHook(HookBase):
+    """Brings the processes to one state before an evaluation or a checkpoint looks at it."""
+
+    def __init__(self, periods: Sequence[int], ema: ModelEMA | None = None):
+        """
+        periods: of those, in iterations; 0: never. After the last iteration in any case.
+        ema: averaged weights, which are treated as the weights are.
+        """
+        self.periods = [period for period in periods if period > 0]
+        self.ema = ema
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Gather if it is time to: all processes at the same time."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
+            self._average_statistics()
+            if self.trainer.optimizer.grid.members > 1:
+                self._gather_predictors(self.trainer.optimizer)
+
+    def _average_statistics(self) -> None:
+        """Of batch norms: each process has seen its own images; what is evaluated must be what is saved."""
+        for name, module in self.trainer.model.named_modules():
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+                continue
+            for key in ("running_mean", "running_var"):
+                averages = [] if self.ema is None else [self.ema.weights[f"{name}.{key}"]]
+                for tensor in (getattr(module, key), *averages):
+                    tensor.copy_(mean_over_processes(tensor))
+
+    def _gather_predictors(self, optimizer: BlockOptimizer) -> None:
+        """Parameters go to all of the row, the state of their optimizers to the first process."""
+        grid, state, owned = optimizer.grid, optimizer.state_by_name(), {}
+        for block, named in self.trainer.model.blocks().items():
+            if predictor_index(block) is None:
+                continue
+            owner = grid.owner(predictor_index(block))
+            for name, parameter in named:
+                averages = [] if self.ema is None else [self.ema.weights[name]]
+                for tensor in (parameter.data, *averages):
+                    dist.broadcast(tensor, grid.first + owner, group=grid.row)
+                if owner == grid.member and name in state:
+                    owned[name] = {k: x.cpu() if torch.is_tensor(x) else x for k, x in state[name].items()}
+        if grid.first != 0:  # the first process writes, of the first row
             return
-        self.best = value
-        self.checkpointer.save(BEST, tag=False, iteration=min(iteration, self.trainer.max_iter - 1))
-        record = {"metric": self.metric, "value": value, "iteration": iteration}
-        write_text_atomically(self.record, json.dumps(record) + "\n")
-        _logger.info("Best %s so far: %.2f at iteration %d", self.metric, value, iteration)
+        received: list[dict] | None = [{}] * grid.members if grid.member == 0 else None
+        dist.gather_object(owned, received, grid.first, group=grid.host)
+        optimizer.elsewhere = {name: entry for part in received or [] for name, entry in part.items()}
 
 
 class ProgressBar(HookBase):
@@ -104,39 +144,33 @@ class ProgressBar(HookBase):
         """``use_bar``: None asks whether stderr is a terminal."""
         self.period = period
         self.use_bar = sys.stderr.isatty() if use_bar is None else use_bar
-        self._bar: tqdm.tqdm | None = None
         self._durations: collections.deque[float] = collections.deque(maxlen=period)
-        self._last = 0.0
+        self._bar = tqdm.tqdm(disable=True)  # until training starts
 
     def before_train(self) -> None:
-        """Start the clock and, on a terminal, the bar."""
         self._last = time.perf_counter()
-        if self.use_bar:
-            self._bar = tqdm.tqdm(
-                total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it", dynamic_ncols=True
-            )
+        self._bar = tqdm.tqdm(
+            total=self.trainer.max_iter,
+            initial=self.trainer.start_iter,
+            unit="it",
+            dynamic_ncols=True,
+            disable=not self.use_bar,
+        )
 
     def after_step(self) -> None:
-        """Show where training is."""
-        now = time.perf_counter()
+        now, done, end = time.perf_counter(), self.trainer.iter + 1, self.trainer.max_iter
         self._durations.append(now - self._last)
         self._last = now
-        done = self.trainer.iter + 1
-        if self._bar is not None:
+        if self.use_bar:
             self._bar.update()
             self._bar.set_postfix_str(self.describe(), refresh=False)
-        elif done % self.period == 0 or done == self.trainer.max_iter:
+        elif done % self.period == 0 or done == end:
             seconds = statistics.median(self._durations)
-            left = datetime.timedelta(seconds=round(seconds * (self.trainer.max_iter - done)))
-            _logger.info(
-                "%d/%d  %s  %.3f s/it  ETA %s", done, self.trainer.max_iter, self.describe(), seconds, left
-            )
+            left = datetime.timedelta(seconds=round(seconds * (end - done)))
+            _logger.info("%d/%d  %s  %.3f s/it  ETA %s", done, end, self.describe(), seconds, left)
 
     def after_train(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def describe(self) -> str:
         """Such as ``total 9.12  predictor0 2.31  predictor1 2.28  lr 2.5e-04``."""
@@ -158,8 +192,31 @@ def loss_by_block(metrics: dict[str, float]) -> dict[str, float]:
         if match:
             totals[match[1]] = totals.get(match[1], 0.0) + value
 
-    def order(block: str) -> tuple:  # predictor2 before predictor10, stages of the backbone after them
-        index = predictor_index(block)
-        return (1, 0, block) if index is None else (0, index, "")
+    def numbers(block: str) -> list:  # predictor2 before predictor10
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", block)]
 
-    return {block: totals[block] for block in sorted(totals, key=order)}
+    return {block: totals[block] for block in sorted(totals, key=numbers)}
+
+
+@contextmanager
+def evaluation_bar(
+    loader: Collection[list[dict]], title: str, use_bar: bool | None = None
+) -> Iterator[Collection[list[dict]]]:
+    """Within it, what to give ``inference_on_dataset``: the batches, with a bar on a terminal.
+
+    Elsewhere the loader itself: ``inference_on_dataset`` logs a line with the time left every few seconds,
+    on both providers; these lines are held back while there is a bar.
+
+    use_bar: None asks whether stderr is a terminal.
+    """
+    if not (sys.stderr.isatty() if use_bar is None else use_bar):
+        yield loader
+        return
+    lines = logging.getLogger(inference_on_dataset.__module__)
+    level = lines.level
+    lines.setLevel(logging.WARNING)
+    try:
+        with tqdm.tqdm(loader, desc=title, unit="batch", dynamic_ncols=True, leave=False) as bar:
+            yield bar
+    finally:
+        lines.setLevel(level)

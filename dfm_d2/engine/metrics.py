@@ -15,37 +15,40 @@ METRICS_FILE = "metrics.json"
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; none where it does not exist. A torn last line is left out.
 
-    Raises ValueError naming the line where another one is damaged.
+    Raises UserError naming the line where another one is damaged.
     """
     path = Path(path)
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().rstrip().split(b"\n")
     entries = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            entry = json.loads(line)
+            entries += [json.loads(line)] if line.strip() else []
         except ValueError as error:
-            if all(not later.strip() for later in lines[number:]):
-                break
-            raise UserError(f"{path}: line {number} is damaged; move the file away.") from error
-        entries.append(entry)
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is damaged; move the file away.") from error
     return entries
 
 
-def cut_back(path: str | Path, start_iteration: int) -> int:
+def append_metrics(path: str | Path, iteration: int, results: Mapping[str, Any]) -> None:
+    """Add the line of an evaluation that was no part of a training."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(_line({"iteration": iteration, **flatten(results)}))
+
+
+def cut_back(path: str | Path, start_iteration: int) -> None:
     """Drop the lines of iteration ``start_iteration`` and later, which are about to be trained again.
 
-    Atomic: a kill leaves the old file or the new one. Returns how many lines are left.
+    Atomic: a kill leaves the old file or the new one.
     """
-    path = Path(path)
     kept = [entry for entry in read_metrics(path) if entry.get("iteration", -1) < start_iteration]
-    if path.exists():
-        text = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept)
-        write_text_atomically(path, text)
-    return len(kept)
+    if Path(path).exists():
+        write_text_atomically(path, "".join(map(_line, kept)))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True) + "\n"
 
 
 def flatten(results: Mapping[str, Any]) -> dict[str, float]:

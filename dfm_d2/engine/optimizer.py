@@ -1,7 +1,6 @@
 """The optimizer that a config asks for: which options each parameter has."""
 
 import logging
-from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +8,7 @@ from torch import nn
 from dfm_d2.framework import CfgNode
 from dfm_d2.local_update import BlockOptimizer, ProcessGrid, check_blocks
 
-BACKBONE_PREFIX = "backbone.bottom_up"
+_logger = logging.getLogger(__name__)
 
 # Parameters of these are not weight-decayed by SOLVER.WEIGHT_DECAY but by SOLVER.WEIGHT_DECAY_NORM.
 NORM_TYPES = (
@@ -33,36 +32,35 @@ def build_block_optimizer(
     has ``SOLVER.WEIGHT_DECAY``, as in Detectron2); the learning rate of ``backbone.bottom_up`` is multiplied
     by ``SOLVER.BACKBONE_MULTIPLIER`` and that of biases by ``SOLVER.BIAS_LR_FACTOR``.
     """
-    solver = cfg.SOLVER
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    blocks = model.blocks()
-    check_blocks(blocks, trainable)
-    norms = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, NORM_TYPES)
-        for parameter in module.parameters(recurse=False)
-    }
+    solver, blocks = cfg.SOLVER, model.blocks()
+    check_blocks(blocks, [(name, p) for name, p in model.named_parameters() if p.requires_grad])
+    modules = [module for module in model.modules() if isinstance(module, NORM_TYPES)]
+    norms = {parameter for module in modules for parameter in module.parameters(recurse=False)}
 
-    def options(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    def rate_and_decay(name: str, parameter: nn.Parameter) -> tuple[float, float]:
         rate, decay = solver.BASE_LR, solver.WEIGHT_DECAY
-        is_bias = name.rsplit(".", 1)[-1] == "bias"
-        if name.startswith(BACKBONE_PREFIX):
+        if name.startswith("backbone.bottom_up"):
             rate *= solver.BACKBONE_MULTIPLIER
-        if is_bias:
+        if name.rsplit(".", 1)[-1] == "bias":
             rate *= solver.BIAS_LR_FACTOR
             decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
-        if parameter in norms:
-            decay = solver.WEIGHT_DECAY_NORM
-        return {"lr": rate, "weight_decay": decay}
+        return rate, solver.WEIGHT_DECAY_NORM if parameter in norms else decay
 
-    def make_optimizer(groups: list[dict]) -> torch.optim.Optimizer:
-        sgd = partial(torch.optim.SGD, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
-        kinds = {"adamw": torch.optim.AdamW, "sgd": sgd}
-        return kinds[solver.OPTIMIZER](groups, lr=solver.BASE_LR, fused=True)
+    def make_optimizer(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        parameters: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in named:
+            parameters.setdefault(rate_and_decay(name, parameter), []).append(parameter)
+        groups = [
+            {"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in parameters.items()
+        ]
+        if solver.OPTIMIZER == "adamw":
+            return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)
+        return torch.optim.SGD(
+            groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=True
+        )
 
-    optimizer = BlockOptimizer(blocks, make_optimizer, options, solver.BLOCK_CLIP_NORM, scaler, grid)
+    optimizer = BlockOptimizer(blocks, make_optimizer, solver.BLOCK_CLIP_NORM, scaler, grid)
     sizes = {block: sum(p.numel() for p in parameters) for block, parameters in optimizer.blocks.items()}
     summary = ", ".join(f"{block} {size / 1e6:.2f}M" for block, size in sizes.items())
-    logging.getLogger(__name__).info("%s, one per block: %s parameters", optimizer.kind, summary)
+    _logger.info("%s, one per block: %s parameters", optimizer.kind, summary)
     return optimizer

@@ -1,8 +1,10 @@
 """Which precision a step computes in."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -14,7 +16,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether ``device`` has instructions for bfloat16, so that it is faster than float32, not slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool({"avx512_bf16", "amx_bf16"} & _processor_flags())
+    processors = Path("/proc/cpuinfo")  # not on every system
+    flags = processors.read_text(encoding="utf-8", errors="replace") if processors.exists() else ""
+    return re.search(r"\b(avx512|amx)_bf16\b", flags) is not None
 
 
 def resolve_amp_dtype(enabled: bool, name: str, device: torch.device) -> torch.dtype | None:
@@ -46,15 +50,3 @@ def inference_autocast(cfg: CfgNode) -> AbstractContextManager:
     """The autocast of ``SOLVER.AMP``, in which inference computes as training does; a new context."""
     device = torch.device(cfg.MODEL.DEVICE)
     return autocast_factory(device, resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device))()
-
-
-def _processor_flags() -> set[str]:
-    """The instruction-set flags of the first processor in /proc/cpuinfo; empty where there is none."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("flags"):
-                    return set(line.split(":", 1)[1].split())
-    except FileNotFoundError:
-        pass
-    return set()

@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,16 @@ from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, FinalEvalHook, ProgressBar
-from dfm_d2.engine.metrics import METRICS_FILE, cut_back, flatten
+from dfm_d2.engine.ema import EMAHook, ModelEMA
+from dfm_d2.engine.hooks import BestCheckpointHook, FinalEvalHook, GatherHook, ProgressBar, evaluation_bar
+from dfm_d2.engine.metrics import METRICS_FILE, append_metrics, cut_back, flatten
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
-from dfm_d2.engine.process_hooks import GatherBlocks, MeanStatistics
-from dfm_d2.engine.progress import evaluation_bar
 from dfm_d2.engine.task import Task
 from dfm_d2.engine.trainer import LocalUpdateTrainer
-from dfm_d2.engine.weights import Preprocessing
 from dfm_d2.errors import UserError, input_errors, output_errors
 from dfm_d2.framework import (
     CfgNode,
-    EventStorage,
     IterationTimer,
     JSONWriter,
     LRScheduler,
@@ -33,7 +30,7 @@ from dfm_d2.framework import (
     comm,
     inference_on_dataset,
 )
-from dfm_d2.local_update import ProcessGrid, RanksUpdate, Update, build_update
+from dfm_d2.local_update import ProcessGrid, RanksUpdate, build_update
 from dfm_d2.local_update.processes import broadcast_model
 
 _logger = logging.getLogger(__name__)
@@ -45,94 +42,80 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     resume: continue from the last checkpoint of ``OUTPUT_DIR`` if there is one. A run that is at its end
     already is only evaluated. Raises UserError for weights that are missing or do not fit.
     """
-    has_checkpoint = resume and (Path(cfg.OUTPUT_DIR) / LAST).exists()
+    folder, solver = Path(cfg.OUTPUT_DIR), cfg.SOLVER
+    continues = resume and (folder / LAST).exists()
     with input_errors():
-        model = task.build_model(task.without_pretrained(cfg) if has_checkpoint else cfg)
-    ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+        model = task.build_model(task.without_pretrained(cfg) if continues else cfg)
+    ema = ModelEMA(model, solver.EMA_DECAY) if solver.EMA_DECAY > 0 else None
     trainer = build_trainer(task, cfg, model)
-    trainer.register_hooks([IterationTimer(), LRScheduler(trainer.optimizer, trainer.scheduler)])
-    if ema is not None:
-        trainer.register_hooks([EMAHook(ema)])
-    periods = (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
-    if comm.get_world_size() > 1:
-        trainer.register_hooks([MeanStatistics(periods, ema)])
-    if isinstance(trainer.update, RanksUpdate):
-        trainer.register_hooks([GatherBlocks(trainer.update.grid, trainer.optimizer, periods, ema)])
+    gather = GatherHook((cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD), ema)
+    trainer.register_hooks(
+        [
+            IterationTimer(),
+            LRScheduler(),
+            EMAHook(ema) if ema is not None else None,
+            gather if comm.get_world_size() > 1 else None,
+        ]
+    )
     checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
-    start = _load_start(task, cfg, checkpointer, trainer, resume)
+    if continues:
+        checkpointer.load(checkpointer.get_checkpoint_file())
+        start = trainer.iter + 1
+    else:
+        if resume:
+            _logger.info("%s has no checkpoint yet: training from the start", folder)
+        task.check_start(cfg)
+        _load_weights(cfg, model, checkpointer)
+        start = 0
     comm.synchronize()  # the main process must not touch what another still reads
     if comm.is_main_process():
         with output_errors():
             if start == 0:
-                _set_aside(Path(cfg.OUTPUT_DIR))
+                _set_aside(folder)
             # Only now: a run that is refused must not replace the config of the checkpoints that are there.
-            write_text_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
-            cut_back(Path(cfg.OUTPUT_DIR) / METRICS_FILE, start)
+            write_text_atomically(folder / "config.yaml", cfg.dump())
+            cut_back(folder / METRICS_FILE, start)
     if ema is not None and ema.updates == 0:
         ema.restart()
-    if start >= cfg.SOLVER.MAX_ITER:
+    if start >= solver.MAX_ITER:
         _logger.info("Trained to iteration %d already (SOLVER.MAX_ITER): evaluating only", start)
         return _evaluate_and_record(task, cfg, model, ema, start)
     results: dict[str, Any] = {}
 
     def evaluate_and_keep() -> dict[str, float]:
-        if trainer.failed:
-            return {}
         results.clear()
         results.update(evaluate(task, cfg, model, ema))
         model.train()
         return flatten(results)
 
-    period, folder = cfg.SOLVER.LOG_PERIOD, cfg.OUTPUT_DIR
     # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
     trainer.register_hooks([FinalEvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
     if comm.is_main_process():
         writers = [
-            JSONWriter(str(Path(folder) / METRICS_FILE), window_size=period),
-            TensorboardXWriter(folder, window_size=period, purge_step=start),
+            JSONWriter(str(folder / METRICS_FILE), window_size=solver.LOG_PERIOD),
+            TensorboardXWriter(str(folder), window_size=solver.LOG_PERIOD, purge_step=start),
         ]
-        solver = cfg.SOLVER
         trainer.register_hooks(
             [
                 BestCheckpointHook(checkpointer, cfg.TEST.BEST_METRIC) if cfg.TEST.BEST_METRIC else None,
-                ProgressBar(period),
-                PeriodicWriter(writers, period),
+                ProgressBar(solver.LOG_PERIOD),
+                PeriodicWriter(writers, solver.LOG_PERIOD),
                 CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers),
             ]
         )
     model.train()
-    trainer.train(start, cfg.SOLVER.MAX_ITER)
+    trainer.train(start, solver.MAX_ITER)
     return results
 
 
 def evaluate_only(task: Task, cfg: CfgNode, class_names: list[str], resume: bool = False) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS`` (or, with resume, the last checkpoint) and add a line to metrics.json."""
-    model, ema, iteration = _load_trained(task, cfg, class_names, resume)
-    return _evaluate_and_record(task, cfg, model, ema, iteration)
+    return _evaluate_and_record(task, cfg, *_load_trained(task, cfg, class_names, resume))
 
 
 def load_for_inference(task: Task, cfg: CfgNode, class_names: list[str]) -> nn.Module:
     """The model of ``MODEL.WEIGHTS`` in evaluation mode. Raises UserError as ``evaluate_only`` does."""
     return _load_trained(task, cfg, class_names, resume=False)[0].eval()
-
-
-def _load_trained(
-    task: Task, cfg: CfgNode, class_names: list[str], resume: bool
-) -> tuple[nn.Module, ModelEMA | None, int]:
-    """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
-    with input_errors():
-        model = task.build_model(task.without_pretrained(cfg))
-    ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
-    checkpointer = build_checkpointer(cfg, model, class_names, ema)
-    path = (
-        checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
-    )
-    if not path:
-        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
-    extra = checkpointer.load(path, strict=True)
-    if ema is not None and ema.updates == 0:
-        raise UserError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
-    return model, ema, extra.get("iteration", -1) + 1
 
 
 def evaluate(task: Task, cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:
@@ -150,49 +133,45 @@ def evaluate(task: Task, cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = 
             with ema.applied():
                 averaged = _evaluate_set(task, cfg, model, name, f"{folder}_ema", " (averaged weights)")
             found |= {f"{task}_ema": scores for task, scores in averaged.items()}
-        if number == 0:
-            results |= found
-        else:
-            results[name] = found
+        results |= found if number == 0 else {name: found}
     return results
 
 
 def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrainer:
     """The trainer of a model; it has an optimizer and a ``scheduler`` but no hooks yet."""
-    device = torch.device(cfg.MODEL.DEVICE)
+    dfm, device = cfg.MODEL.DFM, torch.device(cfg.MODEL.DEVICE)
     dtype = resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
     _logger.info("precision: %s", "float32" if dtype is None else f"autocast to {dtype}")
     scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
-    ranks, world = cfg.MODEL.DFM.PREDICTOR_RANKS, comm.get_world_size()
+    ranks, world = dfm.PREDICTOR_RANKS, comm.get_world_size()
     if world % ranks:
         raise UserError(
             f"MODEL.DFM.PREDICTOR_RANKS is {ranks}: it must divide the number of processes, {world} "
             "(--num-gpus)."
         )
-    grid = ProcessGrid.build(ranks, getattr(model, "num_predictors", 0))  # a classifier has none
+    if ranks > 1 and scaler is not None:
+        raise UserError(
+            "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
+            "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
+        )
+    grid = ProcessGrid.build(ranks)
+    shared_out = RanksUpdate(grid, dfm.STEP_IN_BACKWARD) if ranks > 1 else None
+
+    def build_loader(position: int) -> Iterable[list[dict]]:
+        batches = task.train_loader(cfg, position)
+        return batches if shared_out is None else map(shared_out.of_row, batches)
+
     trainer = LocalUpdateTrainer(
         model,
-        lambda position: task.train_loader(cfg, position),
+        build_loader,
         build_block_optimizer(cfg, model, scaler, grid),
-        _build_update(cfg, grid, dtype),
+        shared_out or build_update(dfm.UPDATE, dfm.STEP_IN_BACKWARD),
         autocast_factory(device, dtype),
         images_per_step=cfg.SOLVER.IMS_PER_BATCH,
         window=cfg.SOLVER.LOG_PERIOD,
     )
     trainer.scheduler = build_lr_scheduler(cfg, trainer.optimizer)
     return trainer
-
-
-def _build_update(cfg: CfgNode, grid: ProcessGrid, dtype: torch.dtype | None) -> Update:
-    dfm = cfg.MODEL.DFM
-    if grid.members == 1:
-        return build_update(dfm.UPDATE, dfm.STEP_IN_BACKWARD)
-    if dtype == torch.float16:
-        raise UserError(
-            "SOLVER.AMP.DTYPE float16 has one loss scale for all blocks, which processes that own different "
-            "predictors cannot agree on: set it to bfloat16, or MODEL.DFM.PREDICTOR_RANKS 1."
-        )
-    return RanksUpdate(grid, dfm.STEP_IN_BACKWARD)
 
 
 def build_checkpointer(
@@ -205,55 +184,51 @@ def build_checkpointer(
     """The checkpointer of a run in ``OUTPUT_DIR``."""
     if ema is not None:
         checkpointables["ema"] = ema
-    return SafeCheckpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        preprocessing=Preprocessing.from_config(cfg),
-        class_names=class_names,
-        config=cfg.dump(),
-        **checkpointables,
-    )
+    return SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names, **checkpointables)
 
 
-def _load_start(
-    task: Task, cfg: CfgNode, checkpointer: SafeCheckpointer, trainer: LocalUpdateTrainer, resume: bool
-) -> int:
-    """Load the last checkpoint, or ``MODEL.WEIGHTS``. Returns the iteration to begin with."""
-    if resume and checkpointer.has_checkpoint():
-        checkpointer.resume_or_load("", resume=True)
-        return trainer.iter + 1
-    task.check_start(cfg)
-    model = trainer.model
+def _load_weights(cfg: CfgNode, model: nn.Module, checkpointer: SafeCheckpointer) -> None:
+    """``MODEL.WEIGHTS``, if any, to start a training from; all processes then have those of the first."""
     set_by_config = getattr(model, "set_by_config", ())
     own = {name: value.clone() for name, value in model.named_buffers() if name in set_by_config}
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    checkpointer.load(cfg.MODEL.WEIGHTS, [])
     model.load_state_dict(own, strict=False)
-    if resume:
-        _logger.info("%s has no checkpoint yet: training from the start", cfg.OUTPUT_DIR)
-    broadcast_model(trainer.model)
-    return 0
+    broadcast_model(model)
 
 
 def _set_aside(folder: Path) -> None:
     """Rename what an earlier run left, so that --resume cannot take that run's checkpoint for this one's."""
-    for name in (METRICS_FILE, "last_checkpoint"):
+    for name in (METRICS_FILE, LAST):
         path = folder / name
         if path.exists():
             _logger.warning("%s holds an earlier run: its %s is now %s.previous", folder, name, name)
             path.replace(path.with_name(f"{name}.previous"))
 
 
+def _load_trained(
+    task: Task, cfg: CfgNode, class_names: list[str], resume: bool
+) -> tuple[nn.Module, ModelEMA | None, int]:
+    """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
+    with input_errors():
+        model = task.build_model(task.without_pretrained(cfg))
+    ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+    checkpointer = build_checkpointer(cfg, model, class_names, ema)
+    continues = resume and checkpointer.has_checkpoint()
+    path = checkpointer.get_checkpoint_file() if continues else cfg.MODEL.WEIGHTS
+    if not path:
+        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
+    extra = checkpointer.load(path)
+    if ema is not None and ema.updates == 0:
+        raise UserError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
+    return model, ema, extra.get("iteration", -1) + 1
+
+
 def _evaluate_and_record(
     task: Task, cfg: CfgNode, model: nn.Module, ema: ModelEMA | None, iteration: int
 ) -> dict[str, Any]:
     results = evaluate(task, cfg, model, ema)
-    if not comm.is_main_process():
-        return results
-    with EventStorage(iteration) as storage:
-        storage.put_scalars(**flatten(results), smoothing_hint=False)
-        writer = JSONWriter(str(Path(cfg.OUTPUT_DIR) / METRICS_FILE))
-        writer.write()
-        writer.close()
+    if comm.is_main_process():
+        append_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE, iteration, results)
     return results
 
 

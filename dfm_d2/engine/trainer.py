@@ -13,7 +13,7 @@ from torch import Tensor
 from dfm_d2.errors import UserError, input_errors, output_errors
 from dfm_d2.framework import TrainerBase
 from dfm_d2.local_update import BlockOptimizer, LocallyTrainable, NonFiniteLossError, Update
-from dfm_d2.local_update.processes import gathered
+from dfm_d2.local_update.processes import gather_objects, mean_of_metrics
 from dfm_d2.local_update.updates import Autocast
 
 # What to do about a loss that is not finite.
@@ -23,10 +23,20 @@ _ADVICE = (
 )
 
 
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is about something else than an error that says all there is to say."""
+    return not (record.exc_info and isinstance(record.exc_info[1], NonFiniteLossError | UserError))
+
+
+# Detectron2's loop logs the traceback of whatever ends it.
+logging.getLogger(TrainerBase.__module__).addFilter(_is_not_ours)
+
+
 class LocalUpdateTrainer(TrainerBase):
     """``run_step`` is: next batch, ``model.prepare``, ``update.step``, metrics into the storage.
 
-    Everything else (schedule, evaluation, checkpoints, progress) is a hook.
+    Everything else (schedule, evaluation, checkpoints, progress) is a hook. ``train`` raises
+    NonFiniteLossError, and UserError for data that cannot be trained on and for a full disk.
     """
 
     def __init__(
@@ -59,36 +69,17 @@ class LocalUpdateTrainer(TrainerBase):
         self._restored_history: dict[str, list[tuple[float, int]]] = {}
         self._metric_names: set[str] = set()
 
-    def train(self, start_iter: int, max_iter: int) -> None:
-        """Run the iterations ``start_iter`` to ``max_iter`` - 1.
-
-        Raises NonFiniteLossError, and UserError for data that cannot be trained on and for a full disk. They
-        say all there is to say: Detectron2's loop would log a traceback besides.
-        """
-        loop_log = logging.getLogger(TrainerBase.__module__)
-        loop_log.addFilter(_is_not_ours)
-        try:
-            super().train(start_iter, max_iter)
-        finally:
-            loop_log.removeFilter(_is_not_ours)
-
+    @output_errors()
     def before_train(self) -> None:
         """Put back the metric windows of the checkpoint, then the hooks' turn."""
         for name, values in self._restored_history.items():
             for value, iteration in values:
                 self.storage.put_scalar(name, value, cur_iter=iteration)
-        with output_errors():
-            super().before_train()
+        super().before_train()
 
-    def after_step(self) -> None:
-        """The hooks' turn. UserError where one of them finds the disk full."""
-        with output_errors():
-            super().after_step()
-
-    def after_train(self) -> None:
-        """The hooks' turn, also after an error; as after_step."""
-        with output_errors():
-            super().after_train()
+    # Hooks write files.
+    after_step = output_errors()(TrainerBase.after_step)
+    after_train = output_errors()(TrainerBase.after_train)
 
     def run_step(self) -> None:
         """One iteration. NonFiniteLossError names iteration and images and leaves the checkpoints intact."""
@@ -98,13 +89,14 @@ class LocalUpdateTrainer(TrainerBase):
         with input_errors():
             batch = next(self._open_stream())
         data_time = time.perf_counter() - start
-        batch = self.update.share(batch)
         prepared = self.model.prepare(batch, self.iter)
         try:
             metrics = self.update.step(self.model, prepared, self.optimizer, self.autocast)
         except NonFiniteLossError as error:
-            ids = gathered([item.get("image_id") for item in batch], error.raised_by)
-            raise error.at(self.iter, ids, _ADVICE) from None
+            lists = gather_objects([item.get("image_id") for item in batch], error.raised_by)
+            ids = list(dict.fromkeys(image_id for found in lists for image_id in found))
+            where = f" at iteration {self.iter}, image ids {ids}"
+            raise NonFiniteLossError(error.values, where=where, advice=_ADVICE) from None
         self.data_position += self.images_per_step
         self._write_metrics(metrics, data_time)
         self.failed = False
@@ -122,7 +114,7 @@ class LocalUpdateTrainer(TrainerBase):
         return self._batches
 
     def _write_metrics(self, metrics: dict[str, Tensor], data_time: float) -> None:
-        values = self.update.of_all_processes(metrics)
+        values = mean_of_metrics(metrics)
         total = sum(value for key, value in values.items() if key.startswith("loss"))
         scalars = {"total_loss": total, **values}
         self.storage.put_scalars(**scalars)
@@ -134,11 +126,15 @@ class LocalUpdateTrainer(TrainerBase):
 
         Only tensors and plain Python values, so that ``torch.load(weights_only=True)`` reads it.
         """
+        histories = self.storage.histories()
         return super().state_dict() | {
             "optimizer": self.optimizer.state_dict(),
             "data_position": self.data_position,
             "rng": get_rng_state(),
-            "history": self._history(),
+            "history": {
+                name: [(float(value), int(step)) for value, step in histories[name].values()[-self.window :]]
+                for name in sorted(self._metric_names)
+            },
             "threads": torch.get_num_threads(),
         }
 
@@ -163,33 +159,14 @@ class LocalUpdateTrainer(TrainerBase):
             hooks["LRScheduler"] = {**schedule, **rates}
         return {**state_dict, "hooks": hooks} if hooks else state_dict
 
-    def _history(self) -> dict[str, list[tuple[float, int]]]:
-        """The last ``window`` values of the metrics of a step: {name: [(value, iteration), ...]}."""
-        histories = self.storage.histories()
-        return {
-            name: [(float(value), int(step)) for value, step in histories[name].values()[-self.window :]]
-            for name in sorted(self._metric_names)
-        }
-
-
-def _is_not_ours(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is about something else than an error that says all there is to say."""
-    return not (record.exc_info and isinstance(record.exc_info[1], NonFiniteLossError | UserError))
-
 
 def get_rng_state() -> dict[str, Any]:
     """The states of Python's, numpy's, torch's and every CUDA device's generator, as plain values."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     return {
         "python": (version, list(words), gauss),
-        "numpy": (
-            name,
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -199,8 +176,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what ``get_rng_state`` gave. CUDA states go to the devices that are there."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

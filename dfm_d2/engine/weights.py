@@ -7,13 +7,13 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
+from dfm_d2.framework import CfgNode
 
 # How the weights were trained: the pixels that they want.
 MSRA = "msra"
@@ -30,8 +30,6 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
 def _numpy_globals() -> dict[tuple[str, str], Any]:
     """{(module, name): object} of what a pickle of numpy arrays in dicts and lists may name."""
     reconstruct, arguments = np.empty(0).__reduce__()[:2]
-    scalar = np.float32(0).__reduce__()[0]
-    frombuffer = np.empty(1).__reduce_ex__(5)[0]
     allowed: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): arguments[0],
         ("numpy", "dtype"): np.dtype,
@@ -40,8 +38,8 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
     }
     for package in ("numpy.core", "numpy._core"):
         allowed[(f"{package}.multiarray", "_reconstruct")] = reconstruct
-        allowed[(f"{package}.multiarray", "scalar")] = scalar
-        allowed[(f"{package}.numeric", "_frombuffer")] = frombuffer
+        allowed[(f"{package}.multiarray", "scalar")] = np.float32(0).__reduce__()[0]
+        allowed[(f"{package}.numeric", "_frombuffer")] = np.empty(1).__reduce_ex__(5)[0]
     return allowed
 
 
@@ -94,16 +92,24 @@ def load_tensors(path: str) -> Any:
         raise CheckpointError(f"{path} is damaged ({first_line}): take an earlier checkpoint.") from error
 
 
-_TORCHVISION_STEM = "conv1.weight"
-
-
 def find_torchvision_prefix(state: Mapping[str, Any]) -> str | None:
     """The prefix under which ``state`` holds a torchvision ResNet ("" or such as "backbone."), or None."""
     for key in state:
-        prefix = key[: -len("layer1.0.conv1.weight")]
-        if key.endswith("layer1.0.conv1.weight") and prefix + _TORCHVISION_STEM in state:
+        prefix = key.removesuffix("layer1.0.conv1.weight")
+        if prefix != key and f"{prefix}conv1.weight" in state:
             return prefix
     return None
+
+
+# Names of a torchvision ResNet, and what Detectron2 calls them; applied one after the other.
+_DETECTRON2_NAMES = (
+    (r"^conv1\.", "stem.conv1."),
+    (r"^bn1\.", "stem.conv1.norm."),
+    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+)
 
 
 def convert_torchvision_resnet(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -117,76 +123,37 @@ def convert_torchvision_resnet(state: Mapping[str, torch.Tensor]) -> dict[str, t
         raise ValueError("Not the state dict of a torchvision ResNet: it has no layer1.0.conv1.weight.")
     converted = {}
     for key, value in state.items():
-        name = key[len(prefix) :]
-        if not key.startswith(prefix) or name.endswith("num_batches_tracked"):
-            continue
-        new_name = _detectron2_name(name)
-        if new_name is not None:
-            converted[new_name] = value
+        name = key.removeprefix(prefix)
+        for pattern, replacement in _DETECTRON2_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if key.startswith(prefix) and re.match(r"stem\.|res\d\.", name) and "num_batches" not in name:
+            converted[name] = value
     return converted
 
 
-def _detectron2_name(name: str) -> str | None:
-    """Detectron2's name of one torchvision ResNet entry; None for what a backbone does not have."""
-    if name.startswith("conv1."):
-        return f"stem.{name}"
-    if name.startswith("bn1."):
-        return f"stem.conv1.norm.{name[len('bn1.') :]}"
-    match = re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", name)
-    if match is None:
-        return None
-    stage, block, rest = int(match[1]) + 1, match[2], match[3]
-    rest = re.sub(r"^bn(\d)\.", r"conv\1.norm.", rest)
-    rest = rest.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-    return f"res{stage}.{block}.{rest}"
+def check_pixels(cfg: CfgNode, source: str, path: str) -> None:
+    """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them.
 
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What the config does to pixels before the backbone, and the choice in it that goes with that."""
-
-    format: str
-    pixel_mean: tuple[float, ...]
-    pixel_std: tuple[float, ...]
-    stride_in_1x1: bool
-    depth: int
-    groups: int = 1
-
-    @classmethod
-    def from_config(cls, cfg) -> "Preprocessing":
-        """Of ``INPUT.FORMAT``, ``MODEL.PIXEL_{MEAN,STD}`` and ``MODEL.RESNETS``."""
-        resnets = cfg.MODEL.RESNETS
-        return cls(
-            cfg.INPUT.FORMAT,
-            tuple(cfg.MODEL.PIXEL_MEAN),
-            tuple(cfg.MODEL.PIXEL_STD),
-            resnets.STRIDE_IN_1X1,
-            resnets.DEPTH,
-            resnets.NUM_GROUPS,
-        )
-
-    def check(self, source: str, path: str) -> None:
-        """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them.
-
-        MSRA's ResNets saw BGR pixels minus the mean and stride in the first 1x1 convolution; torchvision's
-        saw RGB pixels normalised by ImageNet's mean and deviation (here times 255) and stride in the 3x3.
-        """
-        if source == MSRA and self.groups > 1:
-            return  # ResNeXt of the same zoo: other pixels for each model
-        mean = (123.675, 116.28, 103.53)
-        wanted_format, wanted_mean, wanted_std, wanted_stride = (
-            ("BGR", mean[::-1], (1.0, 1.0, 1.0), True)
-            if source == MSRA
-            else ("RGB", mean, (58.395, 57.12, 57.375), False)
-        )
-        wrong = []
-        if self.format != wanted_format:
-            wrong.append(f"INPUT.FORMAT {wanted_format}")
-        if not np.allclose(self.pixel_mean, wanted_mean, atol=0.05):
-            wrong.append(f"MODEL.PIXEL_MEAN {list(wanted_mean)}")
-        if not np.allclose(self.pixel_std, wanted_std, atol=0.05):
-            wrong.append(f"MODEL.PIXEL_STD {list(wanted_std)}")
-        if self.depth >= 50 and self.stride_in_1x1 != wanted_stride:
-            wrong.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {wanted_stride}")
-        if wrong:
-            raise UserError(f"{path} holds {source} weights, which need {', '.join(wrong)}: set them.")
+    MSRA's ResNets saw BGR pixels minus the mean and stride in the first 1x1 convolution; torchvision's
+    saw RGB pixels normalised by ImageNet's mean and deviation (here times 255) and stride in the 3x3.
+    """
+    resnets, mean = cfg.MODEL.RESNETS, (123.675, 116.28, 103.53)
+    if source == MSRA and resnets.NUM_GROUPS > 1:
+        return  # ResNeXt of the same zoo: other pixels for each model
+    if source == MSRA:
+        order, mean, std, stride_in_1x1 = "BGR", mean[::-1], (1.0, 1.0, 1.0), True
+    else:
+        order, std, stride_in_1x1 = "RGB", (58.395, 57.12, 57.375), False
+    wrong = []
+    if cfg.INPUT.FORMAT != order:
+        wrong.append(f"INPUT.FORMAT {order}")
+    for key, found, wanted in (
+        ("MODEL.PIXEL_MEAN", cfg.MODEL.PIXEL_MEAN, mean),
+        ("MODEL.PIXEL_STD", cfg.MODEL.PIXEL_STD, std),
+    ):
+        if not np.allclose(found, wanted, atol=0.05):
+            wrong.append(f"{key} {list(wanted)}")
+    if resnets.DEPTH >= 50 and resnets.STRIDE_IN_1X1 != stride_in_1x1:
+        wrong.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {stride_in_1x1}")
+    if wrong:
+        raise UserError(f"{path} holds {source} weights, which need {', '.join(wrong)}: set them.")

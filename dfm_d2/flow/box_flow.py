@@ -13,24 +13,17 @@ from torch import Tensor
 class BoxFlow:
     """Args:
     signal_scale: s of the box space. box_weights: divide box deltas.
-    prediction: "endpoint" or "velocity", what a raw answer is. aggregation: "uniform" or "confidence".
+    aggregation: "uniform" or "confidence".
     """
 
     signal_scale: float
     box_weights: tuple[float, float, float, float] = (2.0, 2.0, 1.0, 1.0)
-    prediction: str = "endpoint"
     aggregation: str = "uniform"
 
-    def endpoint(self, x_t: Tensor, answer: Tensor, t: Tensor) -> Tensor:
-        """`x_1_hat` `(B, N, 4)` signal, not clamped, of one raw answer `(B, N, 4)` at `(x_t, t)`."""
-        return decode_endpoint(
-            x_t,
-            answer.to(x_t.dtype),
-            t,
-            signal_scale=self.signal_scale,
-            box_weights=self.box_weights,
-            prediction=self.prediction,
-        )
+    def endpoint(self, x_t: Tensor, answer: Tensor) -> Tensor:
+        """`x_1_hat` `(B, N, 4)` signal, not clamped, of one raw answer `(B, N, 4)` at `x_t`."""
+        answer = answer.to(x_t.dtype)
+        return decode_endpoint(x_t, answer, signal_scale=self.signal_scale, box_weights=self.box_weights)
 
     def update(
         self,
@@ -51,6 +44,5 @@ class BoxFlow:
             image_sizes,
             signal_scale=self.signal_scale,
             box_weights=self.box_weights,
-            prediction=self.prediction,
             aggregation=self.aggregation,
         )

@@ -6,15 +6,17 @@ checkpoint of one update mode loads into another.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfm_d2.local_update.blocks import NamedParameters, check_blocks
-from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.errors import check_finite
 from dfm_d2.local_update.processes import GradientReducer, ProcessGrid
+
+_logger = logging.getLogger(__name__)
 
 
 class BlockOptimizer(torch.optim.Optimizer):
@@ -27,16 +29,14 @@ class BlockOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         blocks: Mapping[str, NamedParameters],
-        make_optimizer: Callable[[list[dict]], torch.optim.Optimizer],
-        options: Callable[[str, nn.Parameter], dict[str, float]] = lambda name, parameter: {},
+        make_optimizer: Callable[[NamedParameters], torch.optim.Optimizer],
         clip_norm: float = 0.0,
         scaler: torch.amp.GradScaler | None = None,
         grid: ProcessGrid | None = None,
     ):
         """
         blocks: block name -> [(parameter name, parameter)]. A parameter in two blocks is a ValueError.
-        make_optimizer: inner optimizer of a list of parameter groups.
-        options: of a parameter's name and itself, the group options (``lr``, ``weight_decay``) it has.
+        make_optimizer: the inner optimizer of the parameters of a block.
         clip_norm: greatest gradient norm of a block; 0 is off.
         scaler: the loss scale of fp16. One scale for all blocks, since gradients of all of them meet in the
             shared features, but overflow is found, and the step skipped, for each block by itself.
@@ -49,79 +49,59 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.norms: dict[str, Tensor] = {}
         # Optimizer state, on the host, of blocks that another process steps, as it was when last gathered.
         self.elsewhere: dict[str, dict[str, Any]] = {}
-        self._grid = grid or ProcessGrid()
-        self._reducer = GradientReducer(self._grid)
+        self.grid = grid or ProcessGrid()
+        self._reducer = GradientReducer(self.grid)
         self._names = {parameter: name for named in blocks.values() for name, parameter in named}
-        self._inner = {
-            block: make_optimizer(_group(named, options)) for block, named in blocks.items() if named
-        }
-        first = next(iter(self._inner.values()))
-        self.kind = type(first).__name__
-        super().__init__(
-            [group for inner in self._inner.values() for group in inner.param_groups], dict(first.defaults)
-        )
-        self._share()
-
-    def _share(self) -> None:
-        """Make the group dicts and the state those of the inner optimizers."""
-        self.param_groups = [group for inner in self._inner.values() for group in inner.param_groups]
-        for inner in self._inner.values():
-            self.state.update(inner.state)
-            inner.state = self.state
+        self._inner = {block: make_optimizer(named) for block, named in blocks.items() if named}
+        inner = list(self._inner.values())
+        self.kind = type(inner[0]).__name__
+        super().__init__([group for one in inner for group in one.param_groups], dict(inner[0].defaults))
+        for one in inner:
+            one.state = self.state
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to differentiate: times the fp16 loss scale, when there is one."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
-    def block_norm(self, block: str) -> Tensor:
-        """Norm of the block's gradient, which is unscaled in place first; a scalar on its device."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self._inner[block])
-        grads = [parameter.grad for parameter in self.blocks[block] if parameter.grad is not None]
-        return nn.utils.get_total_norm(grads)
-
-    def step_block(self, block: str) -> None:
-        """Clip and step one block; its gradient's norm before clipping is then in ``norms[block]``.
-
-        Raises NonFiniteLossError, with nothing stepped, when the norm is not finite; under fp16 this block's
-        step is skipped instead.
-        """
-        self._step_blocks([block])
-
-    def step(self, closure: None = None) -> None:
-        """Clip and step every block that has a gradient, after all their norms are known to be finite.
-
-        The end of an iteration: the fp16 scale is updated here. A closure is a ValueError.
-        """
-        if closure is not None:
-            raise ValueError("BlockOptimizer takes no closure: a block's loss is evaluated once.")
-        self._step_blocks([block for block in self._inner if self._has_gradient(block)])
-        if self.scaler is not None:
-            self.scaler.update()
-
-    def zero_block(self, block: str) -> None:
-        """Free the gradients of one block."""
-        for parameter in self.blocks[block]:
-            parameter.grad = None
-
     def reduce_block(self, block: str) -> None:
         """Begin to average the gradient of a block over the processes: its backward is done."""
         self._reducer.start(block, self.blocks[block])
 
-    def _has_gradient(self, block: str) -> bool:
-        return any(parameter.grad is not None for parameter in self.blocks[block])
+    def step_block(self, block: str) -> None:
+        """Clip and step one block, and free its gradients; errors as in ``step``."""
+        self._step_blocks([block])
+        for parameter in self.blocks[block]:
+            parameter.grad = None
 
-    def _step_blocks(self, blocks: list[str]) -> None:
+    def step(self, closure: None = None) -> None:
+        """Clip and step every block that has a gradient; its norm before clipping is then in ``norms``.
+
+        The end of an iteration: the fp16 scale is updated here. Raises NonFiniteLossError, with nothing
+        stepped, for a norm that is not finite; under fp16 the step of its block is skipped instead. A closure
+        is a ValueError.
+        """
+        if closure is not None:
+            raise ValueError("BlockOptimizer takes no closure: a block's loss is evaluated once.")
+        has_gradient = {b: any(p.grad is not None for p in self.blocks[b]) for b in self._inner}
+        self._step_blocks([block for block in self._inner if has_gradient[block]])
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def _step_blocks(self, blocks: Sequence[str]) -> None:
         for block in blocks:
             self.reduce_block(block)
+        norms = {}
         for block in blocks:
             self._reducer.finish(block, self.blocks[block])
-        norms = {block: self.block_norm(block) for block in blocks}
-        if self.scaler is None and norms:
-            _check_norms(norms)
-        for block in blocks:
+            if self.scaler is not None:
+                self.scaler.unscale_(self._inner[block])
+            grads = [parameter.grad for parameter in self.blocks[block] if parameter.grad is not None]
+            norms[block] = nn.utils.get_total_norm(grads)
+        if self.scaler is None:
+            check_finite({f"gradient of block {block}": norm for block, norm in norms.items()})
+        for block, norm in norms.items():
             if self.clip_norm > 0:
-                nn.utils.clip_grads_with_norm_(self.blocks[block], self.clip_norm, norms[block])
+                nn.utils.clip_grads_with_norm_(self.blocks[block], self.clip_norm, norm)
             if self.scaler is None:
                 self._inner[block].step()
             else:
@@ -134,10 +114,10 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """{"kind", "groups": [{"names", options...}], "state": {parameter name: {key: value}}, "scaler"}."""
-        groups = []
-        for group in self.param_groups:
-            kept = {key: value for key, value in group.items() if key != "params"}
-            groups.append({"names": [self._names[parameter] for parameter in group["params"]], **kept})
+        groups = [
+            {"names": [self._names[parameter] for parameter in group["params"]], **_options(group)}
+            for group in self.param_groups
+        ]
         state = self.state_by_name() | self.elsewhere
         scaler = None if self.scaler is None else self.scaler.state_dict()
         return {"kind": self.kind, "groups": groups, "state": state, "scaler": scaler}
@@ -151,44 +131,31 @@ class BlockOptimizer(torch.optim.Optimizer):
         if state_dict.get("kind") != self.kind:
             raise ValueError(
                 f"The checkpoint's optimizer is {state_dict.get('kind')}, this run's is {self.kind}: "
-                "set SOLVER.OPTIMIZER to what the checkpoint was trained with."
+                "continue with what the checkpoint was trained with."
             )
-        saved_options = {
-            name: {key: value for key, value in group.items() if key != "names"}
-            for group in state_dict["groups"]
-            for name in group["names"]
-        }
-        self._check_names(saved_options, state_dict["state"])
-        for inner in self._inner.values():
-            inner.load_state_dict(self._inner_state(inner, saved_options, state_dict["state"]))
+        options = {name: _options(group) for group in state_dict["groups"] for name in group["names"]}
+        self._check_names(options, state_dict["state"])
         self.state.clear()
-        self._share()
-        for block, parameters in self.blocks.items():
-            if not self._grid.owns(block):
-                for parameter in parameters:
-                    self.state.pop(parameter, None)
+        for block, inner in self._inner.items():
+            state = state_dict["state"] if self.grid.owns(block) else {}
+            for group in inner.param_groups:
+                self._load_group(group, options, state)
         if self.scaler is not None and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
 
-    def _inner_state(
-        self, inner: torch.optim.Optimizer, options: Mapping[str, dict], state: Mapping[str, dict]
-    ) -> dict[str, Any]:
-        """The state dict, in torch's own form, of one inner optimizer."""
-        groups, by_index, index = [], {}, 0
-        for group in inner.param_groups:
-            names = [self._names[parameter] for parameter in group["params"]]
-            indices = range(index, index + len(names))
-            index += len(names)
-            known = next((options[name] for name in names if name in options), None)
-            groups.append({**(known or _scheduled(group, options)), "params": list(indices)})
-            by_index |= {i: dict(state[name]) for i, name in zip(indices, names) if name in state}
-            if any("momentum_buffer" in entry for entry in by_index.values()):
-                # The fused SGD wants it of all that have a gradient, or of none; from zero its first step is
-                # the one from none. Those that were there and have none have no gradient.
-                for i, name, parameter in zip(indices, names, group["params"]):
-                    if name not in options:
-                        by_index.setdefault(i, {"momentum_buffer": torch.zeros_like(parameter)})
-        return {"state": by_index, "param_groups": groups}
+    def _load_group(
+        self, group: dict[str, Any], options: Mapping[str, dict], state: Mapping[str, dict]
+    ) -> None:
+        named = [(self._names[parameter], parameter) for parameter in group["params"]]
+        known = [options[name] for name, _ in named if name in options]
+        group.update(known[0] if known else _scheduled(group, options))
+        entries = {parameter: _at(parameter, state[name]) for name, parameter in named if name in state}
+        if any("momentum_buffer" in entry for entry in entries.values()):
+            # The fused SGD wants it of all that have a gradient, or of none; from zero its first step is the
+            # one from none. Those that were there and have none have no gradient.
+            new = [parameter for name, parameter in named if name not in options]
+            entries |= {parameter: {"momentum_buffer": torch.zeros_like(parameter)} for parameter in new}
+        self.state.update(entries)
 
     def _check_names(self, options: Mapping[str, dict], state: Mapping[str, dict]) -> None:
         missing = [name for name in self._names.values() if name not in options]
@@ -198,7 +165,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                 "it was trained with another model configuration."
             )
         if missing:
-            logging.getLogger(__name__).warning(
+            _logger.warning(
                 "%d parameters were not trained when the checkpoint was written, for example %s: their "
                 "optimizer state starts anew",
                 len(missing),
@@ -214,30 +181,20 @@ class BlockOptimizer(torch.optim.Optimizer):
                     )
 
 
-def _group(
-    named: NamedParameters, options: Callable[[str, nn.Parameter], dict[str, float]]
-) -> list[dict[str, Any]]:
-    """Parameter groups: one for each set of options that occurs, in the order of first occurrence."""
-    groups: dict[tuple, dict[str, Any]] = {}
-    for name, parameter in named:
-        chosen = options(name, parameter)
-        group = groups.setdefault(tuple(sorted(chosen.items())), {"params": [], **chosen})
-        group["params"].append(parameter)
-    return list(groups.values())
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group, without its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names", "names")}
+
+
+def _at(parameter: nn.Parameter, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a parameter on its device and in its dtype, but for a count, which has its own."""
+    like = {key: parameter.device if key == "step" else parameter for key in entry}
+    return {key: value.to(like[key]) if torch.is_tensor(value) else value for key, value in entry.items()}
 
 
 def _scheduled(group: dict[str, Any], saved: Mapping[str, dict]) -> dict[str, Any]:
     """The options of a group that is new, its learning rate where the schedule of the saved ones stands."""
-    like = next(iter(saved.values()))
-    options = {key: value for key, value in group.items() if key != "params"}
+    like, options = next(iter(saved.values())), _options(group)
     if like.get("initial_lr") and "initial_lr" in options:
         options["lr"] = options["initial_lr"] * like["lr"] / like["initial_lr"]
     return options
-
-
-def _check_norms(norms: Mapping[str, Tensor]) -> None:
-    """NonFiniteLossError naming the blocks whose gradient is not finite. One transfer from the device."""
-    values = torch.stack([norm.double() for norm in norms.values()]).tolist()
-    bad = {f"gradient of block {block}": v for block, v in zip(norms, values) if not v < float("inf")}
-    if bad:
-        raise NonFiniteLossError(bad)

@@ -1,5 +1,6 @@
 """Blocks, the units of local update, and what a model offers so that it can be trained block by block."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -13,7 +14,6 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 # The block whose output the others share: it is stepped last.
 SHARED_BLOCK = "shared"
-_PREDICTOR = "predictor"
 
 
 class BlockLosses(NamedTuple):
@@ -52,13 +52,13 @@ class LocallyTrainable(Protocol):
 
 def predictor_block(index: int) -> str:
     """The name of the block of predictor ``index``: predictor0, predictor1, ..."""
-    return f"{_PREDICTOR}{index}"
+    return f"predictor{index}"
 
 
 def predictor_index(block: str) -> int | None:
     """The predictor of a block; None for other blocks."""
-    number = block.removeprefix(_PREDICTOR)
-    return int(number) if number != block and number.isdigit() else None
+    match = re.fullmatch(r"predictor(\d+)", block)
+    return int(match[1]) if match else None
 
 
 def check_blocks(

@@ -1,6 +1,13 @@
-"""What stops a training."""
+"""Losses and gradients that are not finite: they end a training before they do damage."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dfm_d2.local_update.processes import gather_objects
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -12,25 +19,41 @@ class NonFiniteLossError(FloatingPointError):
 
     def __init__(
         self,
-        values: dict[str, float],
-        iteration: int | None = None,
-        image_ids: Sequence[object] = (),
-        raised_by: object = None,
+        values: Mapping[str, float],
+        raised_by: dist.ProcessGroup | None = None,
+        where: str = "",
         advice: str = "",
     ):
         """
         values: the offending entries by their key, such as ``{"loss_cls/predictor0": nan}``.
-        raised_by: the group of processes that all raise it, each knowing its own images; None: this alone.
-        advice: what the user can do about it.
+        raised_by: the processes that all raise it, each knowing its own images; None: this alone.
+        where, advice: such as " at iteration 3", and what the user can do about it.
         """
-        self.raised_by = raised_by
         self.values = dict(values)
-        self.iteration = iteration
-        self.image_ids = list(image_ids)
-        what = ", ".join(f"{key} = {value}" for key, value in self.values.items())
-        where = "" if iteration is None else f" at iteration {iteration}, image ids {self.image_ids}"
+        self.raised_by = raised_by
+        what = ", ".join(f"{key} = {value}" for key, value in values.items())
         super().__init__(f"Not finite{where}: {what}. {advice}".rstrip())
 
-    def at(self, iteration: int, image_ids: Sequence[object], advice: str = "") -> "NonFiniteLossError":
-        """The same error with the iteration and the images of its batch named."""
-        return NonFiniteLossError(self.values, iteration, image_ids, advice=advice)
+
+def check_finite(values: Mapping[str, Tensor], processes: dist.ProcessGroup | None = None) -> None:
+    """NonFiniteLossError naming those of some scalars that are not finite. One transfer from the device.
+
+    processes: all raise where one has such a value, or the others would wait for it; None: this alone.
+    """
+    if not values:
+        return
+    stacked = torch.stack([value.detach().double() for value in values.values()])
+    found = (~stacked.isfinite()).any().float()
+    if processes is not None:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=processes)
+    if not found:
+        return
+    bad = {key: value for key, value in zip(values, stacked.tolist()) if not math.isfinite(value)}
+    if processes is not None:
+        owners = zip(dist.get_process_group_ranks(processes), gather_objects(bad, processes))
+        bad = {
+            f"{key} of process {rank}" if rank else key: value
+            for rank, entries in owners
+            for key, value in entries.items()
+        }
+    raise NonFiniteLossError(bad, processes)

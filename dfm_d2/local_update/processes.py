@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,13 +22,13 @@ from dfm_d2.local_update.blocks import SHARED_BLOCK, predictor_index
 # AP of a large data set must not; one that died is noticed at once, by its connection.
 TIMEOUT = datetime.timedelta(minutes=60)
 
-# The group that the functions below mean; None: all processes.
+# The group of the innermost `among`; None: all processes.
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
 
 
 @contextmanager
 def among(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Within it the functions of this file speak of the processes of `group` alone."""
+    """Within it the current processes are those of `group`; None: all of them."""
     token = _group.set(group)
     try:
         yield
@@ -35,44 +36,74 @@ def among(group: dist.ProcessGroup | None) -> Iterator[None]:
         _group.reset(token)
 
 
-def current_group() -> dist.ProcessGroup | None:
-    """The group of the innermost `among`; None: all processes."""
-    return _group.get()
+def all_processes() -> dist.ProcessGroup | None:
+    """The group of all processes, within `among` too; None where there is only one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def current_processes() -> dist.ProcessGroup | None:
+    """The processes that a computation speaks of: those of the innermost `among`, or all."""
+    return _group.get() or all_processes()
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    """The number of processes of a group; of None, which is one process alone, 1."""
+    return 1 if group is None else dist.get_world_size(group)
 
 
 def world_size() -> int:
-    """W, the number of processes."""
-    return dist.get_world_size(_group.get()) if total_processes() > 1 else 1
-
-
-def total_processes() -> int:
-    """The number of all processes, within `among` too."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """W, the number of the current processes."""
+    return size_of(current_processes())
 
 
 def max_over_processes(values: Tensor) -> Tensor:
-    """The greatest of each element over all processes, on each of them."""
-    if world_size() == 1:
-        return values
-    greatest = values.clone()
-    dist.all_reduce(greatest, dist.ReduceOp.MAX, group=_group.get())
-    return greatest
+    """The greatest of each element over the current processes, on each of them."""
+    return _all_reduced(values, dist.ReduceOp.MAX)
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, on each of them, without gradients."""
-    if world_size() == 1:
-        return values.detach()
-    total = values.detach().clone()
-    dist.all_reduce(total, group=_group.get())
-    return total / world_size()
+    """The mean of a tensor over the current processes, on each of them, without gradients."""
+    return _all_reduced(values, dist.ReduceOp.SUM) / world_size()
+
+
+def _all_reduced(values: Tensor, operation: dist.ReduceOp) -> Tensor:
+    values, group = values.detach(), current_processes()
+    if group is not None:
+        values = values.clone()
+        dist.all_reduce(values, operation, group=group)
+    return values
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list:
+    """The value of each process of a group, in their order, on each of them; None: of this one."""
+    found = [value] * size_of(group)
+    if group is not None:
+        dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def mean_of_metrics(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers: of each name the mean over the processes that have it. One transfer."""
+    values = torch.stack([value.detach().double() for value in metrics.values()]).tolist()
+    found: dict[str, list[float]] = {}
+    for entries in gather_objects(dict(zip(metrics, values)), all_processes()):
+        for key, value in entries.items():
+            found.setdefault(key, []).append(value)
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+@torch.no_grad()
+def broadcast_model(model: nn.Module) -> None:
+    """Give every process the parameters and buffers of the first."""
+    for tensor in model.state_dict().values() if world_size() > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """The place of this process.
+    """Who owns which block: the processes stand in rows of G members, which share out the predictors.
 
-    members: G. member: the place in its row. first: the process that begins the row.
+    members: G. member: the place of this process in its row. first: the process that begins the row.
     row, replicas: the groups of a row, and of the owners of the same predictors; None: this process alone.
     host: the row again, for objects of the host.
     """
@@ -85,19 +116,11 @@ class ProcessGrid:
     host: dist.ProcessGroup | None = None
 
     @classmethod
-    def build(cls, members: int, num_predictors: int) -> "ProcessGrid":
-        """The grid of all processes; each of them calls this at the same time.
-
-        Raises ValueError for a number of members that the processes or the predictors do not allow.
-        """
+    def build(cls, members: int) -> "ProcessGrid":
+        """The grid of all processes, whose number ``members`` divides; each calls this at the same time."""
         if members == 1:
             return cls()
-        key, world = f"MODEL.DFM.PREDICTOR_RANKS is {members}", total_processes()
-        if world % members:
-            raise ValueError(f"{key}: it must divide the number of processes, {world} (--num-gpus).")
-        if members > num_predictors:
-            raise ValueError(f"{key}, but MODEL.DFM.NUM_PREDICTORS {num_predictors}: give each rank one.")
-        rank = dist.get_rank()
+        rank, world = dist.get_rank(), world_size()
         rows = [list(range(first, first + members)) for first in range(0, world, members)]
         columns = [list(range(member, world, members)) for member in range(members)]
         row, _ = dist.new_subgroups_by_enumeration(rows, timeout=TIMEOUT)
@@ -115,15 +138,16 @@ class ProcessGrid:
         return index is None or self.owner(index) == self.member
 
     def averaging(self, block: str) -> tuple[dist.ProcessGroup | None, int]:
-        """The processes over which the gradient of a block is added up (None: all), and by what to divide.
+        """The processes over which the gradient of a block is added up, and by what to divide.
 
         The shared block's gradient of a process holds the losses of all predictors of its row, each of them
         averaged over W / G owners. A stage of the backbone is plainly data parallel.
         """
-        owners = total_processes() // self.members
+        everyone = all_processes()
+        owners = size_of(everyone) // self.members
         if predictor_index(block) is not None:
-            return self.replicas, owners
-        return None, owners if block == SHARED_BLOCK else total_processes()
+            return (everyone if self.members == 1 else self.replicas), owners
+        return everyone, owners if block == SHARED_BLOCK else size_of(everyone)
 
 
 class GradientReducer:
@@ -135,9 +159,8 @@ class GradientReducer:
 
     def start(self, block: str, parameters: Sequence[nn.Parameter]) -> None:
         """Begin to add up the gradients of a block; its processes all do so in the same order of blocks."""
-        group, owners = self.grid.averaging(block)
-        alone = owners == 1 if group is not None else total_processes() == 1
-        if alone or block in self._running or not parameters:
+        group, _ = self.grid.averaging(block)
+        if size_of(group) == 1 or block in self._running or not parameters:
             return
         has = [parameter.grad is not None for parameter in parameters]
         for parameter in parameters:
@@ -160,54 +183,3 @@ class GradientReducer:
         for parameter, flag, mean in zip(parameters, flags, means):
             # A zero in place of None would begin to decay the weights of what has no part in the loss.
             parameter.grad = parameter.grad.copy_(mean) if flag else None
-
-
-def is_true_anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set in any process."""
-    if world_size() == 1:
-        return flag
-    count = torch.tensor(float(flag), device=device)
-    dist.all_reduce(count, group=current_group())
-    return bool(count > 0)
-
-
-def of_all_processes(values: dict[str, float]) -> dict[str, float]:
-    """The entries of every process; the keys of a process but the first say whose they are."""
-    if world_size() == 1:
-        return values
-    gathered: list[dict[str, float]] = [{}] * world_size()
-    dist.all_gather_object(gathered, values, group=current_group())
-    return {
-        f"{key} of process {rank}" if rank else key: value
-        for rank, found in zip(_ranks(), gathered)
-        for key, value in found.items()
-    }
-
-
-def gathered(values: list, group: dist.ProcessGroup | None) -> list:
-    """The values of all processes of a group, once each, in their order; None: of this one."""
-    if group is None:
-        return values
-    lists: list[list] = [[]] * dist.get_world_size(group)
-    dist.all_gather_object(lists, values, group=group)
-    return list(dict.fromkeys(value for found in lists for value in found))
-
-
-def current_processes() -> dist.ProcessGroup | None:
-    """The processes of `among`, or all; None where there is only one."""
-    return None if world_size() == 1 else current_group() or dist.group.WORLD
-
-
-def _ranks() -> list[int]:
-    """The processes of the current group."""
-    group = current_group()
-    return list(range(world_size())) if group is None else dist.get_process_group_ranks(group)
-
-
-@torch.no_grad()
-def broadcast_model(model: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first."""
-    if world_size() == 1:
-        return
-    for tensor in model.state_dict().values():
-        dist.broadcast(tensor, 0)

@@ -6,6 +6,7 @@ on-policy the detached boxes go to the owner of the next one. Besides, a row exc
 images. Shapes: L levels, B images of the row, C channels.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from dfm_d2.local_update.block_optimizer import BlockOptimizer
 from dfm_d2.local_update.blocks import BlockLosses, predictor_index
 from dfm_d2.local_update.hand_over import HandOver, Leaves
-from dfm_d2.local_update.processes import ProcessGrid, among
+from dfm_d2.local_update.processes import ProcessGrid, among, gather_objects
 from dfm_d2.local_update.updates import SequentialUpdate
 
 
@@ -33,37 +34,27 @@ class RanksUpdate(SequentialUpdate):
         self.grid = grid
         self._counts: list[int] = []
 
-    def share(self, batch: list[dict]) -> list[dict]:
-        """The images of the row, in the order of its members; those of others are without pixels."""
+    def of_row(self, batch: list[dict]) -> list[dict]:
+        """The images of the row, in the order of its members; those of others are without pixels.
+
+        To be called on the batch of each process before ``prepare`` sees it.
+        """
         told = [{**item, "image": tuple(item["image"].shape)} for item in batch]
-        shares: list[list[dict]] = [[]] * self.grid.members
-        dist.all_gather_object(shares, told, group=self.grid.host)
+        shares = gather_objects(told, self.grid.host)
         self._counts = [len(share) for share in shares]
-        for share in shares:
-            for item in share:  # as large as the image, and of one number
-                item["image"] = torch.zeros((), dtype=torch.uint8).expand(item["image"])
+        for item in (item for share in shares for item in share):  # as large as the image, and of one number
+            item["image"] = torch.zeros((), dtype=torch.uint8).expand(item["image"])
         shares[self.grid.member] = batch
         return [item for share in shares for item in share]
 
     def hand_over(self) -> HandOver:
         return RankLeaves(self.grid, self._counts)
 
-    def backward(self, item: BlockLosses, optimizer: BlockOptimizer) -> None:
+    def backward_of(self, item: BlockLosses, optimizer: BlockOptimizer) -> None:
         # The losses of a predictor are checked among its owners.
         owned = predictor_index(item.blocks[0]) is not None
         with among(self.grid.replicas) if owned else nullcontext():
-            super().backward(item, optimizer)
-
-    def of_all_processes(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """What ``step`` returned, as numbers: of each name the mean over the processes that have it."""
-        own = {key: float(value) for key, value in metrics.items()}
-        gathered: list[dict[str, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-        values: dict[str, list[float]] = {}
-        for found in gathered:
-            for key, value in found.items():
-                values.setdefault(key, []).append(value)
-        return {key: sum(found) / len(found) for key, found in values.items()}
+            super().backward_of(item, optimizer)
 
 
 class RankLeaves(Leaves):
@@ -76,9 +67,10 @@ class RankLeaves(Leaves):
     def __init__(self, grid: ProcessGrid, counts: Sequence[int]):
         super().__init__()
         self.grid = grid
-        self._counts = counts
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        self._rows = [slice(end - count, end) for end, count in zip(ends, counts)]
+        self._rows = []
+        for count in counts:
+            start = self._rows[-1].stop if self._rows else 0
+            self._rows.append(slice(start, start + count))
         self._sent: list[dist.Work] = []
 
     def own(self, prepared: Any) -> Any:
@@ -88,12 +80,12 @@ class RankLeaves(Leaves):
     def detached(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The features `(B, C, H_l, W_l)` of all images of the row."""
         parts = []
-        for member, count in enumerate(self._counts):
-            shapes = [(count, *feature.shape[1:]) for feature in features]
+        for member, rows in enumerate(self._rows):
+            shapes = [(rows.stop - rows.start, *feature.shape[1:]) for feature in features]
             if member == self.grid.member:
                 flat = torch.cat([feature.detach().reshape(-1) for feature in features])
             else:
-                flat = features[0].new_empty(sum(torch.Size(shape).numel() for shape in shapes))
+                flat = features[0].new_empty(sum(math.prod(shape) for shape in shapes))
             dist.broadcast(flat, self.grid.first + member, group=self.grid.row)
             parts.append(_unflatten(flat, shapes))
         whole = [torch.cat(level) for level in zip(*parts)]
@@ -138,6 +130,6 @@ class RankLeaves(Leaves):
             self._sent.append(dist.isend(state.contiguous(), to, group=self.grid.row))
 
 
-def _unflatten(flat: Tensor, shapes: list) -> list[Tensor]:
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)]
+def _unflatten(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes)]

@@ -1,4 +1,4 @@
-"""The update modes: who does the backward of which block when (DESIGN section 2; docs/math.md, section 5).
+"""The update modes: who does the backward of which block when (docs/math.md, section 5).
 
 Every mode drives the one generator of a model, ``block_losses``, and they give the same gradients.
 """
@@ -13,34 +13,16 @@ from torch import Tensor
 
 from dfm_d2.local_update.block_optimizer import BlockOptimizer
 from dfm_d2.local_update.blocks import BlockLosses, LocallyTrainable, sum_losses
-from dfm_d2.local_update.errors import NonFiniteLossError
+from dfm_d2.local_update.errors import check_finite
 from dfm_d2.local_update.hand_over import HandOver, Leaves
-from dfm_d2.local_update.processes import (
-    current_processes,
-    is_true_anywhere,
-    mean_over_processes,
-    of_all_processes,
-)
+from dfm_d2.local_update.processes import current_processes
 
 Autocast = Callable[[], AbstractContextManager]
-
-
-def check_finite(losses: dict[str, Tensor]) -> None:
-    """NonFiniteLossError naming each entry that is a loss and not finite. One transfer from the device.
-
-    All processes raise where one has such a loss, or the others would wait for it.
-    """
-    keys = [key for key in losses if key.startswith("loss")]
-    values = torch.stack([losses[key].detach().double() for key in keys]).tolist()
-    bad = {key: value for key, value in zip(keys, values) if not abs(value) < float("inf")}
-    if is_true_anywhere(bool(bad), losses[keys[0]].device):
-        raise NonFiniteLossError(of_all_processes(bad), raised_by=current_processes())
 
 
 class Update(ABC):
     """A way of updating the blocks of a model."""
 
-    @abstractmethod
     def step(
         self,
         model: LocallyTrainable,
@@ -53,15 +35,17 @@ class Update(ABC):
         Raises NonFiniteLossError before any parameter is changed; where blocks are stepped one by one, before
         the offending block is changed.
         """
+        optimizer.zero_grad(set_to_none=True)
+        metrics = self.backward(model, prepared, optimizer, autocast)
+        check_losses(metrics)
+        optimizer.step()
+        return metrics | {f"grad_norm/{block}": norm for block, norm in optimizer.norms.items()}
 
-    def of_all_processes(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """What ``step`` returned, as numbers: the means over the processes, which all have the same keys."""
-        values = torch.stack([value.detach().double() for value in metrics.values()])
-        return dict(zip(metrics, mean_over_processes(values).tolist()))
-
-    def share(self, batch: list[dict]) -> list[dict]:
-        """The batch that ``prepare`` is to see, of the one that this process has loaded."""
-        return batch
+    @abstractmethod
+    def backward(
+        self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
+    ) -> dict[str, Tensor]:
+        """Forward and backward of every block; returns the losses and metrics, detached."""
 
 
 class JointUpdate(Update):
@@ -70,28 +54,20 @@ class JointUpdate(Update):
     Optimizer, clipping and fp16 skip are per block all the same (see ``BlockOptimizer``).
 
     Args:
-        together: predictors are evaluated as one batched computation on a GPU: faster where launches or small
-            products are what takes the time. A CPU is slower at many small products than at few large ones
-            (docs/memory.md) and takes them one by one.
+        together: predictors are evaluated as one batched computation; None: on a GPU, where launches and
+            small products are what takes the time. A CPU is slower that way (docs/memory.md).
     """
 
-    def __init__(self, together: bool = False):
+    def __init__(self, together: bool | None = False):
         self.together = together
 
-    def step(
-        self,
-        model: LocallyTrainable,
-        prepared: Any,
-        optimizer: BlockOptimizer,
-        autocast: Autocast = nullcontext,
+    def backward(
+        self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
     ) -> dict[str, Tensor]:
-        optimizer.zero_grad(set_to_none=True)
-        together = self.together and next(model.parameters()).is_cuda
+        together = next(model.parameters()).is_cuda if self.together is None else self.together
         losses = attached_losses(model, prepared, autocast, together)
-        check_finite(losses)
         optimizer.scale(sum_losses(losses)).backward()
-        optimizer.step()
-        return _detached(losses) | norms(optimizer)
+        return {key: value.detach() for key, value in losses.items()}
 
 
 class SequentialUpdate(Update):
@@ -104,28 +80,21 @@ class SequentialUpdate(Update):
     def __init__(self, step_in_backward: bool = False):
         self.step_in_backward = step_in_backward
 
-    def step(
-        self,
-        model: LocallyTrainable,
-        prepared: Any,
-        optimizer: BlockOptimizer,
-        autocast: Autocast = nullcontext,
+    def backward(
+        self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
     ) -> dict[str, Tensor]:
-        optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Tensor] = {}
         for item in _items(model.block_losses(prepared, self.hand_over()), autocast):
-            self.backward(item, optimizer)
-            metrics |= _detached(item.losses)
+            self.backward_of(item, optimizer)
+            metrics |= {key: value.detach() for key, value in item.losses.items()}
             del item  # nothing but the model's next block is to be alive while that is computed
-        check_finite(metrics)
-        optimizer.step()
-        return metrics | norms(optimizer)
+        return metrics
 
     def hand_over(self) -> HandOver:
         """Of a new step."""
         return Leaves()
 
-    def backward(self, item: BlockLosses, optimizer: BlockOptimizer) -> None:
+    def backward_of(self, item: BlockLosses, optimizer: BlockOptimizer) -> None:
         """Backward of one item; on return nothing but the item references its graph."""
         # What is carried has the loss scale of fp16 already.
         roots = [optimizer.scale(sum_losses(item.losses))] if item.losses else []
@@ -135,10 +104,15 @@ class SequentialUpdate(Update):
         for block in item.blocks:
             optimizer.reduce_block(block)
         if self.step_in_backward:
-            check_finite(item.losses)
+            check_losses(item.losses)
             for block in item.blocks:
                 optimizer.step_block(block)
-                optimizer.zero_block(block)
+
+
+def check_losses(losses: dict[str, Tensor]) -> None:
+    """NonFiniteLossError naming each loss that is not finite, in all of the current processes."""
+    losses = {key: value for key, value in losses.items() if key.startswith("loss")}
+    check_finite(losses, current_processes())
 
 
 def attached_losses(
@@ -162,17 +136,8 @@ def _items(items: Iterator[BlockLosses], autocast: Autocast) -> Iterator[BlockLo
         del item
 
 
-def _detached(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach() for key, value in losses.items()}
-
-
-def norms(optimizer: BlockOptimizer) -> dict[str, Tensor]:
-    """``grad_norm/<block>`` of the blocks that were stepped."""
-    return {f"grad_norm/{block}": norm for block, norm in optimizer.norms.items()}
-
-
 def build_update(name: str, step_in_backward: bool = False) -> Update:
-    """The update of ``MODEL.DFM.{UPDATE, STEP_IN_BACKWARD}``; ``step_in_backward`` is sequential's."""
+    """The update "joint", "sequential" or "parallel"; ``step_in_backward`` is sequential's."""
     if name == "sequential":
         return SequentialUpdate(step_in_backward)
-    return JointUpdate(together=name == "parallel")
+    return JointUpdate(together=None if name == "parallel" else False)

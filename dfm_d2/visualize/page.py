@@ -48,6 +48,9 @@ def _page_data(
 ) -> dict[str, Any]:
     predictors = sorted({answer.predictor for answers in record.answers for answer in answers})
     found = record.detections
+    detections = zip(
+        _rounded(found.pred_boxes.tensor), _rounded(found.scores, 3), found.pred_classes.tolist()
+    )
     return {
         "title": title,
         "image": _data_uri(image),
@@ -57,32 +60,29 @@ def _page_data(
         "classes": [{"name": str(n), "color": to_hex(class_color(i))} for i, n in enumerate(class_names)],
         "predictors": [{"index": d, "color": to_hex(predictor_color(d))} for d in predictors],
         "states": [_rounded(boxes) for boxes in record.states],
-        "steps": [
-            {
-                "classes": classes.tolist(),
-                "scores": _rounded(scores, 3),
-                "leaders": record.leader(k).tolist(),
-                "answers": [
-                    {
-                        "predictor": answer.predictor,
-                        "boxes": _rounded(answer.endpoints_xyxy),
-                        "classes": answer.classes.tolist(),
-                        "scores": _rounded(answer.scores, 3),
-                    }
-                    for answer in answers
-                ],
-            }
-            for k, (classes, scores, answers) in enumerate(zip(record.classes, record.scores, record.answers))
-        ],
-        "detections": [
-            {"box": box, "score": score, "class": label}
-            for box, score, label in zip(
-                _rounded(found.pred_boxes.tensor), _rounded(found.scores, 3), found.pred_classes.tolist()
-            )
-        ],
+        "steps": [_step(record, k) for k in range(len(record.answers))],
+        "detections": [{"box": box, "score": score, "class": label} for box, score, label in detections],
         "followed": record.followed,
         "points": _rounded(record.field_points),
         "field": [_rounded(moved) for moved in record.field],
+    }
+
+
+def _step(record: FlowRecord, k: int) -> dict[str, Any]:
+    answers = [
+        {
+            "predictor": answer.predictor,
+            "boxes": _rounded(answer.endpoints_xyxy),
+            "classes": answer.classes.tolist(),
+            "scores": _rounded(answer.scores, 3),
+        }
+        for answer in record.answers[k]
+    ]
+    return {
+        "classes": record.classes[k].tolist(),
+        "scores": _rounded(record.scores[k], 3),
+        "leaders": record.leader(k).tolist(),
+        "answers": answers,
     }
 
 

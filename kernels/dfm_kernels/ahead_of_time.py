@@ -58,12 +58,12 @@ class Compiled(NamedTuple):
 def configurations() -> Iterator[Configuration]:
     """VOC, COCO and LVIS classes, every variant of every kernel, float32 and bfloat16 answers."""
     both = ("fp32", "bf16")
-    variants = itertools.product((20, 80, 1203), ("endpoint", "velocity"), ("uniform", "confidence"), both)
-    for num_classes, prediction, aggregation, values in variants:
+    variants = itertools.product((20, 80, 1203), ("uniform", "confidence"), both)
+    for num_classes, aggregation, values in variants:
         yield Configuration(
-            f"box_flow_update K={num_classes} {prediction} {aggregation} {values}",
+            f"box_flow_update K={num_classes} {aggregation} {values}",
             box_flow_update._box_flow_update_fwd_kernel,
-            box_flow_update.constants(num_classes, prediction, aggregation),
+            box_flow_update.constants(num_classes, aggregation),
             values,
         )
     variants = itertools.product((20, 80), KINDS, (False, True), both)  # beyond K = 80 the tile is the same

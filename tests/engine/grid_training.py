@@ -1,29 +1,19 @@
-"""Train the tiny detector, in float64, in forked processes; for test_predictor_parallel.py.
-
-Usage: grid_training.py FOLDER. Writes FOLDER/<scenario>_<processes>.pth for every scenario: the checkpoint of
-the first process.
-"""
+"""Train the tiny detector, in float64, in one or several processes; for test_processes.py."""
 
 import contextlib
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tiny_model import tiny_cfg
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from tiny_model import tiny_cfg  # noqa: E402
-
-from dfm_d2.engine.ema import ModelEMA  # noqa: E402
-from dfm_d2.engine.hooks import EMAHook  # noqa: E402
-from dfm_d2.engine.optimizer import build_block_optimizer  # noqa: E402
-from dfm_d2.engine.trainer import LocalUpdateTrainer  # noqa: E402
-from dfm_d2.framework import Boxes, Instances, build_model  # noqa: E402
-from dfm_d2.local_update.processes import ProcessGrid  # noqa: E402
-from dfm_d2.local_update.ranks import GatherBlocks, RanksUpdate  # noqa: E402
-from dfm_d2.local_update.updates import build_update  # noqa: E402
+from dfm_d2.engine.ema import EMAHook, ModelEMA
+from dfm_d2.engine.hooks import GatherHook
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.engine.trainer import LocalUpdateTrainer
+from dfm_d2.framework import Boxes, Instances, build_model
+from dfm_d2.local_update import ProcessGrid, RanksUpdate, build_update
 
 BATCH, STEPS = 4, 3
 
@@ -43,50 +33,41 @@ def item(position: int) -> dict:
     count = position % 4
     corner = torch.rand(count, 2, generator=generator) * 20
     instances = Instances(size)
-    instances.gt_boxes = Boxes(
-        torch.cat([corner, corner + 8 + 10 * torch.rand(count, 2, generator=generator)], 1)
-    )
+    sides = 8 + 10 * torch.rand(count, 2, generator=generator)
+    instances.gt_boxes = Boxes(torch.cat([corner, corner + sides], 1))
     instances.gt_classes = torch.arange(count) % 3
     image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-    return {
-        "image_id": f"i{position}",
-        "height": size[0],
-        "width": size[1],
-        "image": image,
-        "instances": instances,
-    }
-
-
-def loader(position: int, share: list[int]):
-    """This process's share of the endless stream, by places in the batch."""
-    while True:
-        yield [item(position + place) for place in share]
-        position += BATCH
+    height, width = size
+    name = f"i{position}"
+    return {"image_id": name, "height": height, "width": width, "image": image, "instances": instances}
 
 
 def train(scenario: str, processes: int, members: int) -> dict:
     """The checkpoint after STEPS iterations, on the first process."""
-    keys, _ = SCENARIOS[scenario]
-    cfg = tiny_cfg(NUM_PROPOSALS=8, **keys)
-    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "GN"
-    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 32
+    cfg = tiny_cfg(NUM_PROPOSALS=8, **SCENARIOS[scenario][0])
+    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "GN"  # which has 32 groups
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 32
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 32
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = 0.001, 0.1
     torch.manual_seed(0)
     model = build_model(cfg).double().train()
-    dfm = cfg.MODEL.DFM
-    grid = ProcessGrid.build(members, dfm.NUM_PREDICTORS)
+    in_backward, grid = cfg.MODEL.DFM.STEP_IN_BACKWARD, ProcessGrid.build(members)
     optimizer = build_block_optimizer(cfg, model, grid=grid)
-    update = build_update("sequential", dfm.STEP_IN_BACKWARD)
-    if members > 1:
-        update = RanksUpdate(grid, dfm.STEP_IN_BACKWARD)
+    update = RanksUpdate(grid, in_backward) if members > 1 else build_update("sequential", in_backward)
     rank = dist.get_rank() if processes > 1 else 0
     share = np.array_split(range(BATCH), processes)[rank].tolist()  # uneven where it does not divide
+
+    def loader(position: int):
+        while True:
+            batch = [item(position + place) for place in share]
+            yield update.of_row(batch) if members > 1 else batch
+            position += BATCH
+
     trainer = LocalUpdateTrainer(
-        model, lambda p: loader(p, share), optimizer, update, contextlib.nullcontext, images_per_step=BATCH
+        model, loader, optimizer, update, contextlib.nullcontext, images_per_step=BATCH
     )
     ema = ModelEMA(model, 0.5)
-    hooks = [EMAHook(ema)] + ([GatherBlocks(grid, optimizer, (), ema)] if members > 1 else [])
-    trainer.register_hooks(hooks)
+    trainer.register_hooks([EMAHook(ema), GatherHook((), ema)])
     trainer.train(0, STEPS)
     metrics = {key: value for key, (value, _) in trainer.storage.latest().items() if "time" not in key}
     return {
@@ -97,30 +78,12 @@ def train(scenario: str, processes: int, members: int) -> dict:
     }
 
 
-def train_in_processes(folder: Path, scenario: str, processes: int, members: int) -> None:
-    """Fork the processes, which need not import torch again; SystemExit if one fails."""
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            name = f"{scenario}_{processes}_{members}"
-            if processes > 1:
-                meeting = f"file://{folder / name}.meeting"
-                dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
-            checkpoint = train(scenario, processes, members)
-            if rank == 0:
-                torch.save(checkpoint, folder / f"{name}.pth")
-            if processes > 1:
-                dist.destroy_process_group()
-            os._exit(0)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    if any(statuses):
-        raise SystemExit(f"{scenario} in {processes} processes: {statuses}")
-
-
-if __name__ == "__main__":
-    for scenario, (_, grids) in SCENARIOS.items():
-        for processes, members in [(1, 1), *grids]:
-            train_in_processes(Path(sys.argv[1]), scenario, processes, members)
+def train_in_process(rank: int, folder: Path, scenario: str, processes: int, members: int) -> None:
+    """The part of one of several processes; the first one writes the checkpoint of all to the folder."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    checkpoint = train(scenario, processes, members)
+    if rank == 0:
+        torch.save(checkpoint, folder / "checkpoint.pth")
+    dist.destroy_process_group()

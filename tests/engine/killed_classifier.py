@@ -31,8 +31,11 @@ def train(name: str, kill: bool = False) -> None:
             SafeCheckpointer.tag_last_checkpoint = tag_and_die
         os._exit(run_command([*sys.argv[2:], "OUTPUT_DIR", str(Path(sys.argv[1]) / name)]))
     status = os.waitpid(child, 0)[1]
-    print(name, os.waitstatus_to_exitcode(status) if not os.WIFSIGNALED(status) else os.WTERMSIG(status),
-          file=sys.stderr)  # fmt: skip
+    print(
+        name,
+        os.waitstatus_to_exitcode(status) if not os.WIFSIGNALED(status) else os.WTERMSIG(status),
+        file=sys.stderr,
+    )
 
 
 train("straight")

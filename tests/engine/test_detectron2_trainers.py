@@ -1,20 +1,17 @@
 """Detectron2's own trainers train our detector, by the losses of the joint update."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 from tiny_model import tiny_cfg
-from toy_model import toy_config
+from toy_model import make_trainer, toy_config
 
 from dfm_d2.config import add_dfm_config
 from dfm_d2.detection import register
 from dfm_d2.detection.data.shapes import write_shapes
 from dfm_d2.engine.optimizer import build_block_optimizer
-from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.framework import PROVIDER, build_model
-from dfm_d2.local_update import build_update
 
 pytestmark = [
     pytest.mark.d2,
@@ -30,14 +27,7 @@ def test_simple_trainer_trains_as_the_joint_update_does(make_model, make_input):
     batches = [[make_input(f"{step}a"), make_input(f"{step}b", boxes=())] for step in range(3)]
     trainer = SimpleTrainer(model, iter(batches), build_block_optimizer(toy_config(), model))
     trainer.train(0, 3)
-    ours = LocalUpdateTrainer(
-        twin,
-        lambda position: iter(batches),
-        build_block_optimizer(toy_config(), twin),
-        build_update("joint"),
-        contextlib.nullcontext,
-        images_per_step=2,
-    )
+    ours = make_trainer(twin, lambda position: iter(batches), "joint", images_per_step=2)
     ours.train(0, 3)
     theirs, mine = trainer.storage.histories(), ours.storage.histories()
     losses = [key for key in mine if key.startswith("loss")]

@@ -1,58 +1,97 @@
-"""Several real processes on the CPU: the same training as one."""
+"""Several real processes on the CPU, which may share out the predictors: the same training as one."""
 
+import functools
 import json
-import sys
-from pathlib import Path
+import socket
 
+import grid_training
 import pytest
 import torch
-from tiny_training import assert_same, command, parameters, run
+from tiny_training import (
+    PREDICTOR_PARALLEL,
+    TORCHRUN,
+    as_torchrun_starts,
+    assert_same,
+    command,
+    parameters,
+    run,
+    train,
+)
 
-from dfm_d2.detection.data.shapes import write_shapes
+from dfm_d2.local_update import ProcessGrid
+
+GRIDS = [(name, *grid) for name, (_, grids) in grid_training.SCENARIOS.items() for grid in grids]
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(folder, num_train=12, num_val=3, size=64, seed=0)
-    return folder
+@functools.cache
+def in_one_process(scenario: str) -> dict:
+    return grid_training.train(scenario, 1, 1)
+
+
+@pytest.mark.parametrize(("scenario", "processes", "members"), GRIDS)
+def test_processes_train_what_one_trains(server, tmp_path, scenario, processes, members):
+    """Parameters, averages, the state of AdamW and what is reported, with uneven shares of a batch too."""
+    arguments = (tmp_path, scenario, processes, members)
+    torch.multiprocessing.start_processes(
+        grid_training.train_in_process, arguments, processes, start_method="spawn"
+    )
+    alone, found = in_one_process(scenario), torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert alone["model"]["predictors.0.box_answer.weight"].dtype == torch.float64
+    for part in ("model", "ema"):
+        torch.testing.assert_close(found[part], alone[part], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found["optimizer"]["state"], alone["optimizer"]["state"], rtol=0, atol=1e-9)
+    reported = {key for key in alone["metrics"] if key.startswith(("loss", "total", "grad"))}
+    assert {"loss_cls/predictor0", "loss_cls/predictor2", "total_loss", "grad_norm/predictor1"} <= reported
+    for key in reported:
+        assert found["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-6), key
 
 
 @pytest.fixture(scope="module")
 def alone(shapes, tmp_path_factory) -> dict[str, torch.Tensor]:
     """The parameters after three iterations in one process."""
     out = tmp_path_factory.mktemp("alone")
-    run(command(shapes, out, "SOLVER.MAX_ITER=3"))
+    assert train(shapes, out, "SOLVER.MAX_ITER=3") == 0
     return parameters(out)
 
 
-@pytest.mark.timeout(300)
-def test_two_processes_train_what_one_trains_and_one_continues(shapes, alone, tmp_path):
-    done = run(command(shapes, tmp_path, "--num-gpus", "2", "SOLVER.MAX_ITER=2"))
-    assert done.stdout.count("class ") == 1, "the table is printed once"
-    run(command(shapes, tmp_path, "--resume", "SOLVER.MAX_ITER=3"))
+@pytest.mark.parametrize("keys", [(), PREDICTOR_PARALLEL], ids=["data", "predictors"])
+def test_what_two_processes_trained_one_continues(server, shapes, alone, tmp_path, keys):
+    assert train(shapes, tmp_path, "--num-gpus", "2", "SOLVER.MAX_ITER=2", *keys) == 0
+    printed = [(tmp_path / f"process{rank}.txt").read_text() for rank in (0, 1)]
+    assert [text.count("class ") for text in printed] == [1, 0], "the table is printed once"
+    assert train(shapes, tmp_path, "--resume", "SOLVER.MAX_ITER=3") == 0
     assert_same(parameters(tmp_path), alone)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("update", [pytest.param("joint", marks=pytest.mark.slow), "sequential"])
-def test_under_torchrun(shapes, alone, tmp_path, update):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    options = ["SOLVER.MAX_ITER=3", f"MODEL.DFM.UPDATE={update}"]
-    if update == "sequential":
-        options.append("MODEL.DFM.STEP_IN_BACKWARD=True")
-    run(command(shapes, tmp_path, *options, launcher=torchrun))
+def test_processes_that_somebody_else_started(server, shapes, alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keys = ("SOLVER.MAX_ITER=3", "MODEL.DFM.STEP_IN_BACKWARD=True")
+    torch.multiprocessing.start_processes(
+        as_torchrun_starts, (shapes, tmp_path, port, *keys), 2, start_method="spawn"
+    )
     assert_same(parameters(tmp_path), alone)
 
 
-@pytest.mark.timeout(240)
-def test_what_two_processes_evaluate_is_what_they_save(shapes, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "arguments"),
+    [((), ("--num-gpus", "2")), (TORCHRUN, ("MODEL.DFM.UPDATE=joint",)), (TORCHRUN, ())],
+)
+def test_the_real_command(shapes, alone, tmp_path, launcher, arguments):
+    run(command(shapes, tmp_path, "SOLVER.MAX_ITER=3", *arguments, launcher=launcher))
+    assert_same(parameters(tmp_path), alone)
+
+
+def test_what_two_processes_evaluate_is_what_they_save(server, shapes, tmp_path):
     """With batch norms, whose statistics are each process's own while it trains."""
     options = ("MODEL.RESNETS.NORM=BN", "MODEL.FPN.NORM=BN", "SOLVER.MAX_ITER=2", "SOLVER.EMA_DECAY=0.5")
-    run(command(shapes, tmp_path, "--num-gpus", "2", *options))
+    assert train(shapes, tmp_path, "--num-gpus", "2", *options) == 0
     files = [tmp_path / f"inference{kind}/coco_instances_results.json" for kind in ("", "_ema")]
     during = [json.loads(file.read_text()) for file in files]
-    run(command(shapes, tmp_path, "--eval-only", f"MODEL.WEIGHTS={tmp_path}/model_final.pth", *options))
+    weights = f"MODEL.WEIGHTS={tmp_path}/model_final.pth"
+    assert train(shapes, tmp_path, "--eval-only", weights, *options) == 0
     after = [json.loads(file.read_text()) for file in files]
     for found, expected in zip(after, during):
         assert len(found) == len(expected) > 20
@@ -60,14 +99,16 @@ def test_what_two_processes_evaluate_is_what_they_save(shapes, tmp_path):
         assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
-@pytest.mark.timeout(120)
-def test_a_batch_that_the_processes_cannot_share_is_one_sentence(shapes, tmp_path):
-    done = run(command(shapes, tmp_path, "--num-gpus", "2", "SOLVER.IMS_PER_BATCH=3"), status=2)
-    assert "SOLVER.IMS_PER_BATCH is 3: it must be a positive multiple of 2." in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_batch_that_the_processes_cannot_share_is_one_line(server, shapes, tmp_path):
+    assert train(shapes, tmp_path, "--num-gpus", "2", "SOLVER.IMS_PER_BATCH=3") == 2
+    said = "".join(path.read_text() for path in tmp_path.glob("process?.txt"))  # one stops the other
+    assert "SOLVER.IMS_PER_BATCH is 3: it must be a positive multiple of 2." in said
+    assert "Traceback" not in said
 
 
-@pytest.mark.timeout(120)
-def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
-    done = run([sys.executable, str(Path(__file__).with_name("one_bad_process.py"))], status=1)
-    assert "loss_cls/predictor0 of process 1 = nan" in done.stderr and "Traceback" not in done.stderr
+def test_who_owns_what():
+    grid = ProcessGrid(members=2, member=1)
+    assert [grid.owner(d) for d in range(5)] == [0, 1, 0, 1, 0]
+    blocks = ("res2", "shared", "predictor0", "predictor1", "predictor10", "predictor11")
+    assert [b for b in blocks if grid.owns(b)] == ["res2", "shared", "predictor1", "predictor11"]
+    assert all(ProcessGrid().owns(block) for block in ("shared", "predictor0", "predictor7"))

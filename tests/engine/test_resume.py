@@ -1,23 +1,20 @@
 """kill -9 at any moment and --resume: the training goes on as if nothing had happened."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import command, run
 from toy_model import toy_loader
 from toy_training import train_toy
 
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 CLOCKS = ("time", "data_time", "eta_seconds")
 
 
@@ -43,25 +40,53 @@ def assert_same_checkpoint(a, b, where="checkpoint") -> None:
         assert a == b, where
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+def assert_same_run(one: Path, two: Path) -> None:
+    assert losses(one) == losses(two)
+    checkpoints = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (one, two)]
+    for checkpoint in checkpoints:
+        del checkpoint["dfm_d2"]["config"]  # names its own OUTPUT_DIR
+    assert_same_checkpoint(*checkpoints)
+
+
+def wait_for_changes(path: Path, number: int, limit: float = 20.0) -> None:
+    """Wait until ``path`` was written ``number`` times, at most ``limit`` seconds."""
+    end = time.monotonic() + limit
+    seen = path.stat().st_mtime_ns if path.exists() else 0
+    while number > 0 and time.monotonic() < end:
+        time.sleep(0.001)
+        now = path.stat().st_mtime_ns if path.exists() else 0
+        number -= now != seen
+        seen = now
+
+
+def test_killed_and_resumed_equals_uninterrupted(server, tmp_path):
+    """Children are killed at random moments, from their start-up to the middle of a checkpoint, and the next
+    one resumes."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     straight.mkdir()
     killed.mkdir()
-    command = [sys.executable, str(HERE / "toy_training.py"), str(straight), str(killed), "12"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"status {int(signal.SIGKILL)} at") >= 3, done.stdout
-    assert f"status {int(signal.SIGKILL)} at model_0" in done.stdout, done.stdout
-    assert losses(straight) == losses(killed)
+    threads = torch.get_num_threads()
+    train_toy(straight)
+    torch.set_num_threads(threads)
+    moments, last, statuses = random.Random(0), killed / "last_checkpoint", []
+    while not statuses or statuses[-1] != 0:
+        child = server.Process(target=train_toy, args=(killed,), kwargs={"pause": 0.002})
+        child.start()
+        if len(statuses) < 8:  # so that the last one has something left to train
+            wait_for_changes(last, moments.randrange(3))
+            time.sleep(moments.uniform(0.0, 0.05))
+            child.kill()
+        child.join()
+        statuses.append(child.exitcode)
+        assert child.exitcode in (0, -signal.SIGKILL)
+        if child.exitcode:
+            told = last.read_text() if last.exists() else ""
+    assert statuses.count(-signal.SIGKILL) >= 3 and told.startswith("model_0")
     assert losses(straight)[-1]["iteration"] == 59
-    one, two = (torch.load(folder / "model_final.pth", weights_only=True) for folder in (straight, killed))
-    assert_same_checkpoint(one, two)
+    assert_same_run(straight, killed)
     assert not list(killed.glob("*.partial"))
-    assert sorted(path.name for path in killed.glob("model_0*.pth")) == [
-        "model_0000054.pth",
-        "model_0000059.pth",
-    ]
+    names = ["model_0000054.pth", "model_0000059.pth"]
+    assert sorted(path.name for path in killed.glob("model_0*.pth")) == names
 
 
 def test_the_stream_is_opened_where_training_stopped(tmp_path):
@@ -77,52 +102,24 @@ def test_the_stream_is_opened_where_training_stopped(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_net_killed_and_resumed_equals_uninterrupted(tmp_path):
+def test_train_net_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
     """The real command on generated images, killed at random moments."""
-    shapes = tmp_path / "shapes"
-    make = [sys.executable, str(ROOT / "tools/make_shapes.py"), "--out", str(shapes), "--size", "64"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-    }
-    subprocess.run([*make, "--train", "20", "--val", "4"], env=environment, check=True, timeout=120)
-
-    def command(name: str) -> list[str]:
-        options = (
-            f"OUTPUT_DIR {tmp_path / name} DATASETS.VOC_ROOT {shapes} SEED 3 SOLVER.MAX_ITER 24 "
-            "SOLVER.IMS_PER_BATCH 2 SOLVER.CHECKPOINT_PERIOD 4 SOLVER.LOG_PERIOD 1 TEST.EVAL_PERIOD 8 "
-            "SOLVER.EMA_DECAY 0.9 TEST.BEST_METRIC bbox_ema/AP50 MODEL.DEVICE cpu "
-            "MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 10"
-        ).split()
-        config = str(ROOT / "configs/shapes_flow_r18.yaml")
-        train = str(ROOT / "tools/train_net.py")
-        return [sys.executable, train, "--config-file", config, "--resume", *options]
-
+    options = (
+        "SOLVER.MAX_ITER=24 SOLVER.IMS_PER_BATCH=2 SOLVER.CHECKPOINT_PERIOD=4 TEST.EVAL_PERIOD=8 "
+        "SOLVER.EMA_DECAY=0.9 TEST.BEST_METRIC=bbox_ema/AP50 SOLVER.OPTIMIZER=adamw"
+    ).split()
     start = time.monotonic()
-    subprocess.run(command("straight"), env=environment, check=True, timeout=500, capture_output=True)
+    run(command(shapes, tmp_path / "straight", "--resume", *options))
     duration = time.monotonic() - start
     moments, kills = random.Random(1), 0
-    for attempt in range(12):
-        child = subprocess.Popen(
-            command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+    words = command(shapes, tmp_path / "killed", "--resume", *options)
+    for _ in range(4):
         try:
-            # The last attempts are left alone.
-            wait = moments.uniform(0.3, 1.0) * duration if attempt < 4 else 500
-            _, errors = child.communicate(timeout=wait)
-            assert child.returncode == 0, errors.decode()
-            break
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.communicate()
+            subprocess.run(words, capture_output=True, timeout=moments.uniform(0.3, 1.0) * duration)
+        except subprocess.TimeoutExpired:  # it was killed
             kills += 1
     assert kills >= 1
-    assert losses(tmp_path / "straight") == losses(tmp_path / "killed")
+    run(words)
     last = json.loads((tmp_path / "killed" / METRICS_FILE).read_text().splitlines()[-1])
     assert {"bbox/AP50", "bbox/AP", "bbox_ema/AP50"} <= last.keys()
-    one, two = (
-        torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in ("straight", "killed")
-    )
-    for checkpoint in (one, two):
-        del checkpoint["dfm_d2"]["config"]  # names its own OUTPUT_DIR
-    assert_same_checkpoint(one, two)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")

@@ -1,46 +1,38 @@
 """The trainer's errors and state, the averaged weights, the best checkpoint, progress and metrics.json."""
 
-import contextlib
 import json
+import logging
 import random
 
 import numpy as np
 import pytest
 import torch
-from toy_model import ToyModel, toy_config, toy_loader
+from tiny_model import tiny_cfg
+from toy_model import ToyModel, make_toy, make_trainer
 
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.ema import ModelEMA
-from dfm_d2.engine.hooks import BestCheckpointHook, EMAHook, ProgressBar, loss_by_block
+from dfm_d2.engine.ema import EMAHook, ModelEMA
+from dfm_d2.engine.hooks import BestCheckpointHook, FinalEvalHook, ProgressBar, evaluation_bar, loss_by_block
 from dfm_d2.engine.metrics import cut_back, flatten, read_metrics
-from dfm_d2.engine.optimizer import build_block_optimizer
-from dfm_d2.engine.precision import resolve_amp_dtype
-from dfm_d2.engine.trainer import LocalUpdateTrainer, get_rng_state, set_rng_state
-from dfm_d2.framework import PROVIDER, EvalHook, JSONWriter, PeriodicWriter
-from dfm_d2.local_update.errors import NonFiniteLossError
-from dfm_d2.local_update.updates import build_update
-
-
-def make_trainer(model=None, update="sequential", **solver) -> LocalUpdateTrainer:
-    torch.manual_seed(0)
-    model = ToyModel() if model is None else model
-    optimizer = build_block_optimizer(toy_config(**solver), model)
-    strategy = build_update(update, False)
-    return LocalUpdateTrainer(
-        model.train(), toy_loader, optimizer, strategy, contextlib.nullcontext, images_per_step=4
-    )
+from dfm_d2.engine.precision import inference_autocast, resolve_amp_dtype
+from dfm_d2.engine.trainer import get_rng_state, set_rng_state
+from dfm_d2.framework import (
+    PROVIDER,
+    DatasetEvaluator,
+    EvalHook,
+    JSONWriter,
+    PeriodicWriter,
+    inference_on_dataset,
+)
+from dfm_d2.local_update import NonFiniteLossError
 
 
 def test_a_non_finite_loss_names_everything_and_spares_the_checkpoint(tmp_path):
-    model = ToyModel()
+    model, evaluated = make_toy(), []
     trainer = make_trainer(model)
     checkpointer = SafeCheckpointer(model, str(tmp_path), trainer=trainer)
-    evaluated = []
     trainer.register_hooks(
-        [
-            EvalHook(0, lambda: evaluated.append(1) if not trainer.failed else {}),
-            CheckpointHook(checkpointer, 2, 2),
-        ]
+        [FinalEvalHook(0, lambda: evaluated.append(1)), CheckpointHook(checkpointer, 2, 2)]
     )
     prepare = model.prepare
 
@@ -63,21 +55,20 @@ def test_a_non_finite_loss_names_everything_and_spares_the_checkpoint(tmp_path):
     assert all(value.isfinite().all() for value in twin.state_dict().values())
 
 
-def test_a_non_finite_loss_is_no_traceback_in_the_log(caplog):
-    trainer = make_trainer()
+def test_a_non_finite_loss_is_no_traceback_in_the_log_and_other_errors_are_as_the_provider_has_it(caplog):
+    def tracebacks() -> list:
+        return [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+    trainer = make_trainer(make_toy())
     nan = torch.tensor(float("nan"), requires_grad=True)
     trainer.model.losses_of = lambda index, *rest: {f"loss/predictor{index}": nan}
     with pytest.raises(NonFiniteLossError):
         trainer.train(0, 1)
-    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
-
-
-def test_any_other_error_is_logged_as_the_provider_does(caplog):
-    trainer = make_trainer()
+    assert not tracebacks()
     trainer.model.prepare = lambda batch, iteration: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.train(0, 1)
-    assert bool([record for record in caplog.records if record.exc_info]) == (PROVIDER == "detectron2")
+    assert bool(tracebacks()) == (PROVIDER == "detectron2")
 
 
 def test_all_generators_come_back():
@@ -89,10 +80,8 @@ def test_all_generators_come_back():
 
 
 def test_ema_follows_its_equation():
-    model = ToyModel()
-    ema = ModelEMA(model, decay=0.25)
-    name = "backbone.fpn.weight"
-    weight = model.backbone.fpn.weight
+    model = make_toy()
+    ema, weight = ModelEMA(model, decay=0.25), model.backbone.fpn.weight
     expected = weight.detach().clone()
     for n in range(6):
         with torch.no_grad():
@@ -100,17 +89,15 @@ def test_ema_follows_its_equation():
         ema.update()
         ratio = min(0.25, (1 + n) / (10 + n))
         expected = ratio * expected + (1 - ratio) * weight.detach()
-        torch.testing.assert_close(ema.weights[name], expected)
+        torch.testing.assert_close(ema.weights["backbone.fpn.weight"], expected)
     own = weight.detach().clone()
     with ema.applied():
-        assert torch.equal(weight, ema.weights[name])
+        assert torch.equal(weight, ema.weights["backbone.fpn.weight"])
     assert torch.equal(weight, own)
-    with pytest.raises(ValueError, match="EMA_DECAY is 1.0"):
-        ModelEMA(model, 1.0)
 
 
 def test_ema_restores_the_weights_after_an_error_and_from_a_state():
-    model = ToyModel()
+    model = make_toy()
     ema = ModelEMA(model, 0.9)
     own = model.backbone.fpn.weight.detach().clone()
     ema.weights["backbone.fpn.weight"] += 1.0
@@ -124,7 +111,7 @@ def test_ema_restores_the_weights_after_an_error_and_from_a_state():
         ModelEMA(ToyModel(num_predictors=4), 0.9).load_state_dict(ema.state_dict())
 
 
-def run_with_scores(folder, scores, start=0):
+def run_with_scores(folder, scores, start=0, metric="bbox/AP50"):
     """Train four iterations a score; the evaluation after each four finds the next score."""
     model, found = ToyModel(), iter(scores)
     trainer = make_trainer(model)
@@ -132,7 +119,7 @@ def run_with_scores(folder, scores, start=0):
     trainer.register_hooks(
         [
             EvalHook(4, lambda: flatten({"bbox": {"AP50": next(found)}})),
-            BestCheckpointHook(checkpointer, "bbox/AP50"),
+            BestCheckpointHook(checkpointer, metric),
             PeriodicWriter([JSONWriter(str(folder / "metrics.json"))], 4),
             CheckpointHook(checkpointer, 4, 2),
         ]
@@ -142,14 +129,13 @@ def run_with_scores(folder, scores, start=0):
 
 def test_the_best_checkpoint_is_kept_apart(tmp_path):
     run_with_scores(tmp_path, [10.0, 30.0, 20.0])
-    best = torch.load(tmp_path / "model_best.pth", weights_only=True)
-    assert best["iteration"] == 7
-    assert json.loads((tmp_path / "model_best.json").read_text()) == {
-        "metric": "bbox/AP50",
-        "value": 30.0,
-        "iteration": 7,
-    }
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 7
+    record = {"metric": "bbox/AP50", "value": 30.0, "iteration": 7}
+    assert json.loads((tmp_path / "model_best.json").read_text()) == record
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    # The last line of metrics.json is the last evaluation.
+    last = read_metrics(tmp_path / "metrics.json")[-1]
+    assert last["bbox/AP50"] == 20.0 and last["iteration"] == 12
     before = (tmp_path / "model_best.pth").read_bytes()
     run_with_scores(tmp_path, [29.0], start=12)
     assert (tmp_path / "model_best.pth").read_bytes() == before
@@ -157,17 +143,19 @@ def test_the_best_checkpoint_is_kept_apart(tmp_path):
     assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 19
 
 
-def test_the_last_line_of_metrics_is_the_last_evaluation(tmp_path):
-    run_with_scores(tmp_path, [10.0, 30.0])
-    lines = read_metrics(tmp_path / "metrics.json")
-    assert lines[-1]["bbox/AP50"] == 30.0 and lines[-1]["iteration"] == 8
+def test_a_best_metric_that_is_not_measured_is_said_once_an_evaluation(tmp_path, caplog):
+    run_with_scores(tmp_path, [10.0, 30.0], metric="bbox/AP5")
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["TEST.BEST_METRIC bbox/AP5 is not among what is measured: bbox/AP50"] * 2
+    assert not (tmp_path / "model_best.pth").exists()
 
 
 def test_metrics_are_cut_back(tmp_path):
     path = tmp_path / "metrics.json"
-    assert cut_back(path, 5) == 0 and not path.exists()
+    cut_back(path, 5)
+    assert not path.exists()
     path.write_text("".join(json.dumps({"iteration": i, "loss": 0.5}) + "\n" for i in range(10)) + '{"iterat')
-    assert cut_back(path, 6) == 6
+    cut_back(path, 6)
     assert [entry["iteration"] for entry in read_metrics(path)] == list(range(6))
     path.write_text('{"iteration": 0}\nnot json\n{"iteration": 1}\n')
     with pytest.raises(ValueError, match="line 2 is damaged"):
@@ -181,7 +169,7 @@ def test_metrics_are_flat_and_without_nan():
 
 @pytest.mark.parametrize("use_bar", [True, False])
 def test_progress_tells_the_loss_of_each_predictor(use_bar, caplog, capsys):
-    trainer = make_trainer()
+    trainer = make_trainer(make_toy())
     trainer.register_hooks([EMAHook(ModelEMA(trainer.model, 0.9)), ProgressBar(2, use_bar)])
     with caplog.at_level("INFO", logger="dfm_d2.engine.hooks"):
         trainer.train(0, 5)
@@ -193,19 +181,11 @@ def test_progress_tells_the_loss_of_each_predictor(use_bar, caplog, capsys):
         assert "s/it" in text and "ETA" in text
 
 
-def test_losses_are_summed_by_predictor():
-    metrics = {
-        "loss_cls/predictor0": 1.0,
-        "loss_l1/predictor0": 2.0,
-        "loss_cls/predictor10": 4.0,
-        "loss_cls/predictor2": 3.0,
-        "lr": 9.0,
-    }
-    assert list(loss_by_block(metrics).items()) == [
-        ("predictor0", 3.0),
-        ("predictor2", 3.0),
-        ("predictor10", 4.0),
-    ]
+def test_losses_are_summed_by_predictor_in_the_order_of_their_numbers():
+    metrics = {"loss_cls/predictor0": 1.0, "loss_l1/predictor0": 2.0, "loss_cls/res2": 5.0}
+    metrics |= {"loss_cls/predictor10": 4.0, "loss_cls/predictor2": 3.0, "lr": 9.0}
+    expected = {"predictor0": 3.0, "predictor2": 3.0, "predictor10": 4.0, "res2": 5.0}
+    assert list(loss_by_block(metrics).items()) == list(expected.items())
 
 
 def test_precision_choices():
@@ -215,5 +195,51 @@ def test_precision_choices():
     assert resolve_amp_dtype(True, "auto", cpu) in (None, torch.bfloat16)
     with pytest.raises(ValueError, match="float16 needs a CUDA device"):
         resolve_amp_dtype(True, "float16", cpu)
-    with pytest.raises(KeyError, match="half"):
-        resolve_amp_dtype(True, "half", cpu)
+
+
+class Collector(DatasetEvaluator):
+    """Keeps the instances."""
+
+    def reset(self):
+        self.found = []
+
+    def process(self, inputs, outputs):
+        self.found += [output["instances"] for output in outputs]
+
+    def evaluate(self):
+        return {"images": len(self.found)}
+
+
+@pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
+def test_detections_of_bfloat16_are_finite_float32(make_model, make_input, architecture):
+    cfg = tiny_cfg()
+    with inference_autocast(cfg):
+        assert not torch.is_autocast_enabled("cpu")
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE = True, "bfloat16"
+    model, collector, dtypes = make_model(architecture), Collector(), set()
+    model.predictors[0].class_logits.register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+    with inference_autocast(cfg):
+        inference_on_dataset(model, [[make_input("a"), make_input("b")]], collector)
+    assert dtypes == {torch.bfloat16}
+    for found in collector.found:
+        assert found.pred_boxes.tensor.dtype == found.scores.dtype == torch.float32
+        assert len(found) and found.pred_boxes.tensor.isfinite().all() and found.scores.isfinite().all()
+    assert model.training and not torch.is_autocast_enabled("cpu")
+
+
+class Echo(torch.nn.Module):
+    def forward(self, batch):
+        return [{"instances": item} for item in batch]
+
+
+@pytest.mark.parametrize("use_bar", [True, False])
+def test_progress_of_an_evaluation_is_shown_once(use_bar, capsys, caplog):
+    log = logging.getLogger(inference_on_dataset.__module__)
+    level = log.level
+    with caplog.at_level(logging.INFO), evaluation_bar([[1], [2], [3]], "some_val", use_bar) as loader:
+        assert inference_on_dataset(Echo(), loader, Collector()) == {"images": 3}
+    bar, lines = capsys.readouterr().err, [r for r in caplog.records if r.name == log.name]
+    assert ("some_val" in bar) == use_bar and bool(lines) != use_bar
+    with pytest.raises(KeyError), evaluation_bar([[1]], "some_val", use_bar):
+        raise KeyError("broken off")
+    assert log.level == level

@@ -7,40 +7,41 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tiny_model import tiny_cfg
 from torch import nn
 
-from dfm_d2.config import add_dfm_config
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.engine.weights import (
     MSRA,
     TORCHVISION,
-    Preprocessing,
+    check_pixels,
     convert_torchvision_resnet,
     find_torchvision_prefix,
     load_numpy_pickle,
 )
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
-from dfm_d2.framework import build_backbone, get_cfg
+from dfm_d2.framework import build_backbone
 
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-FOR_TORCHVISION = Preprocessing("RGB", IMAGENET_MEAN, IMAGENET_STD, stride_in_1x1=False, depth=50)
-FOR_MSRA = Preprocessing("BGR", IMAGENET_MEAN[::-1], (1.0, 1.0, 1.0), stride_in_1x1=True, depth=50)
+WANTED = {
+    TORCHVISION: "INPUT.FORMAT RGB MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD "
+    "[58.395,57.12,57.375] MODEL.RESNETS.STRIDE_IN_1X1 False",
+    MSRA: "INPUT.FORMAT BGR MODEL.PIXEL_MEAN [103.53,116.28,123.675] MODEL.PIXEL_STD [1.0,1.0,1.0] "
+    "MODEL.RESNETS.STRIDE_IN_1X1 True",
+}
 
 
-class Detector(nn.Module):
+def config_for(source: str, depth: int = 50, norm: str = "BN"):
+    """The config that weights of a source want."""
+    cfg, resnets = tiny_cfg(), {"STEM_OUT_CHANNELS": 64, "WIDTH_PER_GROUP": 64, "DEPTH": depth, "NORM": norm}
+    resnets["RES2_OUT_CHANNELS"] = 256 if depth >= 50 else 64
+    cfg.merge_from_list(WANTED[source].split())
+    cfg.MODEL.RESNETS.update(resnets)
+    return cfg
+
+
+def detector_of(cfg) -> nn.Module:
     """A backbone under the name that it has in a detector."""
-
-    def __init__(self, depth: int, norm: str = "BN") -> None:
-        super().__init__()
-        cfg = get_cfg()
-        add_dfm_config(cfg)
-        cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-        cfg.MODEL.RESNETS.DEPTH = depth
-        cfg.MODEL.RESNETS.NORM = norm
-        cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256 if depth >= 50 else 64
-        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-        self.backbone = build_backbone(cfg)
+    return nn.ModuleDict({"backbone": build_backbone(cfg)})
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
@@ -89,7 +90,7 @@ def test_torchvision_names_become_detectron2s(depth, prefix):
     converted = convert_torchvision_resnet(state)
     wanted = {
         name.removeprefix("backbone.bottom_up."): tuple(value.shape)
-        for name, value in Detector(depth).state_dict().items()
+        for name, value in detector_of(config_for(TORCHVISION, depth)).state_dict().items()
         if name.startswith("backbone.bottom_up.") and not name.endswith("num_batches_tracked")
     }
     assert {name: tuple(value.shape) for name, value in converted.items()} == wanted
@@ -99,16 +100,17 @@ def test_a_torchvision_file_gives_the_same_features(tmp_path):
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18()
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
-    detector = Detector(18, norm="FrozenBN")
-    SafeCheckpointer(detector, preprocessing=FOR_TORCHVISION).load(str(tmp_path / "resnet18.pth"))
+    cfg = config_for(TORCHVISION, 18, "FrozenBN")
+    detector = detector_of(cfg)
+    SafeCheckpointer(detector, cfg=cfg).load(str(tmp_path / "resnet18.pth"), [])
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        ours = detector.eval().backbone.bottom_up(images)["res5"]
+        ours = detector.eval()["backbone"].bottom_up(images)["res5"]
         theirs = nn.Sequential(*list(resnet.eval().children())[:-2])(images)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def caffe2_names(depth: int) -> dict[str, np.ndarray]:
+def caffe2_names() -> dict[str, np.ndarray]:
     """A file as MSRA's, with random numbers: the first names of a ResNet."""
     rng = np.random.default_rng(0)
     shapes = {"conv1_w": (64, 3, 7, 7), "res_conv1_bn_s": (64,), "res_conv1_bn_b": (64,)}
@@ -118,12 +120,12 @@ def caffe2_names(depth: int) -> dict[str, np.ndarray]:
 
 
 def test_a_caffe2_file_is_matched_by_name(tmp_path):
-    content = caffe2_names(50)
+    content = caffe2_names()
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": content}, protocol=2))
-    detector = Detector(50)
+    detector = detector_of(config_for(MSRA))
     detector.requires_grad_(True)  # the file has a few layers only, and what is frozen must be in it
-    SafeCheckpointer(detector, preprocessing=FOR_MSRA).load(str(tmp_path / "R-50.pkl"))
-    bottom_up = detector.backbone.bottom_up
+    SafeCheckpointer(detector, cfg=config_for(MSRA)).load(str(tmp_path / "R-50.pkl"), [])
+    bottom_up = detector["backbone"].bottom_up
     for key, value in (
         ("conv1_w", bottom_up.stem.conv1.weight),
         ("res_conv1_bn_s", bottom_up.stem.conv1.norm.weight),
@@ -134,20 +136,20 @@ def test_a_caffe2_file_is_matched_by_name(tmp_path):
 
 
 def test_the_wrong_pixels_are_an_error(tmp_path):
-    FOR_TORCHVISION.check(TORCHVISION, "file")
-    FOR_MSRA.check(MSRA, "file")
-    with pytest.raises(
-        ValueError, match="torchvision weights, which need INPUT.FORMAT RGB.*STRIDE_IN_1X1 False"
-    ):
-        FOR_MSRA.check(TORCHVISION, "file")
-    with pytest.raises(ValueError, match=r"msra weights, which need INPUT.FORMAT BGR.*PIXEL_STD \[1.0"):
-        FOR_TORCHVISION.check(MSRA, "file")
+    torchvisions, msras = config_for(TORCHVISION), config_for(MSRA)
+    check_pixels(torchvisions, TORCHVISION, "file")
+    check_pixels(msras, MSRA, "file")
+    with pytest.raises(UserError, match="torchvision weights.* INPUT.FORMAT RGB.*STRIDE_IN_1X1 False"):
+        check_pixels(msras, TORCHVISION, "file")
+    with pytest.raises(UserError, match=r"msra weights.* INPUT.FORMAT BGR.*PIXEL_STD \[1.0"):
+        check_pixels(torchvisions, MSRA, "file")
+    torchvisions.MODEL.RESNETS.NUM_GROUPS = 32
+    check_pixels(torchvisions, MSRA, "file")  # ResNeXt of the same zoo: other pixels for each model
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
-    with pytest.raises(UserError, match="resnet18.pth holds torchvision weights"):
-        SafeCheckpointer(Detector(18), preprocessing=FOR_MSRA).load(str(tmp_path / "resnet18.pth"))
-    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(caffe2_names(50), protocol=2))
-    with pytest.raises(UserError, match="R-50.pkl holds msra weights"):
-        SafeCheckpointer(Detector(50), preprocessing=FOR_TORCHVISION).load(str(tmp_path / "R-50.pkl"))
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(caffe2_names(), protocol=2))
+    for name, cfg in (("resnet18.pth", msras), ("R-50.pkl", config_for(TORCHVISION))):
+        with pytest.raises(UserError, match=f"{name} holds (torchvision|msra) weights"):
+            SafeCheckpointer(nn.Linear(1, 1), cfg=cfg).load(str(tmp_path / name), [])
 
 
 def test_only_a_resnet_is_converted():

@@ -1,17 +1,16 @@
 """A tiny detector exported once a session, and photographs to compare on."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-from detections import CLASSES
-from tiny_model import spread, tiny_cfg
+from small_detector import CLASSES, small_cfg, small_detector
 
 from dfm_d2.data.images import read_image
 from dfm_d2.detection.data.loader import resized_item
 from dfm_d2.detection.exportable import export_detector
 from dfm_d2.detection.exported_detector import ExportedDetector
-from dfm_d2.framework import build_model
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 # Photograph: its shortest side before the detector. Three sizes and both orientations.
@@ -24,47 +23,28 @@ PHOTOGRAPHS = {
 
 @pytest.fixture(scope="session")
 def cfg():
-    """Two stages of the backbone, of a third of its graph."""
-    cfg = tiny_cfg(
-        NUM_PREDICTORS=2, NUM_PROPOSALS=24, SAMPLER__SCORE_THRESH=0.05, HEAD__POOLER_SAMPLING_RATIO=1
-    )
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3"]
-    cfg.MODEL.DFM.HEAD.IN_FEATURES = ["p2", "p3"]
-    cfg.INPUT.FORMAT = "RGB"
+    cfg = small_cfg(SAMPLER__SCORE_THRESH=0.05, HEAD__POOLER_SAMPLING_RATIO=1)
+    cfg.INPUT.FORMAT, cfg.TEST.DETECTIONS_PER_IMAGE = "RGB", 20
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 192, 640
-    cfg.TEST.DETECTIONS_PER_IMAGE = 20
     return cfg
 
 
 @pytest.fixture(scope="session")
 def detector(cfg):
-    torch.manual_seed(1)  # one whose detections are many
-    return spread(build_model(cfg)).eval()
-
-
-class _Made(dict):
-    """{format: what `make` answers for it}, made when it is first asked for."""
-
-    def __init__(self, make):
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, format):
-        self[format] = self._make(format)
-        return self[format]
+    return small_detector(cfg)
 
 
 @pytest.fixture(scope="session")
 def files(detector, cfg, tmp_path_factory):
-    """{format: path}, the noise an input."""
+    """Of a format, the path of its file, written when it is first asked for; the noise is an input."""
     folder, image = tmp_path_factory.mktemp("exported"), torch.zeros(3, 96, 128)
-    return _Made(lambda name: export_detector(detector, name, folder, cfg, CLASSES, image))
+    return functools.cache(lambda name: export_detector(detector, name, folder, cfg, CLASSES, image))
 
 
 @pytest.fixture(scope="session")
 def runs(files):
-    """{format: the detector of its file}"""
-    return _Made(lambda name: ExportedDetector(files[name]))
+    """Of a format, the detector of its file."""
+    return functools.cache(lambda name: ExportedDetector(files(name)))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_detector import small_cfg, small_detector
 
 from dfm_d2.detection.exportable import TensorDetector
 
@@ -11,11 +12,11 @@ def inputs():
     generator = torch.Generator().manual_seed(0)
     images = 255 * torch.rand(2, 3, 96, 128, generator=generator)
     sizes = torch.tensor([[90.0, 128.0], [96.0, 100.0]])
-    return images, sizes, torch.randn(2, 12, 4, generator=generator)
+    return images, sizes, torch.randn(2, 24, 4, generator=generator)
 
 
-def test_the_whole_detector_is_one_graph(make_model, inputs):
-    detector = TensorDetector(make_model(NUM_PREDICTORS=2).eval(), constant_noise=False)
+def test_the_whole_detector_is_one_graph(inputs):
+    detector = TensorDetector(small_detector(small_cfg()), constant_noise=False)
     with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(detector, fullgraph=True, backend="eager")
         for found, wanted in zip(compiled(*inputs), detector(*inputs), strict=True):
@@ -29,8 +30,8 @@ def test_the_whole_detector_is_one_graph(make_model, inputs):
         ("CascadeDetector", {}),
     ],
 )
-def test_before_nms_is_one_graph(make_model, inputs, architecture, options):
-    model = make_model(architecture, NUM_PREDICTORS=2, **options).eval()
+def test_before_nms_is_one_graph(inputs, architecture, options):
+    model = small_detector(small_cfg(architecture, **options))
     images, sizes, x_0 = inputs
     compiled = torch.compile(model.candidates, fullgraph=True, backend="eager")
     with torch.no_grad():

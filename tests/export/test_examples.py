@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from detections import CLASSES
 from PIL import Image
+from small_detector import CLASSES
 from tool_loader import ROOT
 
 EXAMPLE = str(ROOT / "examples" / "run_exported.py")
@@ -35,7 +35,7 @@ for file in files:
 
 def check_examples(formats, files, photographs, detector):
     item = photographs[0]
-    paths = [str(files[format]) for format in formats]
+    paths = [str(files(format)) for format in formats]
     command = [sys.executable, "-W", "ignore", "-c", ISOLATED, EXAMPLE, item["file_name"], *paths]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

@@ -69,6 +69,6 @@ def test_run_eval_gives_the_same_ap(export, tmp_path, capsys, noise):
     ],
 )
 def test_what_is_wrong_is_one_error_message(export, capsys, overrides, said):
-    assert export(["--sample-image", "missing.jpg"], *overrides) == 2
+    assert export([] if overrides else ["--sample-image", "missing.jpg"], *overrides) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1

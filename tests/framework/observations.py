@@ -27,7 +27,7 @@ BY_NAME = {
     "IterationTimer": training.observe_iteration_timer,
     "JSONWriter": training.observe_json_writer,
     "LRScheduler": training.observe_lr_scheduler,
-    "META_ARCH_REGISTRY": modeling.observe_meta_arch_registry,
+    "META_ARCH_REGISTRY": modeling.observe_build_model,
     "MetadataCatalog": structures.observe_metadata_catalog,
     "PathManager": structures.observe_path_manager,
     "PeriodicCheckpointer": training.observe_periodic_checkpointer,

@@ -169,36 +169,24 @@ def observe_backbone(provider):
     ]
 
 
-def observe_meta_arch_registry(provider):
-    name = f"ContractModel_{provider.name}"
+def observe_build_model(provider):
+    class ContractModel(torch.nn.Linear):
+        def __init__(self, cfg):
+            super().__init__(1, len(cfg.MODEL.PIXEL_MEAN))
 
-    def make():
-        class Model(torch.nn.Linear):
-            def __init__(self, cfg):
-                super().__init__(1, len(cfg.MODEL.PIXEL_MEAN))
-
-        Model.__name__ = name
-        return Model
-
-    model = make()
-    if name not in provider.META_ARCH_REGISTRY:
-        provider.META_ARCH_REGISTRY.register(model)
-    cfg = provider.get_cfg()
+    registry = provider.META_ARCH_REGISTRY
+    if "ContractModel" not in registry:
+        registry.register(ContractModel)
+    cfg, unknown = provider.get_cfg(), provider.get_cfg()
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.META_ARCHITECTURE = name
+    cfg.MODEL.META_ARCHITECTURE = "ContractModel"
+    unknown.MODEL.META_ARCHITECTURE = "NoSuchModel"
     return {
         "built": list(provider.build_model(cfg).weight.shape),
-        "in": name in provider.META_ARCH_REGISTRY,
-        "twice": raised(lambda: provider.META_ARCH_REGISTRY.register(make())),
+        "in": "ContractModel" in registry,
+        "twice": raised(lambda: registry.register(ContractModel)),
+        "unknown": raised(lambda: provider.build_model(unknown)),
     }
-
-
-def observe_build_model(provider):
-    seen = observe_meta_arch_registry(provider)["built"]
-    cfg = provider.get_cfg()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.META_ARCHITECTURE = "NoSuchModel"
-    return {"built": seen, "unknown": raised(lambda: provider.build_model(cfg))}
 
 
 def observe_detector_postprocess(provider):

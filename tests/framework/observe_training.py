@@ -48,7 +48,7 @@ def observe_build_lr_scheduler(provider):
     }
 
 
-def make_trainer(provider, log: list, stop_at: int | None = None):
+def make_trainer(provider, hooks=(), stop_at: int | None = None, log: list | None = None):
     """A trainer that puts the scalars "loss" (iteration squared) and breaks off at iteration `stop_at`."""
 
     class Trainer(provider.TrainerBase):
@@ -57,31 +57,49 @@ def make_trainer(provider, log: list, stop_at: int | None = None):
             self.optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 3))
 
         def run_step(self):
-            log.append(f"step {self.iter}")
+            if log is not None:
+                log.append(f"step {self.iter}")
             if self.iter == stop_at:
                 raise ArithmeticError("broken off")
             self.storage.put_scalar("loss", self.iter**2)
             self.optimizer.step()
 
-    return Trainer()
+    trainer = Trainer()
+    trainer.register_hooks(hooks)
+    return trainer
+
+
+def trained(trainer, start: int, end: int):
+    """The trainer after training, even where a step broke it off, which Detectron2 logs with a traceback."""
+    logging.disable(logging.CRITICAL)
+    try:
+        trainer.train(start, end)
+    except ArithmeticError as error:
+        assert str(error) == "broken off"
+    finally:
+        logging.disable(logging.NOTSET)
+    return trainer
 
 
 def _telling_hook(provider, log: list):
     class Telling(provider.HookBase):
         seen = 0
 
+        def tell(self, event: str):
+            log.append(f"{event} {self.trainer.iter} {self.trainer.storage.iter}")
+
         def before_train(self):
-            log.append(f"before_train {self.trainer.iter} {self.trainer.storage.iter}")
+            self.tell("before_train")
 
         def after_train(self):
-            log.append(f"after_train {self.trainer.iter} {self.trainer.storage.iter}")
+            self.tell("after_train")
 
         def before_step(self):
-            log.append(f"before_step {self.trainer.iter} {self.trainer.storage.iter}")
+            self.tell("before_step")
 
         def after_step(self):
             self.seen += 1
-            log.append(f"after_step {self.trainer.iter}")
+            self.tell("after_step")
 
         def state_dict(self):
             return {"seen": self.seen}
@@ -94,33 +112,21 @@ def _telling_hook(provider, log: list):
 
 def observe_trainer_base(provider):
     log, broken_log = [], []
-    trainer = make_trainer(provider, log)
-    hook = _telling_hook(provider, log)
-    trainer.register_hooks([hook, None, provider.HookBase(), _telling_hook(provider, log)])
-    trainer.train(2, 5)
+    hooks = [_telling_hook(provider, log), None, provider.HookBase(), _telling_hook(provider, log)]
+    trainer = trained(make_trainer(provider, hooks, log=log), 2, 5)
     state = trainer.state_dict()
-    other = make_trainer(provider, [])
     other_hook = _telling_hook(provider, [])
-    other.register_hooks([other_hook])
+    other = make_trainer(provider, [other_hook])
     other.load_state_dict({**state, "hooks": {**state["hooks"], "Unknown": {"a": 1}}})
-    broken = make_trainer(provider, broken_log, stop_at=1)
-    broken.register_hooks([_telling_hook(provider, broken_log)])
-    error = "nothing"
-    logging.disable(logging.CRITICAL)  # Detectron2 logs the traceback
-    try:
-        broken.train(0, 3)
-    except ArithmeticError as e:
-        error = str(e)
-    finally:
-        logging.disable(logging.NOTSET)
+    broken = trained(make_trainer(provider, [_telling_hook(provider, broken_log)], stop_at=1), 0, 3)
     return {
         "log": log,
         "state": {"iteration": state["iteration"], "hooks": [*state["hooks"].values()]},
         "key ends with the class": [key.rsplit(".", 1)[-1] for key in state["hooks"]],
         "loaded": [other.iter, other_hook.seen],
         "bounds": [trainer.start_iter, trainer.max_iter, trainer.iter],
-        "broken": [error, broken_log, broken.iter],
-        "not a hook": raised(lambda: make_trainer(provider, []).register_hooks([object()])),
+        "broken": [broken_log, broken.iter],
+        "not a hook": raised(lambda: make_trainer(provider, [object()])),
         "no run_step": raised(lambda: provider.TrainerBase().run_step()),
     }
 
@@ -132,9 +138,7 @@ def observe_hook_base(provider):
 
 
 def observe_iteration_timer(provider):
-    trainer = make_trainer(provider, [])
-    trainer.register_hooks([provider.IterationTimer(warmup_iter=2)])
-    trainer.train(3, 8)
+    trainer = trained(make_trainer(provider, [provider.IterationTimer(warmup_iter=2)]), 3, 8)
     values = trainer.storage.history("time").values()
     return [[iteration for _, iteration in values], all(0 < seconds < 5 for seconds, _ in values)]
 
@@ -142,46 +146,32 @@ def observe_iteration_timer(provider):
 def observe_lr_scheduler(provider):
     cfg = provider.get_cfg()
     cfg.merge_from_list(["SOLVER.MAX_ITER", 10, "SOLVER.WARMUP_ITERS", 4, "SOLVER.STEPS", (8,)])
-    trainer = make_trainer(provider, [])
-    scheduler = provider.build_lr_scheduler(cfg, trainer.optimizer)
-    hook = provider.LRScheduler(trainer.optimizer, scheduler)
-    trainer.register_hooks([hook])
-    trainer.train(0, 6)
-    from_trainer = make_trainer(provider, [])
-    from_trainer.scheduler = provider.build_lr_scheduler(cfg, from_trainer.optimizer)
-    from_trainer.register_hooks([provider.LRScheduler()])
-    from_trainer.load_state_dict(trainer.state_dict())
-    from_trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
-    from_trainer.train(6, 10)
+    first = make_trainer(provider)
+    scheduler = provider.build_lr_scheduler(cfg, first.optimizer)
+    first.register_hooks([provider.LRScheduler(first.optimizer, scheduler)])
+    trained(first, 0, 6)
+    second = make_trainer(provider, [provider.LRScheduler()])
+    second.scheduler = provider.build_lr_scheduler(cfg, second.optimizer)
+    second.load_state_dict(first.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    trained(second, 6, 10)
     best = provider.LRScheduler.get_best_param_group_id
     return {
-        "lr": [t.storage.history("lr").values() for t in (trainer, from_trainer)],
-        "state": trainer.state_dict(),
+        "lr": [trainer.storage.history("lr").values() for trainer in (first, second)],
+        "state": first.state_dict(),
         "group": [best(_optimizer((1.0, 2.0, 2.0), sizes)) for sizes in ((1, 1, 1), (1, 3, 3), (2, 1, 1))],
     }
 
 
-class _Recorder:
-    """Stands in for a checkpointer."""
-
-    def __init__(self, folder: str, manager):
-        self.saved, self.path_manager, self.save_dir = [], manager, folder
-
-    def save(self, name, **kwargs):
-        self.saved.append([name, kwargs])
-
-    def get_checkpoint_file(self):
-        return os.path.join(self.save_dir, f"{self.saved[-1][0]}.pth")
-
-
 def observe_periodic_checkpointer(provider):
     with tempfile.TemporaryDirectory() as folder:
-        checkpointer = _Recorder(folder, provider.PathManager)
-        trainer = make_trainer(provider, [])
-        trainer.register_hooks([provider.PeriodicCheckpointer(checkpointer, 3, max_to_keep=2)])
-        trainer.train(0, 8)
-        hook = isinstance(provider.PeriodicCheckpointer(checkpointer, 3), provider.HookBase)
-    return [checkpointer.saved, hook]
+        checkpointer = provider.DetectionCheckpointer(torch.nn.Linear(1, 1), folder)
+        hook = provider.PeriodicCheckpointer(checkpointer, 3, max_to_keep=2)
+        trained(make_trainer(provider, [hook]), 0, 11)
+        iterations = [
+            torch.load(os.path.join(folder, name))["iteration"] for name in sorted(os.listdir(folder))[1:]
+        ]
+        return [sorted(os.listdir(folder)), iterations, isinstance(hook, provider.HookBase)]
 
 
 def observe_periodic_writer(provider):
@@ -195,33 +185,24 @@ def observe_periodic_writer(provider):
             log.append("close")
             super().close()
 
-    trainer = make_trainer(provider, [])
-    trainer.register_hooks([provider.PeriodicWriter([Writer(os.devnull)], period=3)])
-    trainer.train(0, 8)
+    trainer = make_trainer(provider, [provider.PeriodicWriter([Writer(os.devnull)], period=3)])
+    trained(trainer, 0, 8)
     return [log, raised(lambda: provider.PeriodicWriter([object()]))]
 
 
 def observe_eval_hook(provider):
     def run(max_iter, period, stop_at=None, after=True):
         calls = []
-        trainer = make_trainer(provider, [], stop_at)
 
         def evaluate():
             calls.append(trainer.iter)
             return {"bbox/AP": len(calls), "bbox/AP50": torch.tensor(0.5), "loss_val": 1}
 
-        trainer.register_hooks([provider.EvalHook(period, evaluate, eval_after_train=after)])
-        logging.disable(logging.CRITICAL)
-        try:
-            trainer.train(0, max_iter)
-        except ArithmeticError:
-            calls.append("broken off")
-        finally:
-            logging.disable(logging.NOTSET)
-        return calls, trainer.storage
+        hook = provider.EvalHook(period, evaluate, eval_after_train=after)
+        trainer = make_trainer(provider, [hook], stop_at)
+        return calls, trained(trainer, 0, max_iter).storage
 
     calls, storage = run(6, 2)
-
     return {
         "calls": calls,
         "latest": {name: value for name, value in storage.latest().items() if name != "loss"},

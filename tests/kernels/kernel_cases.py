@@ -17,7 +17,7 @@ from hypothesis import HealthCheck
 from torch import Tensor
 
 FLOW = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.5)}
-FLOW |= {"prediction": "endpoint", "aggregation": "uniform"}
+FLOW |= {"aggregation": "uniform"}
 LOSS = {"signal_scale": 2.0, "kind": "focal", "alpha": 0.25, "gamma": 2.0, "velocity_max": 25.0}
 SCALES = (0.25, 0.125, 0.0625)
 # The device of a fixture is the same for all examples.
@@ -80,9 +80,18 @@ def loss_case(device="cpu", b=2, n=5, k=4, dtype=torch.float32, seed=0, **option
 
 
 def pool_case(
-    device="cpu", b=2, n=3, c=3, cells=2, samples=1, levels=3, size=(64, 96), dtype=torch.float32, seed=0,
+    device="cpu",
+    b=2,
+    n=3,
+    c=3,
+    cells=2,
+    samples=1,
+    levels=3,
+    size=(64, 96),
+    dtype=torch.float32,
+    seed=0,
     boxes=None,
-) -> Case:  # fmt: skip
+) -> Case:
     """Boxes of all sizes, some beyond the image of `size` (height, width), or the given ones."""
     generator, normal = _random(seed)
     features = [normal(b, c, *(-(-side // 2 ** (2 + i)) for side in size)) for i in range(levels)]

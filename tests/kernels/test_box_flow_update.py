@@ -19,33 +19,25 @@ from kernel_cases import compare, flow_case, run
 DECODE = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.0)}
 
 
-def test_zero_deltas_keep_a_box_and_velocity_reaches_its_endpoint():
+def test_zero_deltas_keep_a_box():
     torch.manual_seed(0)
     x_t = torch.rand(2, 6, 4, dtype=torch.float64) * 2 - 1
-    t = torch.tensor([0.3, 0.9], dtype=torch.float64)
-    kept = decode_endpoint(x_t, torch.zeros_like(x_t), t, **DECODE, prediction="endpoint")
-    torch.testing.assert_close(kept, x_t)
-    x_1 = torch.randn_like(x_t)
-    velocity = (x_1 - x_t) / (1 - t)[:, None, None]
-    torch.testing.assert_close(decode_endpoint(x_t, velocity, t, **DECODE, prediction="velocity"), x_1)
+    torch.testing.assert_close(decode_endpoint(x_t, torch.zeros_like(x_t), **DECODE), x_t)
 
 
 def test_deltas_mean_what_faster_rcnn_means():
     # A proposal of centre (0.5, 0.5) and size (0.2, 0.4), moved by half its width and doubled in height.
     x_t = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.4]]]), 2.0)
     answer = torch.tensor([[[0.5 * 2.0, 0.0, 0.0, math.log(2.0)]]])
-    x_1 = decode_endpoint(x_t, answer, torch.zeros(()), **DECODE, prediction="endpoint")
+    x_1 = decode_endpoint(x_t, answer, **DECODE)
     torch.testing.assert_close(x_1, boxes_to_signal(torch.tensor([[[0.6, 0.5, 0.2, 0.8]]]), 2.0))
 
 
-@pytest.mark.parametrize("prediction", ["endpoint", "velocity"])
-def test_decode_endpoint_gradcheck(prediction):
+def test_decode_endpoint_gradcheck():
     torch.manual_seed(0)
-    x_t, t = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0.0, 0.7], dtype=torch.float64)
+    x_t = torch.randn(2, 3, 4, dtype=torch.float64)
     answer = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda a: decode_endpoint(x_t, a, t, **DECODE, prediction=prediction), answer
-    )
+    assert torch.autograd.gradcheck(lambda a: decode_endpoint(x_t, a, **DECODE), answer)
 
 
 @given(
@@ -110,9 +102,8 @@ def test_the_confidence_of_a_single_predictor_does_not_count(kernel_device):
 @pytest.mark.parametrize("times", [(0.0, 1.0), (0.5, 0.5), (1.0, 1.0), (1.0 - 2.0**-24, 1.0)])
 @pytest.mark.parametrize("shape", [(), (2,)])
 def test_the_ends_of_time(kernel_device, times, shape):
-    for prediction in ("endpoint", "velocity"):
-        t, t_next = (torch.full(shape, t, device=kernel_device) for t in times)
-        compare(flow_case(kernel_device, n=2, prediction=prediction).with_tensors(3, t, t_next))
+    t, t_next = (torch.full(shape, t, device=kernel_device) for t in times)
+    compare(flow_case(kernel_device, n=2).with_tensors(3, t, t_next))
 
 
 def test_infinities_and_boxes_outside_the_image(kernel_device):

@@ -27,8 +27,7 @@ VARIANTS = {
         {"b": 1, "n": 1, "d": 1, "k": 1},
         {},
         {"aggregation": "confidence"},
-        {"prediction": "velocity"},
-        {"b": 3, "n": 33, "d": 12, "k": 2, "prediction": "velocity", "aggregation": "confidence"},
+        {"b": 3, "n": 33, "d": 12, "k": 2, "aggregation": "confidence"},
         {"b": 1, "n": 21, "d": 2, "k": 80, "aggregation": "confidence"},
         {"n": 0},
         *HALF,
@@ -111,9 +110,15 @@ def test_box_flow_update_and_flow_loss_of_any_size(kernel_device, b, n, d, k, da
 
 @settings(max_examples=5, **PROPERTY)
 @given(
-    b=st.integers(1, 2), n=st.integers(1, 2), c=st.integers(2, 40), height=st.integers(5, 80),
-    width=st.integers(5, 80), cells=st.integers(1, 20), h=st.integers(2, 40), seed=st.integers(0, 1000),
-)  # fmt: skip
+    b=st.integers(1, 2),
+    n=st.integers(1, 2),
+    c=st.integers(2, 40),
+    height=st.integers(5, 80),
+    width=st.integers(5, 80),
+    cells=st.integers(1, 20),
+    h=st.integers(2, 40),
+    seed=st.integers(0, 1000),
+)
 def test_roi_align_and_interaction_of_any_size(kernel_device, b, n, c, height, width, cells, h, seed):
     compare(pool_case(kernel_device, b, n, c, samples=1 + seed % 2, size=(height, width), seed=seed))
     compare(interaction_case(kernel_device, b * n, cells, c, h, seed=seed))

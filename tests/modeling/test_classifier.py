@@ -114,13 +114,6 @@ def test_one_euler_step_answers_the_weighted_mean_endpoint():
     torch.testing.assert_close(model.logits_of(inputs), expected)
 
 
-def test_velocity_answers_become_endpoints():
-    model = make_classifier("MODEL.DFM.PREDICTION", "velocity").eval()
-    pooled, x_t, t = torch.randn(2, 8), torch.randn(2, 3, 6), torch.rand(2, 3)
-    answer = model.block_predictors[0](pooled, x_t, t)
-    torch.testing.assert_close(model._endpoint(0, pooled, x_t, t), x_t + (1 - t)[..., None] * answer)
-
-
 def test_the_loss_is_the_squared_error_and_the_cross_entropy_of_the_read_out():
     x_1_hat, x_1 = torch.randn(2, 2, 5, 4).double()
     labels, embeddings = torch.tensor([0, 2]), torch.eye(4).double()

@@ -139,7 +139,7 @@ def test_the_cascade_has_the_parameters_of_the_flow_detector(make_model):
     "options",
     [
         {"COUPLING": "independent"},
-        {"PREDICTION": "velocity", "LOSS__VELOCITY_WEIGHT": 0.5},
+        {"LOSS__VELOCITY_WEIGHT": 0.5},
         {"LOSS__CLS": "quality_focal"},
         {"TIME": "shared", "AGGREGATION": "confidence"},
         {"HEAD__INTERACTION": "grid_linear"},

@@ -29,12 +29,11 @@ def same(found, expected, pixels=1e-3, scores=1e-5):
 
 
 def test_a_file_and_its_pixels_are_in_original_coordinates(predictor, tmp_path):
-    found = predictor(save(tmp_path / "a.png", picture(60, 80)))
-    assert found.image_size == (60, 80) and len(found) > 0
-    assert (found.pred_boxes.tensor[:, 2] <= 80).all() and (found.pred_boxes.tensor[:, 3] <= 60).all()
+    for image in (save(tmp_path / "a.png", picture(60, 80)), picture(60, 80)):
+        found = predictor(image)
+        assert found.image_size == (60, 80) and len(found) > 0
+        assert (found.pred_boxes.tensor[:, 2:] <= torch.tensor([80, 60])).all()
     assert predictor.class_names == ["circle", "square", "star"]
-    from_pixels = predictor(picture(60, 80))
-    assert from_pixels.image_size == (60, 80) and len(from_pixels) > 0
 
 
 def test_a_list_is_answered_in_order_and_in_batches(trained, predictor, tmp_path):
@@ -73,37 +72,21 @@ def test_not_an_image(trained, tmp_path):
     same(answers[0], answers[2])
 
 
-def sixteen_bits():
-    gray = picture().mean(2).astype(np.uint16)
-    return Image.fromarray(gray * 257), gray.astype(np.uint8), {}
-
-
-def lying_down():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    return Image.fromarray(np.rot90(picture(90, 60))), picture(90, 60), {"exif": exif}
-
-
-def of_mode(mode):
+@pytest.mark.parametrize(("mode", "ending"), [("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg")])
+def test_other_modes_are_read_as_rgb(predictor, tmp_path, mode, ending):
     image = Image.fromarray(picture()).convert(mode)
     if mode == "RGBA":
         image.putalpha(77)
-    return image, image.convert("RGB"), {}
-
-
-@pytest.mark.parametrize(
-    "make", [sixteen_bits, lying_down, *(lambda m=m: of_mode(m) for m in ("L", "RGBA", "P"))]
-)
-def test_other_files_are_read_as_the_rgb_image_they_show(predictor, tmp_path, make):
-    image, shown, options = make()
-    other = save(tmp_path / "other/a.png", image, **options)
-    assert image.mode != "I;16" or Image.open(other).mode == "I;16"
-    same(predictor(other), predictor(save(tmp_path / "rgb/a.png", shown)))
-
-
-def test_cmyk_is_read_as_rgb(predictor, tmp_path):
-    other = save(tmp_path / "other/a.jpg", Image.fromarray(picture()).convert("CMYK"), quality=100)
+    other = save(tmp_path / f"other/a.{ending}", image)
     same(predictor(other), predictor(save(tmp_path / "rgb/a.png", Image.open(other).convert("RGB"))))
+
+
+def test_sixteen_bits_are_scaled_and_exif_orientation_is_applied(predictor, tmp_path):
+    exif, gray = Image.Exif(), picture(90, 60).mean(2).astype(np.uint16)
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    other = save(tmp_path / "other/a.png", np.rot90(gray * 257), exif=exif)
+    assert Image.open(other).mode == "I;16"
+    same(predictor(other), predictor(save(tmp_path / "rgb/a.png", gray.astype(np.uint8))))
 
 
 def test_one_pixel(trained, tmp_path):
@@ -122,24 +105,12 @@ def test_eight_thousand_pixels_a_side(predictor, tmp_path):
     assert found.pred_boxes.tensor.amax() > 1000
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((4, 4), np.uint8),
-        np.zeros((4, 4, 3), np.float32),
-        np.zeros((0, 4, 3), np.uint8),
-        None,
-        3,
-        torch.zeros(4, 4, 3),
-        b"a.jpg",
-        Image.new("RGB", (4, 4)),
-    ],
-    ids=type,
-)
-def test_what_is_neither_file_nor_image(predictor, image):
-    for images in (image, [image]):
-        with pytest.raises(ValueError, match=r"must be a path or a uint8 array \(H, W, 3\).*, got "):
-            predictor(images)
+def test_what_is_neither_file_nor_image(predictor):
+    arrays = np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)
+    for image in (*arrays, None, 3, torch.zeros(4, 4, 3), b"a.jpg", Image.new("RGB", (4, 4))):
+        for images in (image, [image]):
+            with pytest.raises(ValueError, match=r"must be a path or a uint8 array \(H, W, 3\).*, got "):
+                predictor(images)
 
 
 def test_weights_of_another_model(trained, tmp_path):

@@ -12,9 +12,16 @@ from dfm_d2.flow.time_embedding import TimeEmbedding
 
 def _head(**options):
     defaults = {
-        "pooler": FeaturePooler((1 / 4, 1 / 8), 3, 2, 32.0), "num_classes": 5, "dim": 16, "num_heads": 2,
-        "feedforward_dim": 32, "interaction": "dynamic_conv", "dynamic_dim": 4, "num_cls": 1, "num_reg": 2,
-    }  # fmt: skip
+        "pooler": FeaturePooler((1 / 4, 1 / 8), 3, 2, 32.0),
+        "num_classes": 5,
+        "dim": 16,
+        "num_heads": 2,
+        "feedforward_dim": 32,
+        "interaction": "dynamic_conv",
+        "dynamic_dim": 4,
+        "num_cls": 1,
+        "num_reg": 2,
+    }
     return FlowHead(**(defaults | options))
 
 

@@ -31,7 +31,6 @@ def box_flow_update(
     *,
     signal_scale: float,
     box_weights: tuple[float, float, float, float],
-    prediction: str,
     aggregation: str,
 ) -> BoxFlowUpdate:
     """Everything between the heads of one step and the RoIAlign of the next.
@@ -42,7 +41,7 @@ def box_flow_update(
         x_t: `(B, N, 4)` signal. answers: `(D, B, N, 4)` raw box answers. class_logits: `(D, B, N, K)`.
         t, t_next: `()` or `(B,)`, on the device, so that a CUDA graph can be replayed with others.
         image_sizes: `(B, 2)` height, width. signal_scale: s. box_weights: divide box deltas.
-        prediction: "endpoint" or "velocity". aggregation: "uniform" or "confidence".
+        aggregation: "uniform" or "confidence".
 
     Returns:
         A BoxFlowUpdate, without gradients where the Triton kernel ran.
@@ -58,14 +57,28 @@ def box_flow_update(
         )
     if not use_triton("box_flow_update", x_t, _unsupported(x_t, class_logits)):
         return reference.box_flow_update(
-            x_t, answers, class_logits, t, t_next, image_sizes, signal_scale=signal_scale,
-            box_weights=box_weights, prediction=prediction, aggregation=aggregation,
-        )  # fmt: skip
+            x_t,
+            answers,
+            class_logits,
+            t,
+            t_next,
+            image_sizes,
+            signal_scale=signal_scale,
+            box_weights=box_weights,
+            aggregation=aggregation,
+        )
     # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.box_flow_update.triton import box_flow_update as on_triton
 
     found = on_triton(
-        x_t, answers, class_logits, expand_t(t, x_t), expand_t(t_next, x_t), image_sizes,
-        signal_scale, list(box_weights), prediction, aggregation,
-    )  # fmt: skip
+        x_t,
+        answers,
+        class_logits,
+        expand_t(t, x_t),
+        expand_t(t_next, x_t),
+        image_sizes,
+        signal_scale,
+        list(box_weights),
+        aggregation,
+    )
     return BoxFlowUpdate(*found)

@@ -91,29 +91,19 @@ def signal_to_boxes_xyxy(x_t: Tensor, image_sizes: Tensor, signal_scale: float) 
 
 
 def decode_endpoint(
-    x_t: Tensor,
-    answer: Tensor,
-    t: Tensor,
-    *,
-    signal_scale: float,
-    box_weights: tuple[float, float, float, float],
-    prediction: str,
+    x_t: Tensor, answer: Tensor, *, signal_scale: float, box_weights: tuple[float, float, float, float]
 ) -> Tensor:
     """A predictor's raw answer to its endpoint `x_1_hat`, not clamped.
 
-    "endpoint": `answer` is a delta of the proposal as in Faster R-CNN (arXiv 1506.01497, eq. 2):
-    `cx = cx_t + (a_x / w_x) w_t`, `w = w_t exp(a_w / w_w)`. "velocity": `x_1_hat = x_t + (1 - t) answer`.
+    `answer` is a delta of the proposal as in Faster R-CNN (arXiv 1506.01497, eq. 2):
+    `cx = cx_t + (a_x / w_x) w_t`, `w = w_t exp(a_w / w_w)`.
 
     Args:
-        x_t: `(B, N, 4)` signal. answer: `(B, N, 4)`. t: `()` or `(B,)`.
+        x_t: `(B, N, 4)` signal. answer: `(B, N, 4)`.
 
     Returns:
         `(B, N, 4)` signal.
     """
-    if prediction == "velocity":
-        return x_t + (1 - expand_t(t, x_t)) * answer
-    if prediction != "endpoint":
-        raise ValueError(f"prediction must be 'endpoint' or 'velocity', got {prediction!r}")
     proposal = _proposal_cxcywh(x_t, signal_scale)
     # A tensor of the weights would have to be brought to the device.
     delta = torch.stack([a / w for a, w in zip(answer.unbind(-1), box_weights)], dim=-1)
@@ -175,12 +165,11 @@ def box_flow_update(
     *,
     signal_scale: float,
     box_weights: tuple[float, float, float, float],
-    prediction: str,
     aggregation: str,
 ) -> BoxFlowUpdate:
     """The specification of the op, which says what the arguments are."""
-    options = {"signal_scale": signal_scale, "box_weights": box_weights, "prediction": prediction}
-    endpoints = [decode_endpoint(x_t, a, t, **options) for a in answers.to(x_t.dtype)]
+    options = {"signal_scale": signal_scale, "box_weights": box_weights}
+    endpoints = [decode_endpoint(x_t, a, **options) for a in answers.to(x_t.dtype)]
     endpoints = torch.stack(endpoints).clamp(-signal_scale, signal_scale)
     x_1_hat, class_probs = aggregate(endpoints, class_logits, aggregation)
     x_next = euler_step(x_t, x_1_hat, t, t_next)

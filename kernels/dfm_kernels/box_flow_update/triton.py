@@ -83,7 +83,6 @@ def _box_flow_update_fwd_kernel(
     min_side,
     max_log,
     eps,
-    VELOCITY: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,12 +115,9 @@ def _box_flow_update_fwd_kernel(
             weight = tl.max(p, axis=1)
         total += weight
         sum_p += weight[:, None] * p
-        if VELOCITY:
-            end_centre, end_size = x_centre + remaining * a_centre, x_size + remaining * a_size
-        else:
-            delta = tl.minimum(a_size / weight_size, max_log, propagate_nan=tl.PropagateNan.ALL)
-            end_centre = (2 * (centre + a_centre / weight_centre * size) - 1) * s
-            end_size = (2 * size * tl.exp(delta) - 1) * s
+        delta = tl.minimum(a_size / weight_size, max_log, propagate_nan=tl.PropagateNan.ALL)
+        end_centre = (2 * (centre + a_centre / weight_centre * size) - 1) * s
+        end_size = (2 * size * tl.exp(delta) - 1) * s
         sum_centre += weight[:, None] * _clamp(end_centre, -s, s)
         sum_size += weight[:, None] * _clamp(end_size, -s, s)
         row += num_queries
@@ -144,11 +140,10 @@ def _box_flow_update_fwd_kernel(
     store_boxes(box_ptr, low * extent.to(tl.float32), high * extent.to(tl.float32), m, axis, inside)
 
 
-def constants(num_classes: int, prediction: str, aggregation: str) -> dict:
+def constants(num_classes: int, aggregation: str) -> dict:
     """Compile-time constants of the kernel."""
     block_k = max(triton.next_power_of_2(num_classes), 2)
     return {
-        "VELOCITY": prediction == "velocity",
         "CONFIDENCE": aggregation == "confidence",
         "BLOCK_M": max(_TILE // block_k, 1),
         "BLOCK_K": block_k,
@@ -170,7 +165,6 @@ def box_flow_update(
     image_sizes: Tensor,
     signal_scale: float,
     box_weights: Sequence[float],
-    prediction: str,
     aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of a BoxFlowUpdate, in one launch; the arguments of the reference, `x_t` float32."""
@@ -181,7 +175,7 @@ def box_flow_update(
     class_probs = x_t.new_empty(num_images, num_proposals, num_classes)
     num_queries = num_images * num_proposals
     # One predictor's weight cancels, but for a probability of exactly 0.
-    options = constants(num_classes, prediction, aggregation if num_predictors > 1 else "uniform")
+    options = constants(num_classes, aggregation if num_predictors > 1 else "uniform")
     if num_queries > 0:
         _box_flow_update_fwd_kernel[(triton.cdiv(num_queries, options["BLOCK_M"]),)](
             x_t,

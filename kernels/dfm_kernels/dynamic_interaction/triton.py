@@ -38,9 +38,18 @@ def _vector(ptr, index, count):
 
 @triton.jit
 def _product_in(
-    roi_ptr, weight_in_ptr, p, h, num_cells, num_channels, num_hidden,
-    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    roi_ptr,
+    weight_in_ptr,
+    p,
+    h,
+    num_cells,
+    num_channels,
+    num_hidden,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """`roi W_in` `(P^2, H)` of one query."""
     product = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
     for start in range(0, num_channels, CHUNK):
@@ -111,9 +120,21 @@ def _dynamic_interaction_fwd_kernel(
 
 @triton.jit
 def _hidden(
-    roi_ptr, weight_in_ptr, gain_ptr, bias_ptr, statistics_ptr, p, h, num_cells, num_channels, num_hidden,
-    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    roi_ptr,
+    weight_in_ptr,
+    gain_ptr,
+    bias_ptr,
+    statistics_ptr,
+    p,
+    h,
+    num_cells,
+    num_channels,
+    num_hidden,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Normalised product, 1/std and activation of the first half of one query, from its statistics."""
     mean = tl.load(statistics_ptr + 4 * p, mask=p < num_cells, other=0.0)
     rstd = tl.load(statistics_ptr + 4 * p + 1, mask=p < num_cells, other=0.0)
@@ -127,9 +148,21 @@ def _hidden(
 
 @triton.jit
 def _outer_tile(
-    hidden, weight_ptr, gain_ptr, bias_ptr, d_mixed_ptr, mean, rstd, p, h, c, num_cells, num_channels,
-    num_hidden, PRECISION: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight_ptr,
+    gain_ptr,
+    bias_ptr,
+    d_mixed_ptr,
+    mean,
+    rstd,
+    p,
+    h,
+    c,
+    num_cells,
+    num_channels,
+    num_hidden,
+    PRECISION: tl.constexpr,
+):
     """Of a chunk of channels: W_out, its LayerNorm's output and gain, and the gradient behind the ReLU."""
     weight = _tile(weight_ptr, h, c, num_hidden, num_channels)
     normed = (tl.dot(hidden, weight, input_precision=PRECISION) - mean[:, None]) * rstd[:, None]
@@ -172,10 +205,21 @@ def _dynamic_interaction_bwd_out_kernel(
     d_mixed_ptr += m * num_cells * num_channels
     statistics_ptr += m * num_cells * 4
     normed_in, rstd_in, hidden = _hidden(
-        roi_ptr + m * num_cells * num_channels, weight_in_ptr + matrix, gain_in_ptr + norms * num_hidden,
-        bias_in_ptr + norms * num_hidden, statistics_ptr, p, h, num_cells, num_channels, num_hidden,
-        BLOCK_P, BLOCK_H, CHUNK, PRECISION,
-    )  # fmt: skip
+        roi_ptr + m * num_cells * num_channels,
+        weight_in_ptr + matrix,
+        gain_in_ptr + norms * num_hidden,
+        bias_in_ptr + norms * num_hidden,
+        statistics_ptr,
+        p,
+        h,
+        num_cells,
+        num_channels,
+        num_hidden,
+        BLOCK_P,
+        BLOCK_H,
+        CHUNK,
+        PRECISION,
+    )
     hidden = hidden.to(roi_ptr.dtype.element_ty)
     mean = tl.load(statistics_ptr + 4 * p + 2, mask=p < num_cells, other=0.0)
     rstd = tl.load(statistics_ptr + 4 * p + 3, mask=p < num_cells, other=0.0)
@@ -185,9 +229,21 @@ def _dynamic_interaction_bwd_out_kernel(
     for start in range(0, num_channels, CHUNK):
         c = start + tl.arange(0, CHUNK)
         weight, normed, gain, d = _outer_tile(
-            hidden, weight_out_ptr, gain_out_ptr, bias_out_ptr, d_mixed_ptr, mean, rstd, p, h, c,
-            num_cells, num_channels, num_hidden, PRECISION,
-        )  # fmt: skip
+            hidden,
+            weight_out_ptr,
+            gain_out_ptr,
+            bias_out_ptr,
+            d_mixed_ptr,
+            mean,
+            rstd,
+            p,
+            h,
+            c,
+            num_cells,
+            num_channels,
+            num_hidden,
+            PRECISION,
+        )
         tl.store(d_bias_out_ptr + m * num_channels + c, tl.sum(d, axis=0), mask=c < num_channels)
         tl.store(d_gain_out_ptr + m * num_channels + c, tl.sum(d * normed, axis=0), mask=c < num_channels)
         mean_1 += tl.sum(d * gain[None, :], axis=1) / num_channels
@@ -198,9 +254,21 @@ def _dynamic_interaction_bwd_out_kernel(
     for start in range(0, num_channels, CHUNK):
         c = start + tl.arange(0, CHUNK)
         weight, normed, gain, d = _outer_tile(
-            hidden, weight_out_ptr, gain_out_ptr, bias_out_ptr, d_mixed_ptr, mean, rstd, p, h, c,
-            num_cells, num_channels, num_hidden, PRECISION,
-        )  # fmt: skip
+            hidden,
+            weight_out_ptr,
+            gain_out_ptr,
+            bias_out_ptr,
+            d_mixed_ptr,
+            mean,
+            rstd,
+            p,
+            h,
+            c,
+            num_cells,
+            num_channels,
+            num_hidden,
+            PRECISION,
+        )
         d = rstd[:, None] * (d * gain[None, :] - mean_1[:, None] - normed * mean_2[:, None])
         d = tl.where((c < num_channels)[None, :], d, 0.0).to(weight.dtype)
         d_weight = tl.dot(tl.trans(hidden), d, input_precision=PRECISION)
@@ -236,10 +304,21 @@ def _dynamic_interaction_bwd_in_kernel(
     grid, matrix = m * num_cells * num_channels, m * num_channels * num_hidden
     gain_in_ptr += norms * num_hidden
     normed, rstd, hidden = _hidden(
-        roi_ptr + grid, weight_in_ptr + matrix, gain_in_ptr, bias_in_ptr + norms * num_hidden,
-        statistics_ptr + m * num_cells * 4, p, h, num_cells, num_channels, num_hidden,
-        BLOCK_P, BLOCK_H, CHUNK, PRECISION,
-    )  # fmt: skip
+        roi_ptr + grid,
+        weight_in_ptr + matrix,
+        gain_in_ptr,
+        bias_in_ptr + norms * num_hidden,
+        statistics_ptr + m * num_cells * 4,
+        p,
+        h,
+        num_cells,
+        num_channels,
+        num_hidden,
+        BLOCK_P,
+        BLOCK_H,
+        CHUNK,
+        PRECISION,
+    )
     d = _tile(d_hidden_ptr + m * num_cells * num_hidden, p, h, num_cells, num_hidden)
     d = tl.where(hidden > 0, d, 0.0)
     tl.store(d_bias_in_ptr + m * num_hidden + h, tl.sum(d, axis=0), mask=h < num_hidden)
@@ -371,13 +450,31 @@ def _backward(
         sizes = (len(roi) // len(gain_in), *sizes)
         d_hidden = torch.empty(*roi.shape[:2], weight_in.shape[-1], dtype=torch.float32, device=roi.device)
         _dynamic_interaction_bwd_out_kernel[(len(roi),)](
-            roi, weight_in, weight_out, *norms, d_mixed.contiguous(), statistics,
-            d_hidden, found[2], *rows[2:], *sizes, **outer, **BACKWARD,
-        )  # fmt: skip
+            roi,
+            weight_in,
+            weight_out,
+            *norms,
+            d_mixed.contiguous(),
+            statistics,
+            d_hidden,
+            found[2],
+            *rows[2:],
+            *sizes,
+            **outer,
+            **BACKWARD,
+        )
         _dynamic_interaction_bwd_in_kernel[(len(roi),)](
-            roi, weight_in, *norms[:2], statistics, d_hidden, *found[:2], *rows[:2],
-            *sizes, **inner, **BACKWARD,
-        )  # fmt: skip
+            roi,
+            weight_in,
+            *norms[:2],
+            statistics,
+            d_hidden,
+            *found[:2],
+            *rows[:2],
+            *sizes,
+            **inner,
+            **BACKWARD,
+        )
     return *found, *(row.view(len(gain_in), -1, row.shape[1]).sum(1) for row in rows)
 
 

@@ -51,9 +51,18 @@ def flow_loss(
         raise ValueError(f"class loss must be 'focal' or 'quality_focal', got {kind!r}")
     if not use_triton("flow_loss", x_1_hat, _unsupported(class_logits, x_1_hat, target_x_1)):
         return reference.flow_loss(
-            class_logits, x_1_hat, target_classes, target_x_1, t, normalizer,
-            signal_scale=signal_scale, kind=kind, alpha=alpha, gamma=gamma, velocity_max=velocity_max,
-        )  # fmt: skip
+            class_logits,
+            x_1_hat,
+            target_classes,
+            target_x_1,
+            t,
+            normalizer,
+            signal_scale=signal_scale,
+            kind=kind,
+            alpha=alpha,
+            gamma=gamma,
+            velocity_max=velocity_max,
+        )
     batch = class_logits.shape[:2]
     if x_1_hat.shape != (*batch, 4) or target_x_1.shape != (*batch, 4) or target_classes.shape != batch:
         raise ValueError(
@@ -65,8 +74,17 @@ def flow_loss(
     from dfm_kernels.flow_loss.triton import flow_loss as on_triton
 
     terms, *_ = on_triton(
-        class_logits, x_1_hat, target_classes, target_x_1, expand_t(t, x_1_hat), normalizer,
-        signal_scale, kind, alpha, gamma, velocity_max,
+        class_logits,
+        x_1_hat,
+        target_classes,
+        target_x_1,
+        expand_t(t, x_1_hat),
+        normalizer,
+        signal_scale,
+        kind,
+        alpha,
+        gamma,
+        velocity_max,
         torch.is_grad_enabled() and (class_logits.requires_grad or x_1_hat.requires_grad),
-    )  # fmt: skip
+    )
     return FlowLoss(*terms.unbind())

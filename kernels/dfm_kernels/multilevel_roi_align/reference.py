@@ -3,7 +3,7 @@
 Every cell of the RoI grid is a weighted sum of pixels of one level, so pooling from all levels, images and
 proposals at once is one embedding bag over the pyramid's pixels: no loop over levels and no index whose
 length depends on data. On a CPU it is also several times faster than torchvision's operator, whose backward
-runs on one thread (benchmarks/roi_align.py).
+runs on one thread (benchmarks/kernels.py).
 Shapes: B images, N proposals, L levels, C channels, P grid cells a side, S samples a cell and side.
 """
 

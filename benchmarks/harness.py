@@ -1,0 +1,275 @@
+"""What the benchmarks share: rows of results, timing, pictures, and a detector with random weights.
+
+All benchmarks have one schema of rows, kept in CSV files under benchmarks/results/.
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, installed or not
+
+MIB = 2**20
+# Of a line in a picture: x, then the quantiles p20, p50, p80.
+Line = Sequence[tuple[float, float, float, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. p20, p50, p80: quantiles over repetitions (all equal for a single one)."""
+
+    op: str
+    provider: str
+    mode: str
+    metric: str
+    unit: str
+    x_name: str
+    x_value: str
+    p20: float
+    p50: float
+    p80: float
+    device: str
+    torch: str
+    commit: str
+    note: str = ""
+
+
+def measured(*where: object, values: Sequence[float], on: str, note: str = "", made_by: str = "") -> Row:
+    """The row of values.
+
+    where: op to x_value. on: the hardware, see `device_name`. made_by: the commit, if it is not this one.
+    """
+    return Row(*map(str, where), *quantiles(values), on, torch.__version__, made_by or commit(), note)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50, p80 of at least one value."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+def device_name(device: str) -> str:
+    """The hardware in words, such as "cuda: NVIDIA H200" or "cpu: AMD EPYC, 2 threads"."""
+    if device == "cuda":
+        return f"cuda: {torch.cuda.get_device_name()}"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else model
+    return f"cpu: {model}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The short commit, with "+" if tracked files differ from it; "unknown" outside a git checkout.
+
+    Results do not count: every benchmark changes them.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def load_rows(name: str) -> list[Row]:
+    """The rows of benchmarks/results/<name>.csv; none where it does not exist."""
+    path, numbers = RESULTS / f"{name}.csv", ("p20", "p50", "p80")
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [Row(**row | {key: float(row[key]) for key in numbers}) for row in csv.DictReader(file)]
+
+
+def save_rows(name: str, rows: Iterable[Row]) -> Path:
+    """Write benchmarks/results/<name>.csv. Returns the path.
+
+    Rows of pairs of op and provider that are not among `rows` are kept: another call measured them.
+    """
+    path, rows = RESULTS / f"{name}.csv", list(rows)
+    again = {(row.op, row.provider) for row in rows}
+    rows = [old for old in load_rows(name) if (old.op, old.provider) not in again] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    return path
+
+
+def printed(rows: Iterable[Row]) -> list[Row]:
+    """The rows, after the gist of each has been printed as soon as it is there."""
+    found = []
+    for row in rows:
+        print(
+            f"{row.op:24s} {row.provider:18s} {row.mode:12s} {row.x_name}={row.x_value:24s} "
+            f"{row.metric} {row.p50:.4g} {row.unit} [{row.p20:.4g}, {row.p80:.4g}]",
+            flush=True,
+        )
+        found.append(row)
+    return found
+
+
+def arguments(description: str, *devices: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark of speed or memory has. devices: those besides cpu and cuda."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.add_argument("--device", choices=("cpu", "cuda", *devices), default="cpu")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.csv")
+    parser.add_argument("--name", help="of the rows; else what is measured, and the device")
+    return parser
+
+
+def parsed(
+    parser: argparse.ArgumentParser, usual: Callable[[argparse.Namespace], Mapping[str, object]]
+) -> argparse.Namespace:
+    """The command line. usual: of it, what stands for what it leaves out; its name is without the device."""
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device: use --device cpu")
+    for key, value in usual(args).items():
+        value = f"{value}_{args.device}" if key == "name" else value
+        setattr(args, key, getattr(args, key) or value)
+    return args
+
+
+def reported(args: argparse.Namespace, rows: Iterable[Row]) -> list[Row]:
+    """The rows, printed as soon as they are there and, with --save, saved."""
+    rows = printed(rows)
+    if args.save:
+        print(save_rows(args.name, rows))
+    return rows
+
+
+def line_of(rows: Iterable[Row]) -> Line:
+    """The points of rows whose x is a number, in its order."""
+    return sorted((float(row.x_value), row.p20, row.p50, row.p80) for row in rows)
+
+
+def draw_panels(
+    path: Path, title: str, y_label: str, panels: Mapping[str, tuple[str, Mapping[str, Line]]]
+) -> Path:
+    """One panel a question, one line and colour a method, quantiles as a band.
+
+    Args:
+        panels: {title of the panel: (label of its x axis, {method: line})}.
+    """
+    from dfm_d2.visualize.pictures import plt, save_figure
+    from matplotlib.ticker import MaxNLocator
+
+    names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
+    size = (2.2 + 2.8 * len(panels), 3.8)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, (question, (x_label, lines)) in zip(axes[0], panels.items()):
+        for name, points in lines.items():
+            index, (x, low, middle, high) = names.index(name), zip(*points)
+            # Thin lines above thick ones: some coincide.
+            style = {"marker": "o", "markersize": 3.5, "linewidth": max(3 - index / 2, 1)}
+            axis.plot(x, middle, color=f"C{index % 10}", label=name, **style)
+            axis.fill_between(x, low, high, color=f"C{index % 10}", alpha=0.15, linewidth=0)
+        axis.set_xlabel(x_label)
+        axis.set_title(question, fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0][0].set_ylabel(y_label)
+    handles = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(names), 6), fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return save_figure(figure, path)
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU, if that is where we compute."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def repeated(run: Callable[[], object], device: str) -> list[float]:
+    """Milliseconds of calls: at least 20, and for half a second (on a GPU what Triton's do_bench takes)."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, return_mode="all")
+    for _ in range(3):
+        run()
+    times = []
+    while len(times) < 20 or (sum(times) < 500 and len(times) < 1000):
+        times.append(timed(run, device))
+    return times
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Milliseconds of `repeats` calls of each: all in turns, so that drift of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(warm_up + repeats):
+        for name, run in runs.items():
+            milliseconds = timed(run, device)
+            if repeat >= warm_up:
+                times[name].append(milliseconds)
+    return times
+
+
+def launches(run: Callable[[], object]) -> int:
+    """Kernels that one call launches on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    timed(run, "cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        timed(run, "cuda")
+    return sum(event.count for event in profiled.key_averages() if event.device_type.name == "CUDA")
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """MiB that one call allocates at most at a time on the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    timed(run, "cuda")
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def random_detector(config: str, opts: Sequence[object]) -> tuple:
+    """The config and the detector of a file and KEY VALUE overrides: weights of seed 0, evaluation mode.
+
+    20 classes where the config leaves their number to the data.
+    """
+    import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
+    from dfm_d2.detection.task import DETECTION
+    from dfm_d2.engine.setup import load_config
+    from dfm_d2.framework import build_model
+
+    cfg = load_config(DETECTION, config, ["MODEL.WEIGHTS", "", *map(str, opts)])
+    cfg.MODEL.DFM.NUM_CLASSES = cfg.MODEL.DFM.NUM_CLASSES or 20
+    torch.manual_seed(0)
+    return cfg, build_model(cfg).eval()
