@@ -27,7 +27,7 @@ run() {
     data="$(mktemp -d)"
     if [ -f "$CARRY/bccd.tar" ]; then tar -C "$data" -xf "$CARRY/bccd.tar"; fi
     # A failure must not cost the measurements; each benchmark compares before it times.
-    if ! python3 -m pytest -m "gpu or not slow" tests/kernels tests/modeling tests/engine/test_loss_scale.py 2>&1 \
+    if ! python3 -m pytest -m "gpu or not slow" tests/kernels tests/modeling tests/engine/test_block_optimizer.py 2>&1 \
         | tee "$out/gpu_tests.txt"; then
         echo "GPU tests failed: $out/gpu_tests.txt" >&2
     fi
