@@ -16,6 +16,7 @@ from dfm_d2.flow import (
     endpoint_field,
     keyed_normal,
     keyed_uniform,
+    noise,
     stream_key,
     warped_grid,
 )
@@ -182,3 +183,10 @@ def test_draws_have_the_right_moments_and_depend_on_key_and_stream():
     assert torch.equal(keyed_normal([2], 7)[0], normals[1, :7])
     uniform = keyed_uniform([1, 2], 5000)
     assert 0 <= uniform.min() and uniform.max() < 1 and (uniform.mean() - 0.5).abs() < 0.01
+
+
+def test_streams_are_apart_and_keys_are_those_of_earlier_runs():
+    """Another number or hash here would be other noise for every seed."""
+    streams = [value for name, value in vars(noise).items() if name.startswith("STREAM_")]
+    assert len(streams) == len(set(streams)) and noise.STREAM_COPIES == max(streams)
+    assert stream_key("train", 0, 5, "a") == 2217681233838959286

@@ -106,3 +106,20 @@ def test_what_does_not_fit(kernel_device):
             loss(logits[..., :0], x_1_hat, *others)
         with pytest.raises(ValueError, match="must be .B, N, K."):
             loss(logits, x_1_hat[:1], *others)
+
+
+def test_quality_focal_by_hand():
+    x_1 = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2]] * 2]), 2.0)
+    x_1_hat = boxes_to_signal(torch.tensor([[[0.6, 0.5, 0.2, 0.2]] * 2]), 2.0)
+    classes = torch.tensor([[0, 1]])  # the first has an object, with IoU 1/3
+    options = {
+        "signal_scale": 2.0,
+        "kind": "quality_focal",
+        "alpha": 0.25,
+        "gamma": 2.0,
+        "velocity_max": 25.0,
+    }
+    logits, t, normalizer = torch.zeros(1, 2, 1), torch.zeros(()), torch.tensor(1.0)
+    loss = flow_loss(logits, x_1_hat, classes, x_1, t, normalizer, **options)
+    expected = math.log(2) * ((1 / 3 - 0.5) ** 2 + 0.5**2)
+    torch.testing.assert_close(loss.cls, torch.tensor(expected))

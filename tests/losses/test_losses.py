@@ -1,7 +1,10 @@
 """Coupling, assignment and the loss of one block."""
 
+import math
+
 import pytest
 import torch
+from dfm_kernels.box_flow_update import boxes_to_signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,3 +152,46 @@ def test_block_loss_leaves_out_terms_of_weight_zero():
     args = (torch.zeros(1, 1, K), torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64))
     loss = BlockLoss(SCALE, l1_weight=0.0)(*args, torch.zeros(1, 1, 4), torch.zeros(()))
     assert set(loss) == {"cls", "giou"}
+
+
+def _one_box(num_boxes=1):
+    x_1 = boxes_to_signal(torch.tensor([[0.5, 0.5, 0.4, 0.4]]).expand(num_boxes, 4), SCALE)
+    return GroundTruth.pad([x_1], [torch.zeros(num_boxes, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize(("lower", "higher"), [(0.01, 0.1), (0.1, 0.5), (0.5, 0.9), (0.9, 0.99)])
+def test_of_two_equal_boxes_the_more_probable_is_assigned(lower, higher):
+    # Both overlap the object by less than a half, so that it takes one query.
+    x = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2]] * 2]), SCALE)
+    probs = torch.tensor([[[lower, 0.99], [higher, 0.5]]])  # the second class is not the object's
+    assert DynamicK(SCALE)(_one_box(), x, probs.logit()).tolist() == [[-1, 0]]
+
+
+def test_class_cost_by_hand():
+    gt, x = _one_box(), boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2]] * 2]), SCALE)
+    assigner = DynamicK(SCALE)
+    probs = torch.tensor([[[0.5], [0.1]]])
+    cost = assigner._cost(gt, x, probs.logit())[0] - assigner._cost(gt, x, None)[0]
+    for p, found in zip((0.5, 0.1), cost[0, :, 0].tolist()):
+        expected = -0.25 * (1 - p) ** 2 * math.log(p) + 0.75 * p**2 * math.log(1 - p)
+        assert found == pytest.approx(2 * expected, abs=1e-5)
+
+
+def test_of_more_boxes_than_slots_a_random_subset_gets_one():
+    gt = _one_box(12)
+    subsets = [build_slots(gt, 4, 1, [key], SCALE).gt_index[0].tolist() for key in range(6)]
+    assert all(len(set(subset)) == 4 for subset in subsets)
+    assert len({tuple(sorted(subset)) for subset in subsets}) > 1
+    assert subsets[0] == build_slots(gt, 4, 1, [0], SCALE).gt_index[0].tolist()
+
+
+@pytest.mark.parametrize("num_objects", [1, 2])
+def test_block_loss_is_a_mean_over_the_queries_with_an_object(num_objects):
+    target = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2]] * 3]), SCALE)
+    x_1_hat = boxes_to_signal(torch.tensor([[[0.6, 0.5, 0.2, 0.2]] * 3]), SCALE)
+    classes = torch.tensor([[0] * num_objects + [1] * (3 - num_objects)])
+    loss = BlockLoss(SCALE)(torch.zeros(1, 3, 1), x_1_hat, classes, target, torch.zeros(()))
+    assert float(loss["l1"]) == pytest.approx(5 * 0.1, rel=1e-4)
+    assert float(loss["giou"]) == pytest.approx(2 * (1 - 1 / 3), rel=1e-4)
+    focal = 0.25 * math.log(2) * (0.25 * num_objects + 0.75 * (3 - num_objects))
+    assert float(loss["cls"]) == pytest.approx(2 * focal / num_objects, rel=1e-4)

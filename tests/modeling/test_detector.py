@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from dfm_d2.detection import postprocess
+from dfm_d2.detection import postprocess, training
 from dfm_d2.detection.cascade import CascadeDetector
 from dfm_d2.detection.detector import FlowDetector
-from dfm_d2.detection.sampler import SamplerSettings
+from dfm_d2.detection.postprocess import detections, padded_detections
+from dfm_d2.detection.sampler import Candidates, SamplerSettings, initial_noise
 from dfm_d2.detection.training import disagreement
-from dfm_d2.framework import META_ARCH_REGISTRY, EventStorage
+from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
+from dfm_d2.framework import META_ARCH_REGISTRY, EventStorage, ImageList
 from dfm_d2.local_update import HandOver, Leaves, attached_losses
 
 
@@ -310,3 +312,49 @@ def test_scores_that_are_no_numbers_are_no_detections():
     found = postprocess._instances(boxes, probs, (50, 50), SamplerSettings(num_proposals=3, steps=1))
     assert found.scores.tolist() == pytest.approx([0.9, 0.5])
     assert found.pred_boxes.tensor[:, 0].tolist() == [0.0, 40.0]
+
+
+def test_an_image_needs_no_object_of_class_0(make_model, make_input):
+    model, item = make_model(), make_input()
+    item["instances"].gt_classes = torch.tensor([1, 2])
+    assert model.prepare([item], 0).ground_truth.classes.tolist() == [[1, 2]]
+    item["instances"].gt_classes = torch.tensor([1, -1])
+    with pytest.raises(ValueError, match=r"class outside \[0, 3\)"):
+        model.prepare([item], 0)
+
+
+def test_images_of_a_process_are_padded_to_the_largest_of_all(monkeypatch):
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    monkeypatch.setattr(training, "max_over_processes", lambda size: torch.tensor([50, 70]))
+    images = ImageList(torch.ones(1, 3, 48, 64), [(48, 64)])
+    padded = training.of_common_size(images)
+    assert padded.tensor.shape == (1, 3, 50, 70) and padded.image_sizes == [(48, 64)]
+    assert padded.tensor.sum() == 3 * 48 * 64 and (padded.tensor[..., :48, :64] == 1).all()
+    monkeypatch.setattr(training, "max_over_processes", lambda size: size)
+    assert training.of_common_size(images) is images
+
+
+def test_even_steps_are_the_default_of_a_sampler():
+    assert SamplerSettings(num_proposals=1, steps=4).grid == (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def test_a_box_without_area_takes_the_place_of_another_detection():
+    space, sizes = BoxSpace(2.0), torch.tensor([[40, 60]])
+    boxes = torch.tensor([[[5.0, 5.0, 5.0, 20.0], [10.0, 10.0, 30.0, 30.0], [40.0, 5.0, 55.0, 15.0]]])
+    candidates = Candidates(space.encode(boxes, sizes), torch.tensor([[[0.9], [0.8], [0.7]]]))
+    settings = SamplerSettings(num_proposals=3, steps=1, detections_per_image=2)
+    # Without "height" and "width" an image keeps the size that the network saw.
+    found = detections(candidates, space, sizes, [{}], settings)[0]["instances"]
+    padded = padded_detections(candidates, space, sizes, settings)
+    assert found.image_size == (40, 60)
+    torch.testing.assert_close(found.pred_boxes.tensor, boxes[0, 1:2], rtol=0, atol=1e-3)
+    assert padded.count.tolist() == [1] and padded.classes.tolist() == [[0, -1]]
+    torch.testing.assert_close(padded.boxes_xyxy[0, :1], boxes[0, 1:2], rtol=0, atol=1e-3)
+
+
+def test_noise_of_passes_lies_one_after_the_other():
+    three = initial_noise(["a", "b"], 7, 5, 3)
+    assert three.shape == (2, 15, 4)
+    assert torch.equal(three[:, :5], initial_noise(["a", "b"], 7, 5))
+    key = stream_key("sampler", 7, "b", 2)
+    assert torch.equal(three[1, 10:], keyed_normal([key], 5)[0])
