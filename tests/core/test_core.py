@@ -18,7 +18,9 @@ from dfm_d2.flow import (
     keyed_uniform,
     noise,
     stream_key,
+    unwarped_time,
     warped_grid,
+    warped_time,
 )
 from dfm_d2.flow.noise import philox_4x32
 
@@ -190,3 +192,16 @@ def test_streams_are_apart_and_keys_are_those_of_earlier_runs():
     streams = [value for name, value in vars(noise).items() if name.startswith("STREAM_")]
     assert len(streams) == len(set(streams)) and noise.STREAM_COPIES == max(streams)
     assert stream_key("train", 0, 5, "a") == 2217681233838959286
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, 9.0])
+def test_unwarped_time_is_the_inverse_of_warped_time(rate):
+    for u in (0.0, 0.2, 0.5, 0.9, 1.0):
+        assert unwarped_time(warped_time(u, rate), rate) == pytest.approx(u, abs=1e-9)
+    assert warped_time(0.5, rate) >= 0.5 and (warped_time(0.5, rate) == 0.5) == (rate == 0)
+
+
+@pytest.mark.parametrize(("num_steps", "rate"), [(0, 0.0), (-1, 0.0), (2, -0.5)])
+def test_a_grid_needs_a_step_and_no_negative_rate(num_steps, rate):
+    with pytest.raises(ValueError, match="a time grid"):
+        warped_grid(num_steps, rate)
