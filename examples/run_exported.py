@@ -110,7 +110,10 @@ def pad(images, about):
 
 def main(model, *paths):
     """{path: detections as plain values} of each photograph."""
-    run, about = next(load for ending, load in LOADERS.items() if model.endswith(ending))(model)
+    load = next((load for ending, load in LOADERS.items() if model.endswith(ending)), None)
+    if load is None:
+        raise SystemExit(f"{model} is no exported model: its name must end in one of {', '.join(LOADERS)}.")
+    run, about = load(model)
     about = json.loads(about)
     images, factors = zip(*(read(path, about) for path in paths))
     batch, sizes = pad(images, about)
