@@ -135,3 +135,11 @@ def test_what_does_not_fit(kernel_device):
             update(x_t, answers[:0], logits[:0], t, *others)
         with pytest.raises(ValueError, match="t must have shape"):
             update(x_t, answers, logits, t.repeat(2), *others)
+
+
+def test_a_side_grows_by_a_bounded_factor():
+    """As in Detectron2: at most 1000 / 16 times in one answer."""
+    x_t = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.016, 0.016]]]), 2.0)
+    grown = decode_endpoint(x_t, torch.tensor([[[0.0, 0.0, 99.0, 99.0]]]), **DECODE)
+    expected = boxes_to_signal(torch.tensor([[[0.5, 0.5, 1.0, 1.0]]]), 2.0)
+    torch.testing.assert_close(grown, expected, rtol=1e-5, atol=1e-5)

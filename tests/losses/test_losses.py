@@ -195,3 +195,21 @@ def test_block_loss_is_a_mean_over_the_queries_with_an_object(num_objects):
     assert float(loss["giou"]) == pytest.approx(2 * (1 - 1 / 3), rel=1e-4)
     focal = 0.25 * math.log(2) * (0.25 * num_objects + 0.75 * (3 - num_objects))
     assert float(loss["cls"]) == pytest.approx(2 * focal / num_objects, rel=1e-4)
+
+
+def test_background_boxes_lie_around_the_middle():
+    gt = GroundTruth.pad([torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)])
+    slots = build_slots(gt, 4000, 1, [0], SCALE)
+    assert (slots.gt_index == -1).all()
+    torch.testing.assert_close(slots.x_1.std(), torch.tensor(SCALE / 3), rtol=0.03, atol=0)
+
+
+def test_box_cost_by_hand():
+    """`5 L1 - 2 GIoU`, and 100 more where the centre lies outside of the box."""
+    gt = _one_box()
+    x = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.9, 0.5, 0.2, 0.2]]]), SCALE)
+    cost, iou = DynamicK(SCALE)._cost(gt, x, None)
+    torch.testing.assert_close(iou[0, :, 0], torch.tensor([0.25, 0.0]))
+    # The second: boxes of 0.16 and 0.04 that do not meet, in a hull of 0.7 by 0.4.
+    expected = [5 * 0.4 - 2 * 0.25, 5 * 0.8 + 2 * (0.28 - 0.2) / 0.28 + 100]
+    torch.testing.assert_close(cost[0, :, 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)

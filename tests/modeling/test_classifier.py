@@ -238,3 +238,9 @@ def test_the_config_is_refused_without_classes():
     cfg = classifier_cfg("MODEL.DFM.NUM_CLASSES", "0")
     with pytest.raises(ValueError, match="NUM_CLASSES must be at least 2"):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(("named", "said"), [("[3]", "there are 3 blocks"), ("[0,-3]", "twice")])
+def test_blocks_that_answer_are_there_and_named_once(named, said):
+    with pytest.raises(ValueError, match=said):
+        make_classifier("MODEL.CLASSIFIER.SAMPLER.BLOCKS", named)
