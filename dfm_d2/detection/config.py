@@ -8,6 +8,11 @@ from dfm_d2.errors import UserError
 KEYS = (
     Key("MODEL.META_ARCHITECTURE", choices=("FlowDetector", "CascadeDetector")),
     Key("MODEL.PIXEL_MEAN", lengths=(3,)),
+    Key("MODEL.FPN.OUT_CHANNELS", least=1),
+    Key("MODEL.RESNETS.NUM_GROUPS", least=1),
+    Key("MODEL.RESNETS.RES2_OUT_CHANNELS", least=1),
+    Key("MODEL.RESNETS.STEM_OUT_CHANNELS", least=1),
+    Key("MODEL.RESNETS.WIDTH_PER_GROUP", least=1),
     # ---- data A folder in VOC layout (Annotations/, ImageSets/Main/, JPEGImages/). The dataset names
     # `voc_root_<split>` in DATASETS.TRAIN / DATASETS.TEST read ImageSets/Main/<split>.txt of it.
     Key("DATASETS.VOC_ROOT", ""),

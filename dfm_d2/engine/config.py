@@ -56,6 +56,7 @@ KEYS = (
     # How many of the periodic checkpoints stay on the disk; 0: all.
     Key("SOLVER.CHECKPOINTS_TO_KEEP", 2, least=0),
     Key("SOLVER.BASE_LR", above=0),
+    Key("SOLVER.BASE_LR_END", least=0),
     Key("SOLVER.CHECKPOINT_PERIOD", least=1),
     Key("SOLVER.IMS_PER_BATCH", least=1),
     Key("SOLVER.LR_SCHEDULER_NAME", choices=("WarmupMultiStepLR", "WarmupCosineLR")),
@@ -80,6 +81,8 @@ def problems(cfg) -> Iterator[str]:
         yield "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have as many numbers."
     if "CLIP_GRADIENTS" in solver and solver.CLIP_GRADIENTS.ENABLED:
         yield "SOLVER.CLIP_GRADIENTS would clip over all blocks together: set SOLVER.BLOCK_CLIP_NORM instead."
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and solver.BASE_LR_END > solver.BASE_LR:
+        yield f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; it must be at most BASE_LR {solver.BASE_LR}."
     if dfm.STEP_IN_BACKWARD and dfm.PREDICTOR_RANKS == 1 and dfm.UPDATE != "sequential":
         yield "MODEL.DFM.STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential: the others have one backward."
     if dfm.PREDICTOR_RANKS > 1 and dfm.UPDATE != "parallel":

@@ -49,6 +49,7 @@ BAD_DETECTORS = {
     "MODEL.PIXEL_STD [1.0,0.0,1.0]": "each must be greater than 0.",
     "MODEL.PIXEL_STD [1.0]": "must have as many numbers.",
     "MODEL.DEVICE gpu": "MODEL.DEVICE is 'gpu': set it to cpu, cuda or cuda:0.",
+    "SOLVER.BASE_LR_END 1.0": "SOLVER.BASE_LR_END is 1.0; it must be at most BASE_LR 0.001.",
     "SEED 99999999999": "SEED is 99999999999; it must be less than 2147483648.",
     "TEST.AP ('coco','voc12')": "choose among coco, voc07, voc.",
     "SOLVER.CLIP_GRADIENTS.ENABLED True": "SOLVER.CLIP_GRADIENTS",
