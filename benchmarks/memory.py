@@ -186,12 +186,10 @@ def simulate(training: Training) -> dict[str, float]:
     prepared = tree_map_only(torch.Tensor, without_data, prepared._replace(images=None))
     model = training.model.to("meta")
     optimizer = block_optimizer.BlockOptimizer(
-        model.blocks(),
-        lambda groups: torch.optim.AdamW(groups, foreach=False),
-        lambda name, parameter: {"lr": 1e-4},
+        model.blocks(), lambda named: torch.optim.AdamW(named, lr=1e-4, foreach=False)
     )
     # Meta tensors have no values that could fail these.
-    updates.check_finite = block_optimizer._check_norms = lambda values: None
+    updates.check_finite = block_optimizer.check_finite = lambda *_: None
 
     def step() -> None:
         inputs = prepared._replace(images=images)

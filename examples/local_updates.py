@@ -59,7 +59,7 @@ def main() -> None:
     for name, update in {"one backward": JointUpdate(), "block by block": SequentialUpdate()}.items():
         torch.manual_seed(0)
         model = DeepNet(args.depth)
-        optimizer = BlockOptimizer(model.blocks(), lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+        optimizer = BlockOptimizer(model.blocks(), lambda named: torch.optim.AdamW(named, lr=1e-3))
         with SavedActivations(exclude=model.parameters()) as saved:
             for step in range(args.steps):
                 batch = [train[i] for i in torch.randint(len(train), (64,)).tolist()]
