@@ -99,7 +99,7 @@ def _interaction_variants(shape: tuple[int, int, int], dtype: torch.dtype) -> di
     found = {
         f"forward{' and statistics' * statistics}": (
             op._dynamic_interaction_fwd_kernel,
-            op.forward_constants(shape, dtype, statistics),
+            op.forward_constants(shape, statistics),
             op.FORWARD,
         )
         for statistics in (False, True)

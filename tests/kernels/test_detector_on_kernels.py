@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from dfm_kernels import set_backend, use_triton
 from dfm_kernels.dispatch import is_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfm_d2.detection.captured import GraphCache
+from dfm_d2.export.formats import recording
 from dfm_d2.local_update import attached_losses
 
 pytestmark = pytest.mark.usefixtures("tf32_is_allowed")
@@ -26,6 +28,7 @@ def test_a_detector_on_kernels_has_the_same_losses_and_gradients(make_model, mak
     for backend in ("torch", "triton"):
         options = {"KERNELS": backend, "HEAD__INTERACTION": "dynamic_conv", "LOSS__VELOCITY_WEIGHT": 0.5}
         model = make_model(**SMALL, **options).to(kernel_device)
+        assert use_triton("op", model.pixel_mean) == (backend == "triton")
         prepared = model.prepare([make_input("a"), make_input("b", boxes=())], 0)
         losses[backend] = attached_losses(model, prepared)
         sum(losses[backend].values()).backward()
@@ -52,6 +55,12 @@ def test_a_detector_on_kernels_finds_the_same(make_model, make_input, kernel_dev
         torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=0.01)
         assert torch.equal(a.pred_classes, b.pred_classes)
+
+
+def test_a_file_is_written_in_plain_torch():
+    set_backend("triton")
+    with recording():
+        assert not use_triton("op", torch.zeros(1))
 
 
 class NoSynchronisation(TorchDispatchMode):

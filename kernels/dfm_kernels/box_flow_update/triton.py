@@ -97,10 +97,8 @@ def _box_flow_update_fwd_kernel(
     remaining = 1 - t
     x_centre, x_size = load_boxes(x_ptr, m, axis, inside)
     centre, size = _share(x_centre, s, 0.0), _share(x_size, s, min_side)
-    weight_centre, weight_size = (
-        tl.where(axis == 0, w_x, w_y)[None, :],
-        tl.where(axis == 0, w_w, w_h)[None, :],
-    )
+    weight_centre = tl.where(axis == 0, w_x, w_y)[None, :]
+    weight_size = tl.where(axis == 0, w_w, w_h)[None, :]
 
     sum_centre, sum_size = tl.zeros([BLOCK_M, 2], tl.float32), tl.zeros([BLOCK_M, 2], tl.float32)
     sum_p = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -121,9 +119,8 @@ def _box_flow_update_fwd_kernel(
         sum_centre += weight[:, None] * _clamp(end_centre, -s, s)
         sum_size += weight[:, None] * _clamp(end_size, -s, s)
         row += num_queries
-    total = tl.maximum(total, 1.1754943508222875e-38)[
-        :, None
-    ]  # the least normal float32, as in the reference
+    # The least normal float32, as in the reference.
+    total = tl.maximum(total, 1.1754943508222875e-38)[:, None]
 
     tl.store(prob_ptr + m[:, None] * num_classes + k[None, :], sum_p / total, mask=tile)
     end_centre, end_size = sum_centre / total, sum_size / total

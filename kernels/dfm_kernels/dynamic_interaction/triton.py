@@ -3,7 +3,6 @@
 The specification is the reference; the letters are the same. A program owns one query and leaves mean and
 1/std of both LayerNorms (4 numbers a cell) to the backward. That makes again what the forward had on the
 chip, in two launches, one for each product: in a single one the registers would not do.
-Dots take the inputs' dtype and accumulate in float32; float32 inputs are multiplied as TF32.
 Shapes: M queries, P^2 cells, C channels, H dynamic channels, D sets of norms (query m takes set m D // M).
 """
 
@@ -37,26 +36,19 @@ def _vector(ptr, index, count):
 
 
 @triton.jit
-def _product_in(
-    roi_ptr,
-    weight_in_ptr,
-    p,
-    h,
-    num_cells,
-    num_channels,
-    num_hidden,
-    BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _dot(a, b):
+    """In float32; float32 inputs are multiplied as TF32, others as they are."""
+    return tl.dot(a, b, input_precision="tf32")
+
+
+@triton.jit
+def _product_in(roi_ptr, weight_in_ptr, p, h, num_cells, num_channels, num_hidden, CHUNK: tl.constexpr):
     """`roi W_in` `(P^2, H)` of one query."""
-    product = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+    product = tl.zeros([p.shape[0], h.shape[0]], tl.float32)
     for start in range(0, num_channels, CHUNK):
         c = start + tl.arange(0, CHUNK)
         roi = _tile(roi_ptr, p, c, num_cells, num_channels)
-        weight = _tile(weight_in_ptr, c, h, num_channels, num_hidden)
-        product += tl.dot(roi, weight, input_precision=PRECISION)
+        product += _dot(roi, _tile(weight_in_ptr, c, h, num_channels, num_hidden))
     return product
 
 
@@ -77,7 +69,6 @@ def _dynamic_interaction_fwd_kernel(
     num_hidden,
     eps,
     STATISTICS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -91,9 +82,7 @@ def _dynamic_interaction_fwd_kernel(
     weight_out_ptr += m * num_channels * num_hidden
 
     # What lies beyond H or C is zero in every matrix and vector, so sums over a row need no mask but here.
-    product = _product_in(
-        roi_ptr, weight_in_ptr, p, h, num_cells, num_channels, num_hidden, BLOCK_P, BLOCK_H, CHUNK, PRECISION
-    )
+    product = _product_in(roi_ptr, weight_in_ptr, p, h, num_cells, num_channels, num_hidden, CHUNK)
     mean_in = tl.sum(product, axis=1) / num_hidden
     centred = tl.where((h < num_hidden)[None, :], product - mean_in[:, None], 0.0)
     rstd_in = tl.rsqrt(tl.sum(centred * centred, axis=1) / num_hidden + eps)
@@ -102,7 +91,7 @@ def _dynamic_interaction_fwd_kernel(
     hidden = tl.maximum(centred * rstd_in[:, None] * gain[None, :] + bias[None, :], 0.0)
 
     weight_out = _tile(weight_out_ptr, h, c, num_hidden, num_channels)
-    product_out = tl.dot(hidden.to(weight_out.dtype), weight_out, input_precision=PRECISION)
+    product_out = _dot(hidden.to(weight_out.dtype), weight_out)
     mean_out = tl.sum(product_out, axis=1) / num_channels
     centred_out = tl.where((c < num_channels)[None, :], product_out - mean_out[:, None], 0.0)
     rstd_out = tl.rsqrt(tl.sum(centred_out * centred_out, axis=1) / num_channels + eps)
@@ -119,31 +108,16 @@ def _dynamic_interaction_fwd_kernel(
 
 
 @triton.jit
-def _hidden(
-    roi_ptr,
-    weight_in_ptr,
-    gain_ptr,
-    bias_ptr,
-    statistics_ptr,
-    p,
-    h,
-    num_cells,
-    num_channels,
-    num_hidden,
-    BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Normalised product, 1/std and activation of the first half of one query, from its statistics."""
+def _mean_and_rstd(statistics_ptr, p, num_cells):
     mean = tl.load(statistics_ptr + 4 * p, mask=p < num_cells, other=0.0)
-    rstd = tl.load(statistics_ptr + 4 * p + 1, mask=p < num_cells, other=0.0)
-    product = _product_in(
-        roi_ptr, weight_in_ptr, p, h, num_cells, num_channels, num_hidden, BLOCK_P, BLOCK_H, CHUNK, PRECISION
-    )
+    return mean, tl.load(statistics_ptr + 4 * p + 1, mask=p < num_cells, other=0.0)
+
+
+@triton.jit
+def _hidden(product, mean, rstd, gain, bias, h, num_hidden):
+    """Normalised product and activation of the first half of one query."""
     normed = tl.where((h < num_hidden)[None, :], (product - mean[:, None]) * rstd[:, None], 0.0)
-    gain, bias = _vector(gain_ptr, h, num_hidden), _vector(bias_ptr, h, num_hidden)
-    return normed, rstd, tl.maximum(normed * gain[None, :] + bias[None, :], 0.0)
+    return normed, tl.maximum(normed * gain[None, :] + bias[None, :], 0.0)
 
 
 @triton.jit
@@ -161,11 +135,10 @@ def _outer_tile(
     num_cells,
     num_channels,
     num_hidden,
-    PRECISION: tl.constexpr,
 ):
     """Of a chunk of channels: W_out, its LayerNorm's output and gain, and the gradient behind the ReLU."""
     weight = _tile(weight_ptr, h, c, num_hidden, num_channels)
-    normed = (tl.dot(hidden, weight, input_precision=PRECISION) - mean[:, None]) * rstd[:, None]
+    normed = (_dot(hidden, weight) - mean[:, None]) * rstd[:, None]
     gain, bias = _vector(gain_ptr, c, num_channels), _vector(bias_ptr, c, num_channels)
     d_mixed = _tile(d_mixed_ptr, p, c, num_cells, num_channels).to(tl.float32)
     return weight, normed, gain, tl.where(normed * gain[None, :] + bias[None, :] > 0, d_mixed, 0.0)
@@ -190,7 +163,6 @@ def _dynamic_interaction_bwd_out_kernel(
     num_cells,
     num_channels,
     num_hidden,
-    PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -204,25 +176,14 @@ def _dynamic_interaction_bwd_out_kernel(
     weight_out_ptr += matrix
     d_mixed_ptr += m * num_cells * num_channels
     statistics_ptr += m * num_cells * 4
-    normed_in, rstd_in, hidden = _hidden(
-        roi_ptr + m * num_cells * num_channels,
-        weight_in_ptr + matrix,
-        gain_in_ptr + norms * num_hidden,
-        bias_in_ptr + norms * num_hidden,
-        statistics_ptr,
-        p,
-        h,
-        num_cells,
-        num_channels,
-        num_hidden,
-        BLOCK_P,
-        BLOCK_H,
-        CHUNK,
-        PRECISION,
-    )
+    roi_ptr += m * num_cells * num_channels
+    mean, rstd = _mean_and_rstd(statistics_ptr, p, num_cells)
+    product = _product_in(roi_ptr, weight_in_ptr + matrix, p, h, num_cells, num_channels, num_hidden, CHUNK)
+    gain_in = _vector(gain_in_ptr + norms * num_hidden, h, num_hidden)
+    bias_in = _vector(bias_in_ptr + norms * num_hidden, h, num_hidden)
+    _, hidden = _hidden(product, mean, rstd, gain_in, bias_in, h, num_hidden)
     hidden = hidden.to(roi_ptr.dtype.element_ty)
-    mean = tl.load(statistics_ptr + 4 * p + 2, mask=p < num_cells, other=0.0)
-    rstd = tl.load(statistics_ptr + 4 * p + 3, mask=p < num_cells, other=0.0)
+    mean, rstd = _mean_and_rstd(statistics_ptr + 2, p, num_cells)
 
     # LayerNorm's gradient needs two means over a whole row before any element: one pass for them ...
     mean_1, mean_2 = tl.zeros([BLOCK_P], tl.float32), tl.zeros([BLOCK_P], tl.float32)
@@ -242,7 +203,6 @@ def _dynamic_interaction_bwd_out_kernel(
             num_cells,
             num_channels,
             num_hidden,
-            PRECISION,
         )
         tl.store(d_bias_out_ptr + m * num_channels + c, tl.sum(d, axis=0), mask=c < num_channels)
         tl.store(d_gain_out_ptr + m * num_channels + c, tl.sum(d * normed, axis=0), mask=c < num_channels)
@@ -267,13 +227,12 @@ def _dynamic_interaction_bwd_out_kernel(
             num_cells,
             num_channels,
             num_hidden,
-            PRECISION,
         )
         d = rstd[:, None] * (d * gain[None, :] - mean_1[:, None] - normed * mean_2[:, None])
         d = tl.where((c < num_channels)[None, :], d, 0.0).to(weight.dtype)
-        d_weight = tl.dot(tl.trans(hidden), d, input_precision=PRECISION)
+        d_weight = _dot(tl.trans(hidden), d)
         _store_tile(d_weight_out_ptr + matrix, d_weight, h, c, num_hidden, num_channels)
-        d_hidden += tl.dot(d, tl.trans(weight), input_precision=PRECISION)
+        d_hidden += _dot(d, tl.trans(weight))
     _store_tile(d_hidden_ptr + m * num_cells * num_hidden, d_hidden, p, h, num_cells, num_hidden)
 
 
@@ -293,7 +252,6 @@ def _dynamic_interaction_bwd_in_kernel(
     num_cells,
     num_channels,
     num_hidden,
-    PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -302,28 +260,18 @@ def _dynamic_interaction_bwd_in_kernel(
     norms = m // num_queries_of_a_set
     p, h = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_H)
     grid, matrix = m * num_cells * num_channels, m * num_channels * num_hidden
-    gain_in_ptr += norms * num_hidden
-    normed, rstd, hidden = _hidden(
-        roi_ptr + grid,
-        weight_in_ptr + matrix,
-        gain_in_ptr,
-        bias_in_ptr + norms * num_hidden,
-        statistics_ptr + m * num_cells * 4,
-        p,
-        h,
-        num_cells,
-        num_channels,
-        num_hidden,
-        BLOCK_P,
-        BLOCK_H,
-        CHUNK,
-        PRECISION,
+    mean, rstd = _mean_and_rstd(statistics_ptr + m * num_cells * 4, p, num_cells)
+    product = _product_in(
+        roi_ptr + grid, weight_in_ptr + matrix, p, h, num_cells, num_channels, num_hidden, CHUNK
     )
+    gain = _vector(gain_in_ptr + norms * num_hidden, h, num_hidden)
+    bias = _vector(bias_in_ptr + norms * num_hidden, h, num_hidden)
+    normed, hidden = _hidden(product, mean, rstd, gain, bias, h, num_hidden)
     d = _tile(d_hidden_ptr + m * num_cells * num_hidden, p, h, num_cells, num_hidden)
     d = tl.where(hidden > 0, d, 0.0)
     tl.store(d_bias_in_ptr + m * num_hidden + h, tl.sum(d, axis=0), mask=h < num_hidden)
     tl.store(d_gain_in_ptr + m * num_hidden + h, tl.sum(d * normed, axis=0), mask=h < num_hidden)
-    d = d * _vector(gain_in_ptr, h, num_hidden)[None, :]
+    d = d * gain[None, :]
     mean_1 = tl.sum(d, axis=1) / num_hidden
     mean_2 = tl.sum(d * normed, axis=1) / num_hidden
     d = rstd[:, None] * (d - mean_1[:, None] - normed * mean_2[:, None])
@@ -332,9 +280,9 @@ def _dynamic_interaction_bwd_in_kernel(
         c = start + tl.arange(0, CHUNK)
         roi = _tile(roi_ptr + grid, p, c, num_cells, num_channels)
         weight = _tile(weight_in_ptr + matrix, c, h, num_channels, num_hidden)
-        d_weight = tl.dot(tl.trans(roi), d, input_precision=PRECISION)
+        d_weight = _dot(tl.trans(roi), d)
         _store_tile(d_weight_in_ptr + matrix, d_weight, c, h, num_channels, num_hidden)
-        d_roi = tl.dot(d, tl.trans(weight), input_precision=PRECISION)
+        d_roi = _dot(d, tl.trans(weight))
         _store_tile(d_roi_ptr + grid, d_roi, p, c, num_cells, num_channels)
 
 
@@ -343,26 +291,25 @@ def _block(count: int) -> int:
     return max(triton.next_power_of_2(count), 16)
 
 
-def constants(shape: tuple[int, int, int], dtype: torch.dtype, chunk: int) -> dict:
+def constants(shape: tuple[int, int, int], chunk: int) -> dict:
     """Compile-time constants for `(P^2, C, H)` of a kernel that works on `chunk` channels at a time."""
     num_cells, num_channels, num_hidden = shape
     return {
-        "PRECISION": "tf32" if dtype == torch.float32 else "ieee",
         "BLOCK_P": _block(num_cells),
         "BLOCK_H": _block(num_hidden),
         "CHUNK": min(_block(num_channels), chunk),
     }
 
 
-def forward_constants(shape: tuple[int, int, int], dtype: torch.dtype, statistics: bool) -> dict:
+def forward_constants(shape: tuple[int, int, int], statistics: bool) -> dict:
     """Those of the forward."""
-    return constants(shape, dtype, 64) | {"BLOCK_C": _block(shape[1]), "STATISTICS": statistics}
+    return constants(shape, 64) | {"BLOCK_C": _block(shape[1]), "STATISTICS": statistics}
 
 
 def backward_constants(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[dict, dict]:
     """Those of the launch for the outer half and of that for the inner one."""
     # The largest chunks that do not spill on sm_80, sm_90 and gfx942.
-    return constants(shape, dtype, 16 if dtype == torch.float32 else 32), constants(shape, dtype, 64)
+    return constants(shape, 16 if dtype == torch.float32 else 32), constants(shape, 64)
 
 
 @torch.library.custom_op("dfm::dynamic_interaction", mutates_args=())
@@ -393,7 +340,7 @@ def dynamic_interaction(
             len(roi) // len(gain_in),
             *sizes,
             _EPS,
-            **forward_constants(sizes, roi.dtype, statistics),
+            **forward_constants(sizes, statistics),
             **FORWARD,
         )
     return mixed, found
