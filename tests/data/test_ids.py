@@ -5,6 +5,7 @@ from data_helpers import write_idx
 
 from dfm_d2.classification.data.registration import HELD_OUT, register_class_sets
 from dfm_d2.classification.data.sources import read_digits, read_root
+from dfm_d2.data.images import ImageError
 from dfm_d2.data.stream import SampleStream
 from dfm_d2.detection.data.registration import register_datasets
 from dfm_d2.framework import DatasetCatalog
@@ -67,9 +68,18 @@ def test_the_shared_sets(shared_data, name, sizes):
     assert tuple(len(read_root(shared_data(name), split)) for split in ("train", "test")) == sizes
 
 
-def test_the_order_of_training_and_its_augmentation_are_fixed():
-    dicts = [{"number": number} for number in range(6)]
-    stream = SampleStream(dicts, 5, lambda entry, rng: (entry["number"], int(rng.integers(100))))
-    numbers, drawn = zip(*(stream[position][0] for position in range(12)))
-    assert numbers == (2, 0, 5, 4, 3, 1, 3, 0, 1, 5, 4, 2)
-    assert drawn == (79, 66, 89, 50, 81, 2, 80, 45, 11, 11, 81, 88)
+@pytest.mark.parametrize(
+    "unreadable, numbers",
+    [((), (2, 0, 5, 4, 3, 1, 3, 0, 1, 5, 4, 2)), ((1, 5), (2, 0, 4, 4, 3, 3, 3, 0, 4, 4, 4, 2))],
+)
+def test_the_order_of_training_and_its_augmentation_are_fixed(unreadable, numbers):
+    """An unreadable image is replaced by that of the next good position, augmented as at its own."""
+
+    def make(entry, rng):
+        if entry["number"] in unreadable:
+            raise ImageError("torn")
+        return entry["number"], int(rng.integers(100))
+
+    dicts = [{"file_name": f"{number}.png", "number": number} for number in range(6)]
+    shown, drawn = zip(*(SampleStream(dicts, 5, make)[position][0] for position in range(12)))
+    assert shown == numbers and drawn == (79, 66, 89, 50, 81, 2, 80, 45, 11, 11, 81, 88)

@@ -88,7 +88,7 @@ def test_every_kind_of_problem_is_reported_and_the_rest_is_read(voc):
     objects = {
         "good": ["cat", ("dog", 1, 1, 40, 30, 1)],
         "zero": [("cat", 5, 5, 5, 9), "cat"],
-        "outside": [("cat", 100, 5, 130, 9), ("cat", 10, 10, 60, 20)],
+        "outside": [("cat", 100, 5, 130, 9), ("cat", 10, 10, 60, 50)],
         "nan": [("cat", "nan", 5, 30, 9), ("cat", "x", 5, 30, 9), ("cat", "inf", 5, 30, 9)],
         "nameless": [""],
         **dict.fromkeys(["broken", "bomb", "size", "no_image", "no_xml", "torn", "text"], ["cat"]),
@@ -106,7 +106,7 @@ def test_every_kind_of_problem_is_reported_and_the_rest_is_read(voc):
     assert list(entries) == ["good", "zero", "outside", "nan", "nameless"]
     assert boxes(entries["good"]) == [(2, 3, 20, 25), (0, 0, 40, 30)]
     assert [target["difficult"] for target in entries["good"]["annotations"]] == [0, 1]
-    assert boxes(entries["outside"]) == [(9, 9, 40, 20)]
+    assert boxes(entries["outside"]) == [(9, 9, 40, 30)]
     assert boxes(entries["zero"]) == [(2, 3, 20, 25)] and not boxes(entries["nan"])
     once = "missing_image missing_annotation zero_area box_outside box_clipped unknown_class size_mismatch"
     often = {"bad_coordinates": 3, "broken_xml": 2, "broken_image": 2, "duplicate": 1}

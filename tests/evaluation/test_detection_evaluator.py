@@ -51,6 +51,16 @@ def test_perfect_detections_score_100(golden):
     assert math.isnan(metrics["AP-emu"]) and math.isnan(metrics["VOC_AP50-emu"])
 
 
+def test_a_duplicate_of_the_first_detection_is_a_false_positive(golden):
+    """Of two objects one is found twice: precision 1 up to recall 1/2, then 2/3."""
+    golden["images"] = [{**golden["images"][0], "objects": [[0, 0, 0, 10, 10, 0], [0, 50, 50, 60, 60, 0]]}]
+    rows = [(0, 0.9, 0, 0, 10, 10), (0, 0.8, 0, 0, 10, 10), (0, 0.7, 50, 50, 60, 60)]
+    source = {"image_id": golden["images"][0]["image_id"]}
+    metrics = evaluate(evaluator_of(golden), [(source, {"instances": instances_of(rows)})])
+    expected = {"AP50": (51 + 50 * 2 / 3) / 101, "VOC07_AP50": (6 + 5 * 2 / 3) / 11, "VOC_AP50": 5 / 6}
+    assert {key: metrics[key] / 100 for key in expected} == pytest.approx(expected)
+
+
 def test_no_detection_is_zero_and_no_ground_truth_is_nan(golden, tmp_path):
     metrics = evaluate(evaluator_of(golden, tmp_path), [])
     for key in ("AP", "AP50", "AP-cat", "VOC07_AP50", "VOC_AP50", "VOC_AP50-cow"):
