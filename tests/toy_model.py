@@ -148,9 +148,8 @@ def make_trainer(
     """A trainer of any model, with a schedule and without hooks; the writers' window is of four steps."""
     cfg = toy_config(**solver)
     optimizer, strategy = build_block_optimizer(cfg, model), build_update(*UPDATES[update])
-    autocast = contextlib.nullcontext
     trainer = LocalUpdateTrainer(
-        model.train(), loader, optimizer, strategy, autocast, images_per_step, window=4
+        model.train(), loader, optimizer, strategy, contextlib.nullcontext, images_per_step, window=4
     )
     trainer.scheduler = build_lr_scheduler(cfg, optimizer)
     return trainer

@@ -215,7 +215,7 @@ class FlowDetector(BoxFlowModel):
             elif index > 0:
                 x_t = hand_over.receive(index, x_t)
             answer = self._answer(index, features, x_t, sample.t, prepared)
-            with hand_over.among_owners():
+            with hand_over.among_owners(predictor_block(index)):
                 terms, x_1_hat = self._block_terms(index, x_t, *answer, prepared)
             if chained and index + 1 < self.num_predictors:
                 x_t = self._next_input(index, x_t, x_1_hat, prepared)

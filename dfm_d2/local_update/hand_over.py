@@ -44,8 +44,8 @@ class HandOver:
         """Whether this process evaluates a block."""
         return True
 
-    def among_owners(self) -> AbstractContextManager:
-        """Around the losses of a block that only some processes evaluate."""
+    def among_owners(self, block: str) -> AbstractContextManager:
+        """Around the losses of a block, which only its owners evaluate together."""
         return nullcontext()
 
     def receive(self, index: int, state: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dfm_d2.local_update.block_optimizer import BlockOptimizer
 from dfm_d2.local_update.blocks import BlockLosses, predictor_index
 from dfm_d2.local_update.hand_over import HandOver, Leaves
 from dfm_d2.local_update.processes import ProcessGrid, among, gather_objects
@@ -49,12 +48,6 @@ class RanksUpdate(SequentialUpdate):
 
     def hand_over(self) -> HandOver:
         return RankLeaves(self.grid, self._counts)
-
-    def backward_of(self, item: BlockLosses, optimizer: BlockOptimizer) -> None:
-        # The losses of a predictor are checked among its owners.
-        owned = predictor_index(item.blocks[0]) is not None
-        with among(self.grid.replicas) if owned else nullcontext():
-            super().backward_of(item, optimizer)
 
 
 class RankLeaves(Leaves):
@@ -114,8 +107,8 @@ class RankLeaves(Leaves):
     def owns(self, block: str) -> bool:
         return self.grid.owns(block)
 
-    def among_owners(self) -> AbstractContextManager:
-        return among(self.grid.replicas)
+    def among_owners(self, block: str) -> AbstractContextManager:
+        return nullcontext() if predictor_index(block) is None else among(self.grid.replicas)
 
     def receive(self, index: int, state: Tensor) -> Tensor:
         if self.grid.owner(index - 1) == self.grid.member:

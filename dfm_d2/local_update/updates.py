@@ -84,29 +84,28 @@ class SequentialUpdate(Update):
         self, model: LocallyTrainable, prepared: Any, optimizer: BlockOptimizer, autocast: Autocast
     ) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
-        for item in _items(model.block_losses(prepared, self.hand_over()), autocast):
-            self.backward_of(item, optimizer)
-            metrics |= {key: value.detach() for key, value in item.losses.items()}
-            del item  # nothing but the model's next block is to be alive while that is computed
+        hand_over = self.hand_over()
+        for item in _items(model.block_losses(prepared, hand_over), autocast):
+            # What is carried has the loss scale of fp16 already.
+            roots = [optimizer.scale(sum_losses(item.losses))] if item.losses else []
+            torch.autograd.backward(roots if item.carried is None else [*roots, item.carried])
+            losses = {key: value.detach() for key, value in item.losses.items()}
+            metrics |= losses
+            # What carries is stepped last, with all that other blocks left for it.
+            blocks = item.blocks if item.carried is None else ()
+            del item, roots  # nothing but the next block is to be alive while that is computed
+            for block in blocks:
+                optimizer.reduce_block(block)
+            if self.step_in_backward and blocks:
+                with hand_over.among_owners(blocks[0]):
+                    check_losses(losses)
+                for block in blocks:
+                    optimizer.step_block(block)
         return metrics
 
     def hand_over(self) -> HandOver:
         """Of a new step."""
         return Leaves()
-
-    def backward_of(self, item: BlockLosses, optimizer: BlockOptimizer) -> None:
-        """Backward of one item; on return nothing but the item references its graph."""
-        # What is carried has the loss scale of fp16 already.
-        roots = [optimizer.scale(sum_losses(item.losses))] if item.losses else []
-        torch.autograd.backward(roots if item.carried is None else [*roots, item.carried])
-        if item.carried is not None:
-            return  # the shared block is stepped last, with all that other blocks left for it
-        for block in item.blocks:
-            optimizer.reduce_block(block)
-        if self.step_in_backward:
-            check_losses(item.losses)
-            for block in item.blocks:
-                optimizer.step_block(block)
 
 
 def check_losses(losses: dict[str, Tensor]) -> None:

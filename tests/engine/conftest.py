@@ -7,15 +7,18 @@ import torch.multiprocessing
 
 from dfm_d2.detection.data.shapes import write_shapes
 
-# What a training imports late: a module that is not there is left out without a word.
+# What a training imports, some of it late: a module that is not there is left out without a word.
 PRELOADED = (
-    "torch.distributed",
     "dfm_d2.registry",
-    "dfm_d2.config",
     "dfm_d2.engine.run",
-    "dfm_d2.engine.launch",
+    "dfm_d2.detection.data.loader",
+    "dfm_d2.detection.evaluation.evaluator",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "torchvision",
+    "scipy.optimize",
+    "pycocotools.cocoeval",
 )
-PRELOADED += ("dfm_d2.detection.data.loader", "dfm_d2.detection.evaluation.evaluator")
 
 
 @pytest.fixture(scope="session")
