@@ -58,11 +58,8 @@ def _instances(
     else:
         keep = torch.arange(scores.shape[0], device=scores.device)
     keep = keep[: settings.detections_per_image]
-    instances = Instances(size)
-    instances.pred_boxes = Boxes(chosen[keep])
-    instances.scores = scores[keep]
-    instances.pred_classes = classes[keep]
-    return instances
+    found = {"pred_boxes": Boxes(chosen[keep]), "scores": scores[keep], "pred_classes": classes[keep]}
+    return Instances(size, **found)
 
 
 class PaddedDetections(NamedTuple):

@@ -12,7 +12,7 @@ from dfm_d2.detection.postprocess import detections, padded_detections
 from dfm_d2.detection.sampler import Candidates, SamplerSettings, initial_noise
 from dfm_d2.detection.training import disagreement
 from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
-from dfm_d2.framework import META_ARCH_REGISTRY, EventStorage, ImageList
+from dfm_d2.framework import META_ARCH_REGISTRY, EventStorage
 from dfm_d2.local_update import HandOver, Leaves, attached_losses
 
 
@@ -76,14 +76,13 @@ def test_on_policy_inputs_are_where_a_solver_step_leads(make_model, make_input):
     path = [sample.x_t.clone() for sample in prepared.samples]
     seen = _inputs_of_predictors(model, prepared)
     assert all(torch.equal(sample.x_t, before) for sample, before in zip(prepared.samples, path))
-    features = model._features(prepared.images.tensor)
+    features = model._features(prepared.images)
     # The same step by the sampler's own arithmetic.
     t, t_next = (prepared.samples[d].t for d in (0, 1))
     boxes = model.space.proposals(path[0], prepared.image_sizes)
     answer = model.predictors[0](features, boxes, path[0], t)
-    step = model.flow.update(
-        path[0], answer.boxes[None], answer.class_logits[None], t, t_next, prepared.image_sizes
-    )
+    raw = answer.boxes[None], answer.class_logits[None]
+    step = model.solver_step(path[0], *raw, t, t_next, prepared.image_sizes)
     torch.testing.assert_close(seen[0], path[0], rtol=0, atol=0)
     torch.testing.assert_close(seen[1], step.x_next)
     assert not seen[1].requires_grad and (seen[1] - path[1]).abs().max() > 1e-3
@@ -103,15 +102,21 @@ def test_the_share_of_on_policy_images(make_model, make_input):
 def test_disagreement_is_none_where_a_predictor_would_choose_as_all_do(make_model, make_input):
     model = make_model(TIME="shared")
     prepared = model.prepare([make_input("a"), make_input("empty", boxes=())], 0)
-    logits = torch.zeros(2, 12, 3)
-    own = model.assigner(prepared.ground_truth, prepared.samples[0].x_t, logits)
-    same = disagreement(model.assigner, prepared._replace(gt_index=own), logits, prepared.samples[0].x_t)
-    assert float(same) == 0.0
-    background = torch.full_like(own, -1)
-    other = disagreement(
-        model.assigner, prepared._replace(gt_index=background), logits, prepared.samples[0].x_t
-    )
-    assert float(other) == 1.0
+    x_t, logits = prepared.samples[0].x_t, torch.zeros(2, 12, 3)
+    own = model.assigner(prepared.ground_truth, x_t, logits)
+    for common, share in ((own, 0.0), (torch.full_like(own, -1), 1.0)):
+        terms, _ = model._losses(
+            "predictor0",
+            logits,
+            torch.zeros(2, 12, 4),
+            x_t,
+            torch.zeros(2),
+            prepared._replace(gt_index=common),
+        )
+        assert float(terms["disagreement/predictor0"]) == share
+    assert float(
+        disagreement(torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0, 2, 0, -1]]))
+    ) == pytest.approx(2 / 3)
 
 
 def test_blocks_partition_the_trainable_parameters(make_model):
@@ -326,10 +331,10 @@ def test_an_image_needs_no_object_of_class_0(make_model, make_input):
 def test_images_of_a_process_are_padded_to_the_largest_of_all(monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda: 2)
     monkeypatch.setattr(training, "max_over_processes", lambda size: torch.tensor([50, 70]))
-    images = ImageList(torch.ones(1, 3, 48, 64), [(48, 64)])
+    images = torch.ones(1, 3, 48, 64)
     padded = training.of_common_size(images)
-    assert padded.tensor.shape == (1, 3, 50, 70) and padded.image_sizes == [(48, 64)]
-    assert padded.tensor.sum() == 3 * 48 * 64 and (padded.tensor[..., :48, :64] == 1).all()
+    assert padded.shape == (1, 3, 50, 70)
+    assert padded.sum() == 3 * 48 * 64 and (padded[..., :48, :64] == 1).all()
     monkeypatch.setattr(training, "max_over_processes", lambda size: size)
     assert training.of_common_size(images) is images
 
