@@ -277,9 +277,7 @@ class FlowDetector(BoxFlowModel):
 
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
         """t `(B,)` of every predictor, uniform in its interval of the warped time; one t in shared time."""
-        uniform = keyed_uniform(keys, self.num_predictors, device=self.device)
-        is_shared = self.predictors.time == "shared"
-        return [
-            self.predictors.training_time(d, uniform[:, 0 if is_shared else d])
-            for d in range(self.num_predictors)
-        ]
+        uniform = keyed_uniform(keys, self.num_predictors, device=self.device).unbind(1)
+        if self.predictors.time == "shared":
+            return [uniform[0]] * self.num_predictors
+        return [self.predictors.training_time(d, u) for d, u in enumerate(uniform)]

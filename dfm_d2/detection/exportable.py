@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.detection.postprocess import padded_detections
-from dfm_d2.detection.sampler import initial_noise
+from dfm_d2.detection.sampler import BoxSampler, SamplerSettings
 from dfm_d2.errors import UserError
 from dfm_d2.export.formats import export_model
 from dfm_d2.export.load import load_file
@@ -100,11 +100,7 @@ def _metadata(
 
 
 class ConstantNoise(nn.Module):
-    """The detector with the same noise for every image, that of MODEL.DFM.SAMPLER.SEED.
-
-    Attributes:
-        noise: `x_0` `(1, N, 4)`.
-    """
+    """The detector with the same noise `(1, N, 4)` for every image, that of MODEL.DFM.SAMPLER.SEED."""
 
     def __init__(self, model: FlowDetector):
         super().__init__()
@@ -183,11 +179,8 @@ def _graph_inputs(
         "image_sizes": torch.tensor([[4.0 * unit, 5.0 * unit]] * 2, device=model.device),
         "x_0": model.sampler.noise([0, 1], model.device),
     }
-    dynamic = {
-        "images": {0: batch, 2: unit * height, 3: unit * width},
-        "image_sizes": {0: batch},
-        "x_0": {0: batch},
-    }
+    dynamic = {"images": {0: batch, 2: unit * height, 3: unit * width}}
+    dynamic |= {"image_sizes": {0: batch}, "x_0": {0: batch}}
     if constant_noise:
         del inputs["x_0"], dynamic["x_0"]
     return inputs, dynamic
@@ -197,9 +190,7 @@ class ExportedDetector(nn.Module):
     """Takes and returns what FlowDetector does: `[{"image", "image_id", ...}]` to `[{"instances"}]`.
 
     The noise of an image is what the detector draws for its id; in a file with constant noise, the constant.
-
-    Attributes:
-        about: the file's metadata.
+    `about` is the file's metadata.
     """
 
     def __init__(self, path: str | Path):
@@ -221,8 +212,8 @@ class ExportedDetector(nn.Module):
                 raise ValueError("this file has constant noise and takes none")
         elif x_0 is None:
             passes = self.about["noise_passes"]
-            ids = FlowDetector.image_ids(batched_inputs)
-            x_0 = initial_noise(ids, self.about["seed"], shape[1] // passes, passes)
+            settings = SamplerSettings(shape[1] // passes, 1, seed=self.about["seed"], noise_passes=passes)
+            x_0 = BoxSampler(settings).noise(FlowDetector.image_ids(batched_inputs))
         elif tuple(x_0.shape) != shape:
             raise ValueError(f"x_0 has the shape {tuple(x_0.shape)}, this file takes {shape}")
         images = [item["image"].float() for item in batched_inputs]
@@ -254,5 +245,5 @@ def _answer(item: dict, boxes: Tensor, scores: Tensor, classes: Tensor) -> dict:
     height, width = item["image"].shape[1:]
     found = {"pred_boxes": Boxes(boxes.clone()), "scores": scores, "pred_classes": classes}
     instances = Instances((height, width), **found)
-    whole = (item.get("height", height), item.get("width", width))
+    whole = item.get("height", height), item.get("width", width)
     return {"instances": detector_postprocess(instances, *whole)}

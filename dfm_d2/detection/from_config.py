@@ -1,6 +1,7 @@
 """Explicit constructor arguments of the detectors from a config: the only place that reads MODEL.DFM."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from dfm_kernels import set_backend
 
@@ -93,8 +94,7 @@ def _predictors(cfg, backbone) -> PredictorStack:
             f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
-    pooler = _pooler(cfg, strides)
-    return PredictorStack(lambda: _head(cfg, pooler), dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
+    return PredictorStack(_head_maker(cfg, strides), dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
 
 
 def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
@@ -113,7 +113,7 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
     learning = {owner.get(n.split(".")[0]) for n, p in bottom_up.named_parameters() if p.requires_grad}
     dim = cfg.MODEL.DFM.HEAD.HIDDEN_DIM
     return {
-        name: StagePredictor(shapes[name].channels, dim, _head(cfg, _pooler(cfg, [shapes[name].stride])))
+        name: StagePredictor(shapes[name].channels, dim, _head_maker(cfg, [shapes[name].stride])())
         for name in stages
         if name in learning
     }
@@ -130,14 +130,11 @@ def owners_in_bottom_up(bottom_up, stages: Sequence[str]) -> dict[str, str]:
     return owner
 
 
-def _pooler(cfg, strides: Sequence[int]) -> FeaturePooler:
-    head, scales = cfg.MODEL.DFM.HEAD, [1.0 / stride for stride in strides]
+def _head_maker(cfg, strides: Sequence[int]) -> Callable[[], FlowHead]:
+    """Makes heads on levels of these strides, which share one pooler."""
+    head, given = cfg.MODEL.DFM.HEAD, _lower(cfg.MODEL.DFM.HEAD)
     options = (head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, head.POOLER_CANONICAL_SIZE)
-    return FeaturePooler(scales, *options)
-
-
-def _head(cfg, pooler: FeaturePooler) -> FlowHead:
-    given = _lower(cfg.MODEL.DFM.HEAD)
+    pooler = FeaturePooler([1.0 / stride for stride in strides], *options)
     names = ("num_heads", "feedforward_dim", "interaction", "dynamic_dim", "num_cls", "num_reg")
-    options = {"num_classes": cfg.MODEL.DFM.NUM_CLASSES, "dim": given["hidden_dim"]}
-    return FlowHead(pooler=pooler, **options, **{name: given[name] for name in names})
+    sizes = {"num_classes": cfg.MODEL.DFM.NUM_CLASSES, "dim": head.HIDDEN_DIM}
+    return partial(FlowHead, pooler=pooler, **sizes, **{name: given[name] for name in names})

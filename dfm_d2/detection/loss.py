@@ -17,9 +17,8 @@ class BlockLoss:
 
     Args:
         signal_scale: s of the box space.
-        cls: "focal" or "quality_focal".
+        cls: "focal" or "quality_focal". focal_alpha, focal_gamma: of the class loss.
         cls_weight, l1_weight, giou_weight, velocity_weight: weights; a term of weight 0 is left out.
-        focal_alpha, focal_gamma: of the class loss.
         velocity_max: w_max, bound of `(1 - t)^-2`.
     """
 

@@ -12,7 +12,6 @@ from dfm_kernels.box_flow_update import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.detection.captured import GraphCache
-from dfm_d2.errors import UserError
 from dfm_d2.flow import ODESolver, keyed_normal, stream_key, warped_grid
 
 # Of (x_t (B, N, 4), t, t_next): one solver step on the features of some images.
@@ -34,26 +33,10 @@ class SamplerSettings:
     detections_per_image: int = 100
     time_rate: float = 0.0
 
-    def __post_init__(self) -> None:
-        for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
-            if getattr(self, name) < 1:
-                raise UserError(f"the sampler's {name} must be at least 1, got {getattr(self, name)}")
-
     @property
     def grid(self) -> tuple[float, ...]:
         """The time grid: `steps` steps even in the predictors' intervals."""
         return warped_grid(self.steps, self.time_rate)
-
-
-def initial_noise(
-    image_ids: Sequence[int | str], seed: int, num_proposals: int, noise_passes: int = 1, device=None
-) -> Tensor:
-    """`x_0` `(B, P N, 4)` float32 of P noise passes, one after the other: of (seed, image id, pass) alone."""
-    passes = []
-    for noise_pass in range(noise_passes):
-        keys = [stream_key("sampler", seed, image_id, noise_pass) for image_id in image_ids]
-        passes.append(keyed_normal(keys, num_proposals, device=device))
-    return torch.cat(passes, dim=1)
 
 
 class Candidates(NamedTuple):
@@ -103,7 +86,10 @@ class BoxSampler:
             found.append(self.graphs((owner, repr(settings)), run, inputs) if is_captured else run(*inputs))
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found)))
 
-    def noise(self, image_ids: Sequence[int | str], device: torch.device) -> Tensor:
-        """`initial_noise` of these settings."""
-        settings = self.settings
-        return initial_noise(image_ids, settings.seed, settings.num_proposals, settings.noise_passes, device)
+    def noise(self, image_ids: Sequence[int | str], device: torch.device | None = None) -> Tensor:
+        """`x_0` `(B, P N, 4)` float32 of P passes, one after the other: of (seed, image id, pass) alone."""
+        settings, passes = self.settings, []
+        for number in range(settings.noise_passes):
+            keys = [stream_key("sampler", settings.seed, image_id, number) for image_id in image_ids]
+            passes.append(keyed_normal(keys, settings.num_proposals, device=device))
+        return torch.cat(passes, dim=1)

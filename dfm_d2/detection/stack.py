@@ -18,8 +18,8 @@ class PredictorStack(nn.ModuleList):
     Args:
         make_head: called D times.
         num_predictors: D.
-        time: "partitioned" (predictor `floor(u D)` answers at `t(u)` and is trained on
-            its own interval) or "shared" (every predictor answers at, and is trained on, all of [0, 1]).
+        time: "partitioned" (predictor `floor(u D)` answers at `t(u)` and is trained on its own interval) or
+            "shared" (every predictor answers at, and is trained on, all of [0, 1]).
         rate: of t(u), see dfm_d2.flow.warped_time.
     """
 
@@ -29,9 +29,7 @@ class PredictorStack(nn.ModuleList):
         self.rate = rate
 
     def training_time(self, index: int, uniform: Tensor) -> Tensor:
-        """The t that predictor `index` is trained on, from uniforms `(B,)` in [0, 1)."""
-        if self.time == "shared":
-            return uniform
+        """The t in its own interval that predictor `index` is trained on, from uniforms `(B,)` in [0, 1)."""
         return warped_time((index + uniform) / len(self), self.rate)
 
     def answering(self, t: float, chosen: Sequence[int] = ()) -> list[int]:

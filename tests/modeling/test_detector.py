@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from dfm_d2.detection import postprocess, training
+from dfm_d2.detection import training
 from dfm_d2.detection.cascade import CascadeDetector
 from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.detection.postprocess import detections, padded_detections
-from dfm_d2.detection.sampler import Candidates, SamplerSettings, initial_noise
+from dfm_d2.detection.sampler import BoxSampler, Candidates, SamplerSettings
 from dfm_d2.detection.training import disagreement
 from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
 from dfm_d2.framework import META_ARCH_REGISTRY, EventStorage
@@ -250,8 +250,8 @@ def test_a_subset_of_predictors_needs_shared_time(make_model, make_input):
 def test_sampler_settings_are_checked(make_model):
     settings = make_model().sampler.settings
     assert settings.steps == 3
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        dataclasses.replace(settings, steps=0)
+    with pytest.raises(ValueError, match="at least one step"):
+        _ = dataclasses.replace(settings, steps=0).grid
 
 
 def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
@@ -312,11 +312,12 @@ def test_autocast_keeps_boxes_in_float32(make_model, make_input, dtype):
 
 
 def test_scores_that_are_no_numbers_are_no_detections():
-    probs = torch.tensor([[0.9], [float("nan")], [0.5]])
-    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [40.0, 0.0, 49.0, 9.0]])
-    found = postprocess._instances(boxes, probs, (50, 50), SamplerSettings(num_proposals=3, steps=1))
+    space, sizes = BoxSpace(2.0), torch.tensor([[50, 50]])
+    boxes = torch.tensor([[[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [40.0, 0.0, 49.0, 9.0]]])
+    candidates = Candidates(space.encode(boxes, sizes), torch.tensor([[[0.9], [float("nan")], [0.5]]]))
+    found = detections(candidates, space, sizes, [{}], SamplerSettings(3, 1))[0]["instances"]
     assert found.scores.tolist() == pytest.approx([0.9, 0.5])
-    assert found.pred_boxes.tensor[:, 0].tolist() == [0.0, 40.0]
+    assert found.pred_boxes.tensor[:, 0].tolist() == pytest.approx([0.0, 40.0], abs=1e-3)
 
 
 def test_an_image_needs_no_object_of_class_0(make_model, make_input):
@@ -358,8 +359,10 @@ def test_a_box_without_area_takes_the_place_of_another_detection():
 
 
 def test_noise_of_passes_lies_one_after_the_other():
-    three = initial_noise(["a", "b"], 7, 5, 3)
+    settings = SamplerSettings(num_proposals=5, steps=1, seed=7, noise_passes=3)
+    three = BoxSampler(settings).noise(["a", "b"])
     assert three.shape == (2, 15, 4)
-    assert torch.equal(three[:, :5], initial_noise(["a", "b"], 7, 5))
+    one = BoxSampler(dataclasses.replace(settings, noise_passes=1)).noise(["a", "b"])
+    assert torch.equal(three[:, :5], one)
     key = stream_key("sampler", 7, "b", 2)
     assert torch.equal(three[1, 10:], keyed_normal([key], 5)[0])

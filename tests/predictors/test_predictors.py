@@ -104,5 +104,3 @@ def test_time_of_a_grid_that_rounding_made_fall_short():
 def test_shared_time_asks_all_or_those_chosen():
     stack = PredictorStack(lambda: torch.nn.Identity(), 3, "shared")
     assert stack.answering(0.9) == [0, 1, 2] and stack.answering(0.9, [2, 0]) == [2, 0]
-    u = torch.rand(4)
-    assert torch.equal(stack.training_time(2, u), u)
