@@ -181,9 +181,7 @@ def simulate(training: Training) -> dict[str, float]:
     def without_data(x: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    prepared = training.model.prepare(training.batch, 0)
-    images = type(prepared.images)(without_data(prepared.images.tensor), prepared.images.image_sizes)
-    prepared = tree_map_only(torch.Tensor, without_data, prepared._replace(images=None))
+    prepared = tree_map_only(torch.Tensor, without_data, training.model.prepare(training.batch, 0))
     model = training.model.to("meta")
     optimizer = block_optimizer.BlockOptimizer(
         model.blocks(), lambda named: torch.optim.AdamW(named, lr=1e-4, foreach=False)
@@ -192,8 +190,7 @@ def simulate(training: Training) -> dict[str, float]:
     updates.check_finite = block_optimizer.check_finite = lambda *_: None
 
     def step() -> None:
-        inputs = prepared._replace(images=images)
-        training.update.step(model, inputs, optimizer, contextlib.nullcontext)
+        training.update.step(model, prepared, optimizer, contextlib.nullcontext)
 
     step()  # makes the optimizer's state
     optimizer.zero_grad(set_to_none=True)

@@ -25,9 +25,9 @@ DETECTOR = "tests/modeling/test_detector.py tests/engine/test_detector_updates.p
 UPDATES = "tests/engine/test_block_optimizer.py tests/engine/test_local_update.py"
 # Folder, its files, their tests from the cheapest to the dearest.
 SUBJECTS = [
-    ("dfm_d2/flow", "path solver box_space label_space noise box_flow", f"tests/core {DETECTOR}"),
+    ("dfm_d2/flow", "path solver box_space label_space noise", f"tests/core {DETECTOR}"),
     ("dfm_d2/local_update", "updates hand_over blocks block_optimizer", f"{UPDATES} {DETECTOR}"),
-    ("dfm_d2/detection", "assignment coupling loss ground_truth", f"tests/losses {DETECTOR}"),
+    ("dfm_d2/detection", "assignment coupling loss", f"tests/losses {DETECTOR}"),
     ("dfm_d2/detection", "stack detector sampler training", f"tests/predictors {DETECTOR}"),
     ("dfm_d2/detection", "postprocess", f"{DETECTOR} tests/export/test_equality.py"),
     ("dfm_d2/classification", "sampler flow_classifier", "tests/modeling/test_classifier.py"),

@@ -1,5 +1,8 @@
 """The config of a detector small enough for tests."""
 
+import functools
+from operator import getitem
+
 import torch
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
@@ -16,27 +19,18 @@ def tiny_cfg(**dfm):
     add_dfm_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.META_ARCHITECTURE = "FlowDetector"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.DEPTH = 50
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.DFM.NUM_CLASSES = 3
-    cfg.MODEL.DFM.NUM_PREDICTORS = 3
-    cfg.MODEL.DFM.NUM_PROPOSALS = 12
-    head = cfg.MODEL.DFM.HEAD
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet_fpn_backbone", 0
+    resnets, fpn, head = cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.DFM.HEAD
+    resnets.DEPTH, resnets.NORM = 50, "BN"
+    resnets.STEM_OUT_CHANNELS = resnets.WIDTH_PER_GROUP = 8
+    resnets.RES2_OUT_CHANNELS = fpn.OUT_CHANNELS = 16
+    resnets.OUT_FEATURES, fpn.IN_FEATURES = (["res2", "res3", "res4", "res5"] for _ in range(2))
+    cfg.MODEL.DFM.NUM_CLASSES, cfg.MODEL.DFM.NUM_PREDICTORS, cfg.MODEL.DFM.NUM_PROPOSALS = 3, 3, 12
     head.HIDDEN_DIM, head.NUM_HEADS, head.FEEDFORWARD_DIM, head.DYNAMIC_DIM = 16, 2, 32, 8
     head.POOLER_RESOLUTION = 3
     for key, value in dfm.items():
-        node = cfg.MODEL.DFM
         *path, last = key.split("__")
-        for part in path:
-            node = node[part]
-        node[last] = value
+        functools.reduce(getitem, path, cfg.MODEL.DFM)[last] = value
     return cfg
 
 

@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> None:
         pixels = read_image(args.sample_image, cfg.INPUT.FORMAT)
     # Now that the config is right, what brings torch.
     from dfm_d2.detection.data.loader import resized_item
-    from dfm_d2.detection.exportable import ConstantNoise, export_detector, prepared_model
-    from dfm_d2.detection.exported_detector import ExportedDetector
+    from dfm_d2.detection.exportable import ConstantNoise, ExportedDetector, export_detector, prepared_model
     from dfm_d2.detection.loading import load_detector
     from dfm_d2.engine.run import evaluate
 

@@ -12,7 +12,8 @@ from dfm_kernels.box_flow_update import cxcywh_to_xyxy, signal_to_cxcywh
 from dfm_kernels.flow_loss import pairwise_giou
 from torch import Tensor
 
-from dfm_d2.detection.ground_truth import GroundTruth
+from dfm_d2.detection.coupling import GroundTruth
+from dfm_d2.detection.loss import BlockLoss
 from dfm_d2.flow import at_least_float32
 
 
@@ -29,18 +30,11 @@ class DynamicK:
     """SimOTA's assignment.
 
     Args:
-        signal_scale: s of the box space.
-        cls_weight, l1_weight, giou_weight: weights of the matching cost.
-        focal_alpha, focal_gamma: of the focal class cost.
+        loss: the matching cost has its signal scale and its weights, and the class loss its focal form.
         max_k: the greatest number of IoUs that are summed to k.
     """
 
-    signal_scale: float
-    cls_weight: float = 2.0
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
+    loss: BlockLoss
     max_k: int = 5
 
     # Cost of a query whose centre lies outside the box: worse than any other disagreement.
@@ -59,8 +53,7 @@ class DynamicK:
         """
         cost, iou = self._cost(ground_truth, at_least_float32(x), class_logits)
         valid = ground_truth.mask[:, None]
-        num_queries = cost.shape[1]
-        top = iou.topk(min(self.max_k, num_queries), dim=1).values
+        top = iou.topk(min(self.max_k, cost.shape[1]), dim=1).values
         k = top.sum(1).to(torch.int64).clamp(min=1)
         rank = cost.argsort(1).argsort(1)
         matched = (rank < k[:, None]) & valid
@@ -72,22 +65,22 @@ class DynamicK:
     def _cost(
         self, ground_truth: GroundTruth, x: Tensor, class_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        box_hat = signal_to_cxcywh(x, self.signal_scale)
-        box = signal_to_cxcywh(at_least_float32(ground_truth.x_1), self.signal_scale)
+        loss = self.loss
+        box_hat = signal_to_cxcywh(x, loss.signal_scale)
+        box = signal_to_cxcywh(at_least_float32(ground_truth.x_1), loss.signal_scale)
         corners = cxcywh_to_xyxy(box)
-        pairs = [pairwise_giou(a, b) for a, b in zip(cxcywh_to_xyxy(box_hat), corners)]
-        iou = torch.stack([p[0] for p in pairs])
-        giou = torch.stack([p[1] for p in pairs])
+        pairs = (pairwise_giou(a, b) for a, b in zip(cxcywh_to_xyxy(box_hat), corners))
+        iou, giou = (torch.stack(values) for values in zip(*pairs))
         l1 = torch.cdist(box_hat, box, p=1)
         center = box_hat[:, :, None, :2]
         inside = ((center > corners[:, None, :, :2]) & (center < corners[:, None, :, 2:])).all(-1)
-        cost = self.l1_weight * l1 - self.giou_weight * giou + self._OUTSIDE * (~inside)
+        cost = loss.l1_weight * l1 - loss.giou_weight * giou + self._OUTSIDE * (~inside)
         if class_logits is not None:
             p = at_least_float32(class_logits).sigmoid()
-            positive = -self.focal_alpha * (1 - p) ** self.focal_gamma * (p + 1e-8).log()
-            negative = -(1 - self.focal_alpha) * p**self.focal_gamma * (1 - p + 1e-8).log()
+            positive = -loss.focal_alpha * (1 - p) ** loss.focal_gamma * (p + 1e-8).log()
+            negative = -(1 - loss.focal_alpha) * p**loss.focal_gamma * (1 - p + 1e-8).log()
             index = ground_truth.classes[:, None].expand(-1, x.shape[1], -1)
-            cost = cost + self.cls_weight * (positive - negative).gather(2, index)
+            cost = cost + loss.cls_weight * (positive - negative).gather(2, index)
         # Padding must lose every comparison, yet stay finite for argsort; a NaN must not win one.
         cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)
         valid = ground_truth.mask[:, None]

@@ -50,13 +50,11 @@ class GraphCache:
     shapes would otherwise spend their time on captures that no second image uses.
 
     Args:
-        size: graphs kept at most; each holds the memory of one run.
-        capture: another way of capturing, for tests.
+        size: graphs kept at most; each holds the memory of one run. capture: another way, for tests.
     """
 
     def __init__(self, size: int = 8, capture: Capture = capture_cuda_graph):
-        self.size = size
-        self.capture = capture
+        self.size, self.capture = size, capture
         self._graphs: dict[Hashable, Run] = {}
         self._seen: set[Hashable] = set()
         self._owner: Hashable = None

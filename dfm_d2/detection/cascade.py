@@ -8,12 +8,12 @@ Shapes: B images, N proposals, D heads, K classes.
 
 from collections.abc import Iterator, Sequence
 
-from dfm_kernels.box_flow_update import BoxFlowUpdate
+from dfm_kernels.box_flow_update import BoxFlowUpdate, euler_step, velocity_from_endpoint
 from torch import Tensor
 
 from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.detection.head import HeadAnswer
-from dfm_d2.detection.sampler import Flow
+from dfm_d2.detection.sampler import Field
 from dfm_d2.detection.training import Prepared
 from dfm_d2.flow import keyed_uniform, time_like
 from dfm_d2.framework import META_ARCH_REGISTRY
@@ -34,10 +34,7 @@ class CascadeDetector(FlowDetector):
         names = tuple(predictor_block(d) for d in range(self.num_predictors))
         stages = self._stages(features, sample.x_t, sample.t, prepared.image_sizes)
         for name, (x, answer) in zip(names, stages):
-            terms, _ = self._losses(
-                answer.class_logits, answer.boxes, x, sample.t, prepared, prepared.gt_index
-            )
-            losses |= {f"loss_{key}/{name}": value for key, value in terms.items()}
+            losses |= self._losses(name, answer.class_logits, answer.boxes, x, sample.t, prepared)[0]
         yield BlockLosses(names, losses)
 
     def _stages(
@@ -48,26 +45,24 @@ class CascadeDetector(FlowDetector):
         for head in self.predictors:
             answer = head(features, self.space.proposals(x, image_sizes), x, t, queries)
             yield x, answer
-            x, queries = self.space.clamp(self.flow.endpoint(x, answer.boxes).detach()), answer.queries
+            x, queries = self.space.clamp(self.space.endpoint(x, answer.boxes).detach()), answer.queries
 
-    def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
+    def _field(self, features: Sequence[Tensor], image_sizes: Tensor) -> Field:
         """One solver step towards the endpoint of the last head, after all the others."""
 
-        def flow(x_t: Tensor, boxes_xyxy: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
-            times, times_next = time_like(x_t, t), time_like(x_t, t_next)
-            *_, (x, answer) = self._stages(features, x_t, times, image_sizes)
-            last = self.flow.update(
-                x, answer.boxes[None], answer.class_logits[None], times, times_next, image_sizes
-            )
+        def field(x_t: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
+            times = time_like(x_t, t), time_like(x_t, t_next)
+            *_, (x, answer) = self._stages(features, x_t, times[0], image_sizes)
+            last = self.solver_step(x, answer.boxes[None], answer.class_logits[None], *times, image_sizes)
             # The last head's answer is relative to its own boxes, the step starts from x_t.
-            x_next = self.path.step(x_t, last.x_1_hat, times, times_next)
+            x_next = euler_step(x_t, last.x_1_hat, *times)
             return last._replace(
                 x_next=x_next,
-                velocity=self.path.endpoint_to_velocity(last.x_1_hat, x_t, times),
+                velocity=velocity_from_endpoint(x_t, last.x_1_hat, times[0]),
                 boxes_xyxy=self.space.proposals(x_next, image_sizes),
             )
 
-        return flow
+        return field
 
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
         """One t for all heads, in [0, 1) as DiffusionDet trains."""

@@ -6,25 +6,20 @@ Shapes: B images, N proposals, D predictors, C channels, K classes, G ground-tru
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from dfm_kernels.box_flow_update import euler_step
 from torch import Tensor, nn
 
 from dfm_d2.detection.assignment import DynamicK, assigned_targets
 from dfm_d2.detection.coupling import build_slots, couple
 from dfm_d2.detection.from_config import detector_arguments, owners_in_bottom_up
+from dfm_d2.detection.head import StagePredictor
 from dfm_d2.detection.inference import BoxFlowModel
 from dfm_d2.detection.loss import BlockLoss
-from dfm_d2.detection.stage import StagePredictor, given_features
 from dfm_d2.detection.training import Prepared, disagreement, of_common_size, pad_ground_truth
 from dfm_d2.flow import CondOTPath, keyed_normal, keyed_uniform, stream_key, warped_time
 from dfm_d2.flow.noise import STREAM_POLICY, STREAM_STAGE_TIME
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable, get_event_storage
-from dfm_d2.local_update import (
-    SHARED_BLOCK,
-    BlockLosses,
-    HandOver,
-    attached_losses,
-    predictor_block,
-)
+from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver, attached_losses, predictor_block
 
 
 @META_ARCH_REGISTRY.register()
@@ -117,18 +112,17 @@ class FlowDetector(BoxFlowModel):
         blocks: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in names}
         owner = owners_in_bottom_up(self.backbone.bottom_up, stages) if stages else {}
         for name, parameter in self.named_parameters():
+            part, child, *rest = name.split(".")
+            block = SHARED_BLOCK
+            if part == "predictors":
+                block = predictor_block(int(child))
+            elif part == "stage_predictors":
+                block = child
+            elif child == "bottom_up":
+                block = owner.get(rest[0], SHARED_BLOCK)
             if parameter.requires_grad:
-                blocks[self._block_of(name.split("."), owner)].append((name, parameter))
+                blocks[block].append((name, parameter))
         return blocks
-
-    @staticmethod
-    def _block_of(name: Sequence[str], stages: Mapping[str, str]) -> str:
-        if name[0] == "predictors":
-            return predictor_block(int(name[1]))
-        if name[0] == "stage_predictors":
-            return name[1]
-        in_bottom_up = name[:2] == ["backbone", "bottom_up"]
-        return stages.get(name[2], SHARED_BLOCK) if in_bottom_up else SHARED_BLOCK
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> Prepared:
@@ -136,11 +130,9 @@ class FlowDetector(BoxFlowModel):
 
         Noise depends on (seed, iteration, image id), t besides on the predictor, and on nothing else.
         """
-        images = of_common_size(self._images(batched_inputs))
-        image_sizes = self._image_sizes(images)
+        images, image_sizes = self._images(batched_inputs)
         ground_truth = pad_ground_truth(batched_inputs, image_sizes, self.space, self.num_classes)
-        ids = self.image_ids(batched_inputs)
-        keys = [stream_key("train", self.seed, iteration, image_id) for image_id in ids]
+        keys = [stream_key("train", self.seed, iteration, i) for i in self.image_ids(batched_inputs)]
         x_0 = keyed_normal(keys, self.num_proposals, device=self.device).to(ground_truth.x_1.dtype)
         slots = build_slots(ground_truth, self.num_proposals, self.gt_repeat, keys, self.space.signal_scale)
         slots = couple(x_0, slots, self.coupling, keys)
@@ -156,6 +148,7 @@ class FlowDetector(BoxFlowModel):
         stages = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
         times = warped_time(stages, self.predictors.rate).unbind(1)
         stage_samples = [self.path.sample(x_0, slots.x_1, t) for t in times]
+        images = of_common_size(images)
         return Prepared(images, image_sizes, ground_truth, samples, on_policy, gt_index, stage_samples)
 
     def block_losses(self, prepared: Prepared, hand_over: HandOver) -> Iterator[BlockLosses]:
@@ -164,10 +157,11 @@ class FlowDetector(BoxFlowModel):
         With dynamic_k in shared time also the metric `disagreement/predictor0`, see training.disagreement.
         """
         own = hand_over.own(prepared)
-        features = yield from self._stage_losses(own)
-        if features is None:
+        if self.stage_predictors:
+            features = yield from self._stage_losses(own)
+        else:
             with torch.set_grad_enabled(not self.freeze_backbone and torch.is_grad_enabled()):
-                features = self._features(own.images.tensor)
+                features = self._features(own.images)
         features = hand_over.open(features)
         yield from self._predictor_losses(features, prepared, hand_over)
         del features
@@ -175,28 +169,28 @@ class FlowDetector(BoxFlowModel):
 
     def _stage_losses(self, prepared: Prepared) -> Iterator[BlockLosses]:
         """The local losses of backbone stages, each by its own predictor; returns the features, L maps
-        `(B, C, H_l, W_l)`, None without such stages."""
-        if not self.stage_predictors:
-            return None
-        bottom_up = self.backbone.bottom_up
-        x, outputs = prepared.images.tensor, {}
+        `(B, C, H_l, W_l)`."""
+        bottom_up, x, outputs = self.backbone.bottom_up, prepared.images, {}
+        samples = dict(zip(self.stage_predictors, prepared.stage_samples))
+        if self.assignment == "dynamic_k":  # stages are never averaged: each assigns for itself
+            prepared = prepared._replace(gt_index=None)
         for child, stage in bottom_up.named_children():
             x = stage(x)
-            if child in self.stage_predictors:
-                yield BlockLosses((child,), self._losses_of_stage(child, x, prepared))
+            if child in samples:
+                sample = samples[child]
+                answer = self._answer(self.stage_predictors[child], x, sample.x_t, sample.t, prepared)
+                losses, _ = self._losses(child, *answer, sample.x_t, sample.t, prepared)
+                del answer, _  # only what is yielded holds the graph
+                yield BlockLosses((child,), losses)
+                del losses
                 x = x.detach()
             outputs[child] = x
-        with given_features(bottom_up, {name: outputs[name] for name in bottom_up.output_shape()}):
-            return self._features(prepared.images.tensor)
-
-    def _losses_of_stage(self, name: str, feature: Tensor, prepared: Prepared) -> dict[str, Tensor]:
-        sample = prepared.stage_samples[list(self.stage_predictors).index(name)]
-        boxes_xyxy = self.space.proposals(sample.x_t, prepared.image_sizes)
-        answer = self.stage_predictors[name](feature, boxes_xyxy, sample.x_t, sample.t)
-        # Stages are never averaged: with dynamic_k each assigns for itself.
-        gt_index = prepared.gt_index if self.assignment == "path" else None
-        losses, _ = self._losses(answer.class_logits, answer.boxes, sample.x_t, sample.t, prepared, gt_index)
-        return {f"loss_{key}/{name}": value for key, value in losses.items()}
+        # The FPN asks its bottom-up network for what is there already.
+        bottom_up.forward = lambda _: {name: outputs[name] for name in bottom_up.output_shape()}
+        try:
+            return self._features(prepared.images)
+        finally:
+            del bottom_up.forward
 
     def _predictor_losses(
         self, features: Sequence[Tensor], prepared: Prepared, hand_over: HandOver
@@ -206,23 +200,24 @@ class FlowDetector(BoxFlowModel):
         if hand_over.together:
             yield self._losses_together(features, prepared)
             return
-        chained, x_t = self._is_chained, prepared.samples[0].x_t
-        for index, sample in enumerate(prepared.samples):
-            if not hand_over.owns(predictor_block(index)):
+        x_t = prepared.samples[0].x_t
+        for index, (predictor, sample) in enumerate(zip(self.predictors, prepared.samples)):
+            block = predictor_block(index)
+            if not hand_over.owns(block):
                 continue
-            if not chained:
+            if not self._is_chained:
                 x_t = sample.x_t
             elif index > 0:
                 x_t = hand_over.receive(index, x_t)
-            answer = self._answer(index, features, x_t, sample.t, prepared)
-            with hand_over.among_owners(predictor_block(index)):
-                terms, x_1_hat = self._block_terms(index, x_t, *answer, prepared)
-            if chained and index + 1 < self.num_predictors:
+            answer = self._answer(predictor, features, x_t, sample.t, prepared)
+            with hand_over.among_owners(block):
+                losses, x_1_hat = self._losses(block, *answer, x_t, sample.t, prepared)
+            if self._is_chained and index + 1 < self.num_predictors:
                 x_t = self._next_input(index, x_t, x_1_hat, prepared)
                 hand_over.send(index + 1, x_t)
             del answer, x_1_hat  # only what is yielded holds the graph
-            yield BlockLosses((predictor_block(index),), terms)
-            del terms
+            yield BlockLosses((block,), losses)
+            del losses
 
     @property
     def _is_chained(self) -> bool:
@@ -230,17 +225,16 @@ class FlowDetector(BoxFlowModel):
         return self.on_policy > 0 and self.predictors.time == "partitioned"
 
     def _answer(
-        self, index: int, features: Sequence[Tensor], x_t: Tensor, t: Tensor, prepared: Prepared
+        self, predictor: nn.Module, features, x_t: Tensor, t: Tensor, prepared: Prepared
     ) -> tuple[Tensor, Tensor]:
-        """Class logits `(B, N, K)` and raw box answer `(B, N, 4)` of a predictor."""
-        boxes_xyxy = self.space.proposals(x_t, prepared.image_sizes)
-        answer = self.predictors[index](features, boxes_xyxy, x_t, t)
+        """Class logits `(B, N, K)` and raw box answer `(B, N, 4)` of a predictor, or of that of a stage."""
+        answer = predictor(features, self.space.proposals(x_t, prepared.image_sizes), x_t, t)
         return answer.class_logits, answer.boxes
 
     def _next_input(self, index: int, x_t: Tensor, x_1_hat: Tensor, prepared: Prepared) -> Tensor:
         """x_t `(B, N, 4)` of predictor `index + 1` by the endpoint of predictor `index`, detached."""
         t, following = prepared.samples[index].t, prepared.samples[index + 1]
-        x_next = self.path.step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
+        x_next = euler_step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
         return torch.where(prepared.on_policy[:, None, None], x_next, following.x_t)
 
     def _losses_together(self, features: Sequence[Tensor], prepared: Prepared) -> BlockLosses:
@@ -251,42 +245,39 @@ class FlowDetector(BoxFlowModel):
         if self._is_chained:
             with torch.no_grad():
                 for index in range(self.num_predictors - 1):
-                    x_t, t = inputs[index], samples[index].t
-                    _, boxes = self._answer(index, features, x_t, t, prepared)
-                    inputs[index + 1] = self._next_input(index, x_t, self.flow.endpoint(x_t, boxes), prepared)
+                    predictor, x_t = self.predictors[index], inputs[index]
+                    _, boxes = self._answer(predictor, features, x_t, samples[index].t, prepared)
+                    inputs[index + 1] = self._next_input(
+                        index, x_t, self.space.endpoint(x_t, boxes), prepared
+                    )
         t = torch.stack([sample.t for sample in samples])
         boxes_xyxy = torch.stack([self.space.proposals(x_t, prepared.image_sizes) for x_t in inputs])
-        boxes, class_logits = self.predictors.answer_together(features, boxes_xyxy, torch.stack(inputs), t)
-        terms: dict[str, Tensor] = {}
-        for index, x_t in enumerate(inputs):
-            terms |= self._block_terms(index, x_t, class_logits[index], boxes[index], prepared)[0]
-        return BlockLosses(tuple(predictor_block(d) for d in range(self.num_predictors)), terms)
-
-    def _block_terms(
-        self, index: int, x_t: Tensor, class_logits: Tensor, boxes: Tensor, prepared: Prepared
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses and metrics of the raw answer of predictor `index`, and its endpoint `(B, N, 4)`."""
-        name, t = predictor_block(index), prepared.samples[index].t
-        losses, x_1_hat = self._losses(class_logits, boxes, x_t, t, prepared, prepared.gt_index)
-        terms = {f"loss_{key}/{name}": value for key, value in losses.items()}
-        if self.assignment == "dynamic_k" and prepared.gt_index is not None:
-            terms[f"disagreement/{name}"] = disagreement(self.assigner, prepared, class_logits, x_1_hat)
-        return terms, x_1_hat
+        answers = self.predictors.answer_together(features, boxes_xyxy, torch.stack(inputs), t)
+        blocks, terms = tuple(predictor_block(d) for d in range(self.num_predictors)), {}
+        for index, block in enumerate(blocks):
+            answer = (part[index] for part in answers)
+            terms |= self._losses(block, *answer, inputs[index], samples[index].t, prepared)[0]
+        return BlockLosses(blocks, terms)
 
     def _losses(
-        self, class_logits: Tensor, boxes: Tensor, x_t: Tensor, t: Tensor, prepared: Prepared, gt_index
+        self, block: str, class_logits: Tensor, boxes: Tensor, x_t: Tensor, t: Tensor, prepared: Prepared
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of one raw answer at `(x_t, t)`, and its endpoint `(B, N, 4)`."""
-        x_1_hat = self.flow.endpoint(x_t, boxes)
-        class_logits = class_logits.to(x_t.dtype)
-        if gt_index is None:
-            gt_index = self.assigner(prepared.ground_truth, x_1_hat, class_logits)
+        """Losses and metrics of a block by its raw answer at `(x_t, t)`, and its endpoint `(B, N, 4)`."""
+        x_1_hat, class_logits = self.space.endpoint(x_t, boxes), class_logits.to(x_t.dtype)
+        gt_index, metrics = prepared.gt_index, {}
+        if self.assignment == "dynamic_k":
+            own = self.assigner(prepared.ground_truth, x_1_hat, class_logits)
+            if gt_index is None:
+                gt_index = own
+            else:
+                metrics[f"disagreement/{block}"] = disagreement(own, gt_index)
         classes, target_x_1 = assigned_targets(prepared.ground_truth, gt_index, self.num_classes)
-        return self.criterion(class_logits, x_1_hat, classes, target_x_1, t), x_1_hat
+        losses = self.criterion(class_logits, x_1_hat, classes, target_x_1, t)
+        return {f"loss_{key}/{block}": value for key, value in losses.items()} | metrics, x_1_hat
 
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        """t `(B,)` of every predictor, uniform in its interval of the warped time."""
-        uniform = keyed_uniform(keys, self.num_predictors, device=self.device)
+        """t `(B,)` of every predictor, uniform in its interval of the warped time; one t in shared time."""
+        uniform = keyed_uniform(keys, self.num_predictors, device=self.device).unbind(1)
         if self.predictors.time == "shared":
-            return [uniform[:, 0]] * self.num_predictors
-        return [self.predictors.training_time(d, uniform[:, d]) for d in range(self.num_predictors)]
+            return [uniform[0]] * self.num_predictors
+        return [self.predictors.training_time(d, u) for d, u in enumerate(uniform)]

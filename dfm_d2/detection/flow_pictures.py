@@ -94,7 +94,7 @@ def record_flow(model: FlowDetector, item: dict, with_field: bool = True) -> Flo
     """
     run = FlowRun(model, item)
     steps = run.trajectory.steps
-    scores, classes = zip(*(step.info.class_probs[0].cpu().max(-1) for step in steps))
+    scores, classes = zip(*(step.class_probs[0].cpu().max(-1) for step in steps))
     followed = int(scores[-1].argmax()) if with_field else -1
     points = run.grid() if with_field else torch.zeros(0, 2)
     return FlowRecord(
@@ -123,7 +123,7 @@ class FlowRun:
     def __init__(self, model: FlowDetector, item: dict):
         self.model = model
         self.trajectory, self.image_sizes = model.trajectory([item])
-        self._flow, _ = model.field([item])
+        self._field, _ = model.field([item])
         height, width = self.image_sizes[0].tolist()
         self.scale = torch.tensor([item.get("width", width) / width, item.get("height", height) / height] * 2)
 
@@ -133,8 +133,7 @@ class FlowRun:
 
     def step(self, k: int, x_t: Tensor) -> BoxFlowUpdate:
         """What the predictors of step `k` answer to `x_t` `(1, N, 4)`."""
-        boxes_xyxy = self.model.space.proposals(x_t, self.image_sizes)
-        return self._flow(x_t, boxes_xyxy, *self.trajectory.times[k : k + 2])
+        return self._field(x_t, *self.trajectory.times[k : k + 2])
 
     def answers(self, k: int) -> Iterator[Answer]:
         """What each predictor answers by itself in step `k`."""

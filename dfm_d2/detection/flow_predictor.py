@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfm_d2.data.images import ImageError
-from dfm_d2.detection.data.loader import read_test_item, resized_item
+from dfm_d2.data.images import ImageError, read_image
+from dfm_d2.detection.data.loader import resized_item
 from dfm_d2.detection.loading import load_detector
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.precision import inference_autocast
@@ -92,16 +92,23 @@ class FlowPredictor:
         numbered = enumerate(images)
         while chunk := list(itertools.islice(numbered, size)):
             items = [self._item(image, number, return_errors) for number, image in chunk]
-            found = self._run([item for item in items if isinstance(item, dict)], return_trajectory)
+            batch = [item for item in items if isinstance(item, dict)]
+            with torch.no_grad(), inference_autocast(self.cfg):
+                found = [answer["instances"].to("cpu") for answer in self.model(batch)] if batch else []
+                if batch and return_trajectory:
+                    found = [Flowed(found[0], *self.model.trajectory(batch))]
+            answers = iter(found)
             for item in items:
-                yield next(found) if isinstance(item, dict) else item
+                yield next(answers) if isinstance(item, dict) else item
 
     def _item(self, image: ImageLike, number: int, return_errors: bool) -> dict | ImageError:
+        """The model's input dict, or why there is none."""
+        entry = {"file_name": "", "image_id": number}
         if isinstance(image, (str, Path)):
             # Noise by the name of the file, as tools/visualize_flow.py has it: the same answer in any order.
             entry = {"file_name": str(image), "image_id": Path(image).stem}
             try:
-                return read_test_item(entry, self.cfg)
+                image = read_image(str(image), self.cfg.INPUT.FORMAT)
             except ImageError as error:
                 if return_errors:
                     return error
@@ -113,14 +120,4 @@ class FlowPredictor:
                 f"an image must be a path or a uint8 array (H, W, 3) in the order {self.cfg.INPUT.FORMAT}, "
                 f"got {got}"
             )
-        return resized_item({"file_name": "", "image_id": number}, image, self.cfg)
-
-    @torch.no_grad()
-    def _run(self, batch: list[dict], return_trajectory: bool) -> Iterator[Instances | Flowed]:
-        if not batch:
-            return iter(())
-        with inference_autocast(self.cfg):
-            found = [answer["instances"].to("cpu") for answer in self.model(batch)]
-            if return_trajectory:
-                return iter([Flowed(found[0], *self.model.trajectory(batch))])
-        return iter(found)
+        return resized_item(entry, image, self.cfg)

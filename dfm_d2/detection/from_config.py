@@ -1,18 +1,17 @@
 """Explicit constructor arguments of the detectors from a config: the only place that reads MODEL.DFM."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from dfm_kernels import set_backend
 
 from dfm_d2.detection.assignment import DynamicK
-from dfm_d2.detection.head import FlowHead
+from dfm_d2.detection.head import FeaturePooler, FlowHead, StagePredictor
 from dfm_d2.detection.loss import BlockLoss
-from dfm_d2.detection.pooling import FeaturePooler
 from dfm_d2.detection.sampler import BoxSampler, SamplerSettings
 from dfm_d2.detection.stack import PredictorStack
-from dfm_d2.detection.stage import StagePredictor
 from dfm_d2.errors import UserError
-from dfm_d2.flow import BoxFlow, BoxSpace
+from dfm_d2.flow import BoxSpace
 from dfm_d2.framework import build_backbone
 
 
@@ -37,40 +36,18 @@ def detector_arguments(cfg) -> dict:
             "MODEL.FPN.NORM."
         ) from error
     set_backend(dfm.KERNELS)
-    space = BoxSpace(dfm.SIGNAL_SCALE)
-    loss = dfm.LOSS
+    criterion = BlockLoss(dfm.SIGNAL_SCALE, **_lower(dfm.LOSS))
     return {
         "backbone": backbone,
         "in_features": dfm.HEAD.IN_FEATURES,
         "predictors": _predictors(cfg, backbone),
         "stage_predictors": _stage_predictors(cfg, backbone),
         "num_classes": dfm.NUM_CLASSES,
-        "space": space,
-        "flow": BoxFlow(
-            signal_scale=dfm.SIGNAL_SCALE,
-            box_weights=tuple(dfm.HEAD.BOX_WEIGHTS),
-            aggregation=dfm.AGGREGATION,
-        ),
-        "sampler": BoxSampler(space, sampler_settings(cfg)),
-        "criterion": BlockLoss(
-            signal_scale=dfm.SIGNAL_SCALE,
-            cls=loss.CLS,
-            cls_weight=loss.CLS_WEIGHT,
-            l1_weight=loss.L1_WEIGHT,
-            giou_weight=loss.GIOU_WEIGHT,
-            velocity_weight=loss.VELOCITY_WEIGHT,
-            focal_alpha=loss.FOCAL_ALPHA,
-            focal_gamma=loss.FOCAL_GAMMA,
-            velocity_max=loss.VELOCITY_MAX,
-        ),
-        "assigner": DynamicK(
-            signal_scale=dfm.SIGNAL_SCALE,
-            cls_weight=loss.CLS_WEIGHT,
-            l1_weight=loss.L1_WEIGHT,
-            giou_weight=loss.GIOU_WEIGHT,
-            focal_alpha=loss.FOCAL_ALPHA,
-            focal_gamma=loss.FOCAL_GAMMA,
-        ),
+        "space": BoxSpace(dfm.SIGNAL_SCALE, tuple(dfm.HEAD.BOX_WEIGHTS)),
+        "aggregation": dfm.AGGREGATION,
+        "sampler": BoxSampler(sampler_settings(cfg)),
+        "criterion": criterion,
+        "assigner": DynamicK(criterion),
         "num_proposals": dfm.NUM_PROPOSALS,
         "gt_repeat": dfm.GT_REPEAT,
         "on_policy": dfm.ON_POLICY,
@@ -83,22 +60,20 @@ def detector_arguments(cfg) -> dict:
     }
 
 
+def _lower(node) -> dict:
+    """Keys of a config as constructor arguments of the same names."""
+    return {name.lower(): value for name, value in node.items()}
+
+
 def sampler_settings(cfg) -> SamplerSettings:
     """The sampler of a config; STEPS 0 is D where time is partitioned among local predictors, else 1."""
-    dfm, sampler = cfg.MODEL.DFM, cfg.MODEL.DFM.SAMPLER
+    dfm, given = cfg.MODEL.DFM, _lower(cfg.MODEL.DFM.SAMPLER)
     partitioned = dfm.TIME == "partitioned" and cfg.MODEL.META_ARCHITECTURE == "FlowDetector"
-    return SamplerSettings(
-        num_proposals=sampler.NUM_PROPOSALS or dfm.NUM_PROPOSALS,
-        steps=sampler.STEPS or (dfm.NUM_PREDICTORS if partitioned else 1),
-        method=sampler.METHOD,
-        predictors=tuple(sampler.PREDICTORS),
-        seed=sampler.SEED,
-        noise_passes=sampler.NOISE_PASSES,
-        score_thresh=sampler.SCORE_THRESH,
-        nms_thresh=sampler.NMS_THRESH,
-        detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        time_rate=dfm.TIME_RATE,
-    )
+    given["num_proposals"] = given["num_proposals"] or dfm.NUM_PROPOSALS
+    given["steps"] = given["steps"] or (dfm.NUM_PREDICTORS if partitioned else 1)
+    given["predictors"] = tuple(given["predictors"])
+    kept = cfg.TEST.DETECTIONS_PER_IMAGE
+    return SamplerSettings(**given, detections_per_image=kept, time_rate=dfm.TIME_RATE)
 
 
 def _predictors(cfg, backbone) -> PredictorStack:
@@ -119,8 +94,7 @@ def _predictors(cfg, backbone) -> PredictorStack:
             f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
-    pooler = _pooler(cfg, strides)
-    return PredictorStack(lambda: _head(cfg, pooler), dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
+    return PredictorStack(_head_maker(cfg, strides), dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
 
 
 def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
@@ -139,7 +113,7 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
     learning = {owner.get(n.split(".")[0]) for n, p in bottom_up.named_parameters() if p.requires_grad}
     dim = cfg.MODEL.DFM.HEAD.HIDDEN_DIM
     return {
-        name: StagePredictor(shapes[name].channels, dim, _head(cfg, _pooler(cfg, [shapes[name].stride])))
+        name: StagePredictor(shapes[name].channels, dim, _head_maker(cfg, [shapes[name].stride])())
         for name in stages
         if name in learning
     }
@@ -156,26 +130,11 @@ def owners_in_bottom_up(bottom_up, stages: Sequence[str]) -> dict[str, str]:
     return owner
 
 
-def _pooler(cfg, strides: Sequence[int]) -> FeaturePooler:
-    head = cfg.MODEL.DFM.HEAD
-    return FeaturePooler(
-        scales=[1.0 / stride for stride in strides],
-        output_size=head.POOLER_RESOLUTION,
-        sampling_ratio=head.POOLER_SAMPLING_RATIO,
-        canonical_size=head.POOLER_CANONICAL_SIZE,
-    )
-
-
-def _head(cfg, pooler: FeaturePooler) -> FlowHead:
-    head = cfg.MODEL.DFM.HEAD
-    return FlowHead(
-        pooler=pooler,
-        num_classes=cfg.MODEL.DFM.NUM_CLASSES,
-        dim=head.HIDDEN_DIM,
-        num_heads=head.NUM_HEADS,
-        feedforward_dim=head.FEEDFORWARD_DIM,
-        interaction=head.INTERACTION,
-        dynamic_dim=head.DYNAMIC_DIM,
-        num_cls=head.NUM_CLS,
-        num_reg=head.NUM_REG,
-    )
+def _head_maker(cfg, strides: Sequence[int]) -> Callable[[], FlowHead]:
+    """Makes heads on levels of these strides, which share one pooler."""
+    head, given = cfg.MODEL.DFM.HEAD, _lower(cfg.MODEL.DFM.HEAD)
+    options = (head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, head.POOLER_CANONICAL_SIZE)
+    pooler = FeaturePooler([1.0 / stride for stride in strides], *options)
+    names = ("num_heads", "feedforward_dim", "interaction", "dynamic_dim", "num_cls", "num_reg")
+    sizes = {"num_classes": cfg.MODEL.DFM.NUM_CLASSES, "dim": head.HIDDEN_DIM}
+    return partial(FlowHead, pooler=pooler, **sizes, **{name: given[name] for name in names})

@@ -3,7 +3,7 @@
 Self-attention among queries, interaction of each query with its RoI features and a feed-forward that the
 time modulates, after Sparse R-CNN (arXiv 2011.12450, section 3.2) and DiffusionDet (arXiv 2211.09788, section
 3.4), but as a pre-norm residual stream, so that gradients reach a backbone that starts from scratch.
-Shapes: B images, N proposals, C channels, K classes, P grid cells a side.
+Shapes: B images, N proposals, C channels (C_s of a backbone stage), K classes, P grid cells a side.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 from dfm_kernels.dynamic_interaction import dynamic_interaction
+from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 from torch import Tensor, nn
 
-from dfm_d2.detection.pooling import FeaturePooler
+from dfm_d2.flow import at_least_float32
 from dfm_d2.flow.time_embedding import TimeEmbedding
 
-INTERACTIONS = ("dynamic_conv", "grid_linear")
 # Probability that every class starts with, so that thousands of background terms do not drown the rest
 # (arXiv 1708.02002, section 4.1).
 _PRIOR = 0.01
@@ -29,6 +29,30 @@ class HeadAnswer(NamedTuple):
     class_logits: Tensor
     boxes: Tensor
     queries: Tensor
+
+
+class FeaturePooler(nn.Module):
+    """RoIAlign on the level that fits a proposal's size. No parameters.
+
+    Args:
+        scales: 1 / stride of each level, from fine to coarse.
+        output_size: P. sampling_ratio: samples a cell and side, 0 is adaptive.
+        canonical_size: side in pixels of a box that belongs on the level of stride 16.
+    """
+
+    def __init__(
+        self, scales: Sequence[float], output_size: int, sampling_ratio: int, canonical_size: float = 224.0
+    ):
+        super().__init__()
+        self.scales = tuple(scales)
+        self.output_size = output_size
+        self.sampling_ratio = sampling_ratio
+        self.canonical_size = canonical_size
+
+    def forward(self, features: Sequence[Tensor], boxes_xyxy: Tensor) -> Tensor:
+        """L maps `(B, C, H_l, W_l)` and pixel boxes `(B, N, 4)` to `(B N, C, P, P)`."""
+        options = (self.scales, self.output_size, self.sampling_ratio, self.canonical_size)
+        return multilevel_roi_align(features, boxes_xyxy, *options)
 
 
 class DynamicConv(nn.Module):
@@ -88,7 +112,7 @@ class FlowHead(nn.Module):
         pooler: shared by reference; it has no parameters.
         num_classes: K. dim: C, also the channels of the features.
         num_heads: attention heads. feedforward_dim: hidden width of the feed-forward.
-        interaction: one of INTERACTIONS. dynamic_dim: hidden channels of dynamic_conv.
+        interaction: "dynamic_conv" or "grid_linear". dynamic_dim: hidden channels of dynamic_conv.
         num_cls, num_reg: layers of the class and box towers.
     """
 
@@ -110,12 +134,10 @@ class FlowHead(nn.Module):
         num_cells = pooler.output_size**2
         self.box_embedding = nn.Sequential(nn.Linear(4, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        if interaction == "dynamic_conv":
-            self.interaction: nn.Module = DynamicConv(dim, dynamic_dim, num_cells)
-        elif interaction == "grid_linear":
-            self.interaction = GridLinear(dim, num_cells)
-        else:
-            raise ValueError(f"interaction must be one of {INTERACTIONS}, got {interaction!r}")
+        is_dynamic = interaction == "dynamic_conv"
+        self.interaction = (
+            DynamicConv(dim, dynamic_dim, num_cells) if is_dynamic else GridLinear(dim, num_cells)
+        )
         self.feedforward = nn.Sequential(
             nn.Linear(dim, feedforward_dim), nn.ReLU(inplace=True), nn.Linear(feedforward_dim, dim)
         )
@@ -164,8 +186,22 @@ class FlowHead(nn.Module):
         scale, shift = time[:, None].chunk(2, dim=-1)
         stream = stream + self.feedforward(self.norm_feedforward(stream) * (1 + scale) + shift)
         answer = self.norm_out(stream)
-        return HeadAnswer(
-            class_logits=self.class_logits(self.cls_tower(answer)),
-            boxes=self.box_answer(self.reg_tower(answer)),
-            queries=stream,
-        )
+        boxes = self.box_answer(self.reg_tower(answer))
+        return HeadAnswer(self.class_logits(self.cls_tower(answer)), boxes, queries=stream)
+
+
+class StagePredictor(nn.Module):
+    """A predictor that sees the output of one backbone stage, projected. Training needs it only.
+
+    Args:
+        in_channels: C_s. dim: C. head: its pooler has the one level of the stage.
+    """
+
+    def __init__(self, in_channels: int, dim: int, head: FlowHead):
+        super().__init__()
+        self.lateral = nn.Conv2d(in_channels, dim, 1)
+        self.head = head
+
+    def forward(self, feature: Tensor, boxes_xyxy: Tensor, x_t: Tensor, t: Tensor) -> HeadAnswer:
+        """Answer at t `(B,)` for proposals `(B, N, 4)` in pixels and in signal, from `(B, C_s, H, W)`."""
+        return self.head([at_least_float32(self.lateral(feature))], boxes_xyxy, x_t, t)

@@ -4,17 +4,18 @@ Shapes: B images, N proposals, D predictors, C channels, K classes.
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from dfm_kernels import use_triton
-from dfm_kernels.box_flow_update import BoxFlowUpdate
+from dfm_kernels.box_flow_update import BoxFlowUpdate, box_flow_update
 from dfm_kernels.multilevel_roi_align import size_tensor
 from torch import Tensor, nn
 
 from dfm_d2.detection.postprocess import detections
-from dfm_d2.detection.sampler import BoxSampler, Candidates, Flow
+from dfm_d2.detection.sampler import BoxSampler, Candidates, Field
 from dfm_d2.detection.stack import PredictorStack
-from dfm_d2.flow import BoxFlow, BoxSpace, Trajectory, at_least_float32, time_like
+from dfm_d2.flow import BoxSpace, ODESolver, Trajectory, at_least_float32, time_like
 from dfm_d2.framework import Backbone, ImageList
 
 
@@ -24,7 +25,7 @@ class BoxFlowModel(nn.Module):
     Args:
         backbone: a Detectron2 backbone. in_features: names of its outputs that are pooled.
         predictors: the stack of D. num_classes: K.
-        space, flow, sampler: box space, meaning of raw answers, inference.
+        space: meaning of raw answers. aggregation: "uniform" or "confidence". sampler: of inference.
         pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
     """
 
@@ -36,7 +37,7 @@ class BoxFlowModel(nn.Module):
         predictors: PredictorStack,
         num_classes: int,
         space: BoxSpace,
-        flow: BoxFlow,
+        aggregation: str,
         sampler: BoxSampler,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -47,7 +48,12 @@ class BoxFlowModel(nn.Module):
         self.predictors = predictors
         self.num_classes = num_classes
         self.space = space
-        self.flow = flow
+        self.solver_step = partial(
+            box_flow_update,
+            signal_scale=space.signal_scale,
+            box_weights=space.box_weights,
+            aggregation=aggregation,
+        )
         self.sampler = sampler
         # Not persistent: they come from the config, and a checkpoint must not override it silently.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
@@ -67,27 +73,24 @@ class BoxFlowModel(nn.Module):
         """Detections `[{"instances": Instances}]`, in original image coordinates.
 
         Args:
-            x_0: the noise, see `candidates`.
+            x_0: the noise, see `candidates`; None: made of the ids of the images.
         """
-        images = self._images(batched_inputs)
-        image_sizes = self._image_sizes(images)
-        ids = self.image_ids(batched_inputs)
-        candidates = self.candidates(images.tensor, image_sizes, ids, x_0)
+        pixels, image_sizes = self._images(batched_inputs)
+        if x_0 is None:
+            x_0 = self.sampler.noise(self.image_ids(batched_inputs), self.device)
+        candidates = self.candidates(pixels, image_sizes, x_0)
         return detections(candidates, self.space, image_sizes, batched_inputs, self.sampler.settings)
 
-    def candidates(
-        self, pixels: Tensor, image_sizes: Tensor, image_ids: Sequence[int | str], x_0: Tensor | None = None
-    ) -> Candidates:
+    def candidates(self, pixels: Tensor, image_sizes: Tensor, x_0: Tensor) -> Candidates:
         """What the sampler finds, before NMS. Tensors in and out, of shapes that no data decides.
 
         Args:
             pixels: `(B, 3, H, W)` normalised, zero where padded; H and W multiples of the backbone's
                 `size_divisibility`. image_sizes: `(B, 2)` height, width without the padding.
-            image_ids: B ids that the noise depends on; with `x_0` they are not used.
-            x_0: `(B, P N, 4)` noise of P = SAMPLER.NOISE_PASSES passes; None: made of the ids.
+            x_0: `(B, P N, 4)` noise of P = SAMPLER.NOISE_PASSES passes.
         """
-        owner = self._graph_owner()
-        return self.sampler.sample(self._flow, self._features(pixels), image_sizes, image_ids, owner, x_0)
+        features = self._features(pixels)
+        return self.sampler.sample(self._field, features, image_sizes, x_0, self._graph_owner())
 
     def _graph_owner(self) -> Hashable | None:
         """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
@@ -102,42 +105,54 @@ class BoxFlowModel(nn.Module):
 
     @torch.no_grad()
     def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
-        """States and answers of every solver step, and the `(B, 2)` image sizes to decode them with."""
-        flow, image_sizes = self.field(batched_inputs)
-        ids = self.image_ids(batched_inputs)
-        return self.sampler.trajectory(flow, image_sizes, ids, return_intermediates=True), image_sizes
+        """States and answers of every solver step of the first noise pass, and the `(B, 2)` image sizes to
+        decode them with."""
+        (field, image_sizes), settings = self.field(batched_inputs), self.sampler.settings
+        x_0 = self.sampler.noise(self.image_ids(batched_inputs), self.device)[:, : settings.num_proposals]
+        solver = ODESolver(settings.method)
+        return solver.sample(field, x_0, settings.grid, return_intermediates=True), image_sizes
 
     @torch.no_grad()
-    def field(self, batched_inputs: Sequence[dict]) -> tuple[Flow, Tensor]:
+    def field(self, batched_inputs: Sequence[dict]) -> tuple[Field, Tensor]:
         """The velocity field on the features of these images, and their `(B, 2)` sizes.
 
         The field follows SAMPLER.PREDICTORS as it is when it is called.
         """
-        images = self._images(batched_inputs)
-        image_sizes = self._image_sizes(images)
-        return self._flow(self._features(images.tensor), image_sizes), image_sizes
+        pixels, image_sizes = self._images(batched_inputs)
+        return self._field(self._features(pixels), image_sizes), image_sizes
 
-    def _flow(self, features: Sequence[Tensor], image_sizes: Tensor) -> Flow:
-        """One solver step on these features, by the predictors that answer at its time."""
+    def _field(self, features: Sequence[Tensor], image_sizes: Tensor) -> Field:
+        """On these features: one solver step by the predictors that answer at its time."""
+        last: list[BoxFlowUpdate] = []
 
-        def flow(x_t: Tensor, boxes_xyxy: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
+        def field(x_t: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
+            # The last update has already made the pixel boxes of the state that it led to.
+            known = last and last[0].x_next is x_t
+            boxes_xyxy = last[0].boxes_xyxy if known else self.space.proposals(x_t, image_sizes)
             times = time_like(x_t, t)
-            indices = self.predictors.answering(t, self.sampler.settings.predictors)
-            answers, class_logits = self.predictors.answer(indices, features, boxes_xyxy, x_t, times)
-            return self.flow.update(x_t, answers, class_logits, times, time_like(x_t, t_next), image_sizes)
+            heads = [
+                self.predictors[d] for d in self.predictors.answering(t, self.sampler.settings.predictors)
+            ]
+            # They all look at the same boxes, and share one pooler.
+            pooled = heads[0].pooler(features, boxes_xyxy)
+            answers = [head(features, boxes_xyxy, x_t, times, pooled=pooled) for head in heads]
+            boxes = torch.stack([answer.boxes for answer in answers])
+            class_logits = torch.stack([answer.class_logits for answer in answers])
+            times_next = time_like(x_t, t_next)
+            last[:] = [self.solver_step(x_t, boxes, class_logits, times, times_next, image_sizes)]
+            return last[0]
 
-        return flow
+        return field
 
-    def _images(self, batched_inputs: Sequence[dict]) -> ImageList:
-        images = [
-            (x["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
-        return ImageList.from_tensors(
-            images, self.backbone.size_divisibility, padding_constraints=self.backbone.padding_constraints
+    def _images(self, batched_inputs: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """Normalised pixels `(B, 3, H, W)`, zero where padded, and image sizes `(B, 2)` height, width."""
+        backbone = self.backbone
+        images = ImageList.from_tensors(
+            [(x["image"].to(self.device).float() - self.pixel_mean) / self.pixel_std for x in batched_inputs],
+            backbone.size_divisibility,
+            padding_constraints=backbone.padding_constraints,
         )
-
-    def _image_sizes(self, images: ImageList) -> Tensor:
-        return size_tensor(images.image_sizes, self.device, self.pixel_mean.dtype)
+        return images.tensor, size_tensor(images.image_sizes, self.device, self.pixel_mean.dtype)
 
     @staticmethod
     def image_ids(batched_inputs: Sequence[dict]) -> list[int | str]:

@@ -17,9 +17,8 @@ class BlockLoss:
 
     Args:
         signal_scale: s of the box space.
-        cls: "focal" or "quality_focal".
+        cls: "focal" or "quality_focal". focal_alpha, focal_gamma: of the class loss.
         cls_weight, l1_weight, giou_weight, velocity_weight: weights; a term of weight 0 is left out.
-        focal_alpha, focal_gamma: of the class loss.
         velocity_max: w_max, bound of `(1 - t)^-2`.
     """
 
@@ -34,12 +33,7 @@ class BlockLoss:
     velocity_max: float = 25.0
 
     def __call__(
-        self,
-        class_logits: Tensor,
-        x_1_hat: Tensor,
-        target_classes: Tensor,
-        target_x_1: Tensor,
-        t: Tensor,
+        self, class_logits: Tensor, x_1_hat: Tensor, target_classes: Tensor, target_x_1: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
         """Weighted scalars "cls", "l1", "giou", "velocity", each per foreground query of the batch.
 
@@ -50,18 +44,8 @@ class BlockLoss:
         # Of all processes together: W of them with B / W images give the loss of one with B.
         foreground = (target_classes < class_logits.shape[-1]).sum().to(x_1_hat.dtype)
         normalizer = mean_over_processes(foreground).clamp(min=1 / world_size())
-        terms = flow_loss(
-            class_logits,
-            x_1_hat,
-            target_classes,
-            target_x_1,
-            t,
-            normalizer,
-            signal_scale=self.signal_scale,
-            kind=self.cls,
-            alpha=self.focal_alpha,
-            gamma=self.focal_gamma,
-            velocity_max=self.velocity_max,
-        )
+        options = {"alpha": self.focal_alpha, "gamma": self.focal_gamma, "velocity_max": self.velocity_max}
+        tensors = (class_logits, x_1_hat, target_classes, target_x_1, t, normalizer)
+        terms = flow_loss(*tensors, signal_scale=self.signal_scale, kind=self.cls, **options)
         weights = (self.cls_weight, self.l1_weight, self.giou_weight, self.velocity_weight)
         return {name: w * term for name, w, term in zip(terms._fields, weights, terms) if w != 0}

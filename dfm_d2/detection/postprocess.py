@@ -34,35 +34,23 @@ def detections(
     # A trace would keep numbers as they are; what Instances hold is whatever size they are given.
     sizes = image_sizes.to(torch.int64)
     sizes = list(sizes) if torch.jit.is_tracing() else [tuple(size) for size in sizes.tolist()]
+    num_classes, kept = candidates.class_probs.shape[2], settings.detections_per_image
     results = []
-    for boxes, probs, size, item in zip(boxes_xyxy, candidates.class_probs, sizes, batched_inputs):
-        instances = _instances(boxes, probs, size, settings)
-        out_height, out_width = item.get("height", size[0]), item.get("width", size[1])
-        results.append({"instances": detector_postprocess(instances, out_height, out_width)})
-    return results
-
-
-def _instances(
-    boxes_xyxy: Tensor, probs: Tensor, size: tuple[int, int], settings: SamplerSettings
-) -> Instances:
-    num_classes = probs.shape[1]
-    boxes = Boxes(boxes_xyxy)
-    boxes.clip(size)
-    scores, order = probs.flatten().topk(min(_BEFORE_NMS * settings.detections_per_image, probs.numel()))
-    above = scores > settings.score_thresh  # false for NaN, which topk puts first
-    scores, order = scores[above], order[above]
-    chosen = boxes.tensor[order // num_classes]
-    classes = order % num_classes
-    if settings.nms_thresh > 0:
-        keep = batched_nms(chosen, scores, classes, settings.nms_thresh)
-    else:
+    for all_boxes, probs, size, item in zip(boxes_xyxy, candidates.class_probs, sizes, batched_inputs):
+        scores, order = probs.flatten().topk(min(_BEFORE_NMS * kept, probs.numel()))
+        above = scores > settings.score_thresh  # false for NaN, which topk puts first
+        scores, order = scores[above], order[above]
+        boxes = Boxes(all_boxes)
+        boxes.clip(size)
+        boxes, classes = boxes.tensor[order // num_classes], order % num_classes
         keep = torch.arange(scores.shape[0], device=scores.device)
-    keep = keep[: settings.detections_per_image]
-    instances = Instances(size)
-    instances.pred_boxes = Boxes(chosen[keep])
-    instances.scores = scores[keep]
-    instances.pred_classes = classes[keep]
-    return instances
+        if settings.nms_thresh > 0:
+            keep = batched_nms(boxes, scores, classes, settings.nms_thresh)
+        keep = keep[:kept]
+        found = {"pred_boxes": Boxes(boxes[keep]), "scores": scores[keep], "pred_classes": classes[keep]}
+        whole = item.get("height", size[0]), item.get("width", size[1])
+        results.append({"instances": detector_postprocess(Instances(size, **found), *whole)})
+    return results
 
 
 class PaddedDetections(NamedTuple):

@@ -18,8 +18,8 @@ class PredictorStack(nn.ModuleList):
     Args:
         make_head: called D times.
         num_predictors: D.
-        time: "partitioned" (predictor `floor(u D)` answers at `t(u)` and is trained on
-            its own interval) or "shared" (every predictor answers at, and is trained on, all of [0, 1]).
+        time: "partitioned" (predictor `floor(u D)` answers at `t(u)` and is trained on its own interval) or
+            "shared" (every predictor answers at, and is trained on, all of [0, 1]).
         rate: of t(u), see dfm_d2.flow.warped_time.
     """
 
@@ -29,9 +29,7 @@ class PredictorStack(nn.ModuleList):
         self.rate = rate
 
     def training_time(self, index: int, uniform: Tensor) -> Tensor:
-        """The t that predictor `index` is trained on, from uniforms `(B,)` in [0, 1)."""
-        if self.time == "shared":
-            return uniform
+        """The t in its own interval that predictor `index` is trained on, from uniforms `(B,)` in [0, 1)."""
         return warped_time((index + uniform) / len(self), self.rate)
 
     def answering(self, t: float, chosen: Sequence[int] = ()) -> list[int]:
@@ -41,7 +39,7 @@ class PredictorStack(nn.ModuleList):
             chosen: a subset (TIME "shared" only); empty: all.
 
         Raises:
-            ValueError: a subset under "partitioned", where each interval has one predictor; or an index
+            UserError: a subset under "partitioned", where each interval has one predictor; or an index
                 that is not there.
         """
         if self.time == "partitioned":
@@ -70,7 +68,7 @@ class PredictorStack(nn.ModuleList):
             x_t: `(D, B, N, 4)` signal. t: `(D, B)`.
 
         Returns:
-            Raw box answers `(D, B, N, 4)` and class logits `(D, B, N, K)`, those of `answer` to rounding.
+            Class logits `(D, B, N, K)` and raw box answers `(D, B, N, 4)`, those of one by one to rounding.
         """
         count, images, proposals = boxes_xyxy.shape[:3]
         # One launch pools for all: predictors are more proposals of the same images.
@@ -82,17 +80,8 @@ class PredictorStack(nn.ModuleList):
 
         def answer(parameters: dict[str, Tensor], pooled: Tensor, x_t: Tensor, t: Tensor):
             found = functional_call(self[0], parameters, (None, None, x_t, t), {"pooled": pooled})
-            return found.boxes, found.class_logits
+            return found.class_logits, found.boxes
 
         # The other kernels of attention have no batched form: vmap would call them in a loop.
         with sdpa_kernel(SDPBackend.MATH):
             return torch.vmap(answer)(stacked, pooled, x_t, t)
-
-    def answer(
-        self, indices: Sequence[int], features: Sequence[Tensor], boxes_xyxy: Tensor, x_t: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Raw box answers `(D', B, N, 4)` and class logits `(D', B, N, K)` of some predictors."""
-        # They all look at the same boxes, and share one pooler.
-        pooled = self[indices[0]].pooler(features, boxes_xyxy)
-        answers = [self[d](features, boxes_xyxy, x_t, t, pooled=pooled) for d in indices]
-        return torch.stack([a.boxes for a in answers]), torch.stack([a.class_logits for a in answers])

@@ -78,6 +78,8 @@ def export_model(
 @contextmanager
 def recording() -> Iterator[None]:
     """Within it models are recorded: the ops' references, attention as its parts, and no warnings."""
+    import torchvision.ops  # noqa: F401  (its first import calls an operator that no trace can hold)
+
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -9,6 +9,7 @@ import torch
 from dfm_kernels.box_flow_update import (
     boxes_to_signal,
     cxcywh_to_xyxy,
+    decode_endpoint,
     signal_to_boxes_xyxy,
     signal_to_cxcywh,
     xyxy_to_cxcywh,
@@ -23,17 +24,14 @@ def _pixel_scale(image_size: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BoxSpace:
-    """Maps between pixels and signal space.
+    """Maps from pixels and from raw answers of predictors to signal space, and back to pixels.
 
     Args:
-        signal_scale: s > 0; data lies in [-s, s].
+        signal_scale: s > 0; data lies in [-s, s]. box_weights: divide box deltas.
     """
 
     signal_scale: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not self.signal_scale > 0:
-            raise ValueError(f"signal scale must be positive, got {self.signal_scale}")
+    box_weights: tuple[float, float, float, float] = (2.0, 2.0, 1.0, 1.0)
 
     def encode(self, boxes_xyxy: Tensor, image_size: Tensor) -> Tensor:
         """Pixel boxes `(..., N, 4)` of an image of size `(..., 2)` to signal."""
@@ -49,10 +47,11 @@ class BoxSpace:
         """Pixel boxes `(B, N, 4)` that enter a predictor: a clamped copy of `x_t`, inside the image."""
         return signal_to_boxes_xyxy(x_t, image_sizes, self.signal_scale)
 
+    def endpoint(self, x_t: Tensor, answer: Tensor) -> Tensor:
+        """`x_1_hat` `(B, N, 4)` signal, not clamped, of one raw answer `(B, N, 4)` at `x_t`."""
+        answer = answer.to(x_t.dtype)
+        return decode_endpoint(x_t, answer, signal_scale=self.signal_scale, box_weights=self.box_weights)
+
     def clamp(self, x_1: Tensor) -> Tensor:
         """An endpoint clamped to `[-s, s]`."""
         return x_1.clamp(-self.signal_scale, self.signal_scale)
-
-    def normalized_xyxy(self, x: Tensor) -> Tensor:
-        """Signal `(..., 4)` to corners as shares of the image."""
-        return cxcywh_to_xyxy(signal_to_cxcywh(x, self.signal_scale))

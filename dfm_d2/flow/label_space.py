@@ -25,9 +25,8 @@ class LabelSpace(nn.Module):
         if embeddings.dim() != 2:
             raise ValueError(f"embeddings must be (K, E), got {tuple(embeddings.shape)}")
         lengths = embeddings.norm(dim=1)
-        bad = ~(lengths.isfinite() & (lengths > 0))
-        if bool(bad.any()):
-            rows = bad.nonzero().flatten().tolist()
+        rows = (~(lengths.isfinite() & (lengths > 0))).nonzero().flatten().tolist()
+        if rows:
             raise ValueError(
                 f"embeddings must have a direction, but those of classes {rows} are zero or not finite"
             )

@@ -63,10 +63,8 @@ def _words(keys: Sequence[int], count: int, stream: int, device) -> tuple[Tensor
 def philox_4x32(seed: Tensor, offset: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words of 32 random bits for each element of the broadcast of seed, offset and index.
 
-    Args:
-        seed: int64, its low and high 32 bits are the key.
-        offset: int64, its low and high 32 bits are counter words 2 and 3.
-        index: int64, its low and high 32 bits are counter words 0 and 1.
+    Args (int64, of each the low and the high 32 bits):
+        seed: the key. offset: counter words 2 and 3. index: counter words 0 and 1.
 
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2^32).
@@ -78,12 +76,8 @@ def philox_4x32(seed: Tensor, offset: Tensor, index: Tensor) -> tuple[Tensor, Te
     c2, c3 = offset & _MASK, (offset >> 32) & _MASK
     for _ in range(_ROUNDS):
         p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
+        c2, c3 = ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
     return c0, c1, c2, c3
 

@@ -6,7 +6,7 @@ Shapes: B samples; any trailing dimensions.
 from typing import NamedTuple
 
 import torch
-from dfm_kernels.box_flow_update import euler_step, expand_t, velocity_from_endpoint
+from dfm_kernels.box_flow_update import expand_t
 from torch import Tensor
 
 
@@ -38,23 +38,9 @@ class CondOTPath:
             ValueError: shapes or dtypes do not agree, or `t` has another shape.
         """
         if x_0.shape != x_1.shape or x_0.dtype != x_1.dtype:
-            raise ValueError(
-                f"x_0 and x_1 must agree, got {tuple(x_0.shape)} {x_0.dtype} "
-                f"and {tuple(x_1.shape)} {x_1.dtype}"
-            )
+            found = [f"{tuple(x.shape)} {x.dtype}" for x in (x_0, x_1)]
+            raise ValueError(f"x_0 and x_1 must agree, got {' and '.join(found)}")
         t = torch.as_tensor(t, dtype=x_1.dtype, device=x_1.device)
         share = expand_t(t, x_1)
         x_t = (1 - share) * x_0 + share * x_1  # at t = 0 and t = 1 exactly x_0 and x_1
         return PathSample(x_0=x_0, x_1=x_1, t=t, x_t=x_t, dx_t=x_1 - x_0)
-
-    def endpoint_to_velocity(self, x_1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """`v = (x_1_hat - x_t) / (1 - t)`, zero at t = 1."""
-        return velocity_from_endpoint(x_t, x_1_hat, t)
-
-    def velocity_to_endpoint(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """`x_1_hat = x_t + (1 - t) v`."""
-        return x_t + (1 - expand_t(t, x_t)) * velocity
-
-    def step(self, x_t: Tensor, x_1_hat: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        """The point at `t_next` on the line from `x_t` at `t` to `x_1_hat` at 1."""
-        return euler_step(x_t, x_1_hat, t, t_next)

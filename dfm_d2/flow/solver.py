@@ -5,7 +5,7 @@ Shapes: B samples; any trailing dimensions. Static shapes, no host synchronisati
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from dfm_kernels.box_flow_update import euler_step, velocity_from_endpoint
@@ -13,16 +13,14 @@ from torch import Tensor
 
 
 class SolverStep(NamedTuple):
-    """What a field answers at `(x_t, t)` for a step to `t_next`.
+    """What a field answers at `(x_t, t)` for a step to `t_next`; another type may have more than these.
 
     x_next: the Euler step's end. x_1_hat: the endpoint. velocity: `(x_1_hat - x_t) / (1 - t)`.
-    info: whatever else the field found there (class probabilities).
     """
 
     x_next: Tensor
     x_1_hat: Tensor
     velocity: Tensor
-    info: Any = None
 
 
 # (x_t, t, t_next) -> SolverStep; times are Python numbers, so that a field may choose by them who answers
@@ -72,21 +70,6 @@ def warped_grid(num_steps: int, rate: float = 0.0) -> tuple[float, ...]:
     return tuple(warped_time(k / num_steps, rate) for k in range(num_steps)) + (1.0,)
 
 
-def check_grid(time_grid: Sequence[float]) -> tuple[float, ...]:
-    """The grid as floats.
-
-    Raises:
-        ValueError: fewer than two times, not strictly increasing, or outside [0, 1].
-    """
-    grid = tuple(float(t) for t in time_grid)
-    increasing = all(a < b for a, b in zip(grid, grid[1:]))
-    if len(grid) < 2 or not increasing or grid[0] < 0 or grid[-1] > 1:
-        raise ValueError(
-            f"a time grid is at least two strictly increasing times within [0, 1], got {list(time_grid)}"
-        )
-    return grid
-
-
 def time_like(x: Tensor, t: float) -> Tensor:
     """`t` as a tensor `(B,)` on the device of `x` `(B, ...)`, without host synchronisation."""
     return torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
@@ -98,11 +81,8 @@ def endpoint_field(endpoint: Callable[[Tensor, Tensor], Tensor]) -> Field:
     def field(x_t: Tensor, t: float, t_next: float) -> SolverStep:
         times, times_next = time_like(x_t, t), time_like(x_t, t_next)
         x_1_hat = endpoint(x_t, times)
-        return SolverStep(
-            x_next=euler_step(x_t, x_1_hat, times, times_next),
-            x_1_hat=x_1_hat,
-            velocity=velocity_from_endpoint(x_t, x_1_hat, times),
-        )
+        x_next = euler_step(x_t, x_1_hat, times, times_next)
+        return SolverStep(x_next, x_1_hat, velocity_from_endpoint(x_t, x_1_hat, times))
 
     return field
 
@@ -123,28 +103,25 @@ class ODESolver:
         self.method = method
 
     def sample(
-        self,
-        field: Field,
-        x_0: Tensor,
-        time_grid: Sequence[float],
-        *,
-        return_intermediates: bool = False,
+        self, field: Field, x_0: Tensor, time_grid: Sequence[float], *, return_intermediates: bool = False
     ) -> Trajectory:
         """Integrate from `x_0`.
 
         Args:
-            field: answers a SolverStep.
-            x_0: `(B, ...)`, the state at `time_grid[0]`.
-            time_grid: strictly increasing within [0, 1].
+            field: answers a SolverStep. x_0: `(B, ...)`, the state at `time_grid[0]`.
             return_intermediates: keep the states and the field's answers.
 
         Raises:
-            ValueError: see check_grid.
+            ValueError: a grid of fewer than two times, not strictly increasing, or outside [0, 1].
         """
-        grid = check_grid(time_grid)
+        grid = tuple(float(t) for t in time_grid)
+        pairs = list(zip(grid, grid[1:]))
+        if not pairs or not all(t < t_next for t, t_next in pairs) or grid[0] < 0 or grid[-1] > 1:
+            raise ValueError(
+                f"a time grid is at least two strictly increasing times within [0, 1], got {list(time_grid)}"
+            )
         x, states, steps = x_0, [x_0], []
-        for k in range(len(grid) - 1):
-            t, t_next = grid[k], grid[k + 1]
+        for t, t_next in pairs:
             step = field(x, t, t_next)
             if self.method == "heun" and t_next < 1:
                 correction = field(step.x_next, t_next, t_next)

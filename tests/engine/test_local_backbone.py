@@ -52,7 +52,7 @@ def test_stage_by_stage_gives_the_features_of_the_backbone(model, inputs):
         hand_over = HandOver()
         hand_over.open = lambda features: seen.extend(features) or features
         list(model.block_losses(prepared, hand_over))
-        expected = model._features(prepared.images.tensor)
+        expected = model._features(prepared.images)
     assert len(seen) == len(expected) == 4
     assert all(torch.equal(a, b) for a, b in zip(seen, expected))
 

@@ -9,8 +9,7 @@ from small_detector import CLASSES, small_cfg, small_detector
 
 from dfm_d2.data.images import read_image
 from dfm_d2.detection.data.loader import resized_item
-from dfm_d2.detection.exportable import export_detector
-from dfm_d2.detection.exported_detector import ExportedDetector
+from dfm_d2.detection.exportable import ExportedDetector, export_detector
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 # Photograph: its shortest side before the detector. Three sizes and both orientations.

@@ -6,8 +6,13 @@ from small_detector import EVERY_FORMAT, assert_equal_detections
 from tiny_model import spread
 from tool_loader import ROOT
 
-from dfm_d2.detection.exportable import ConstantNoise, TensorDetector, export_detector, prepared_model
-from dfm_d2.detection.exported_detector import ExportedDetector
+from dfm_d2.detection.exportable import (
+    ConstantNoise,
+    ExportedDetector,
+    TensorDetector,
+    export_detector,
+    prepared_model,
+)
 from dfm_d2.detection.postprocess import _kept_by_nms
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config

@@ -1,7 +1,6 @@
 """The whole path on real photographs: a few of them, learned by heart."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -26,31 +25,19 @@ class _Arguments:
 @pytest.mark.skipif(not BCCD.is_dir(), reason=f"needs the folder {BCCD} (set DFM_SHARED_DATA)")
 def test_sixteen_blood_cell_photographs_are_learned_by_heart(tmp_path):
     names = (BCCD / "ImageSets" / "Main" / "train.txt").read_text().split()[:NUM_IMAGES]
-    (tmp_path / "voc" / "ImageSets" / "Main").mkdir(parents=True)
-    (tmp_path / "voc" / "ImageSets" / "Main" / "few.txt").write_text("\n".join(names) + "\n")
+    voc = tmp_path / "voc"
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    (voc / "ImageSets" / "Main" / "few.txt").write_text("\n".join(names) + "\n")
     for folder in ("Annotations", "JPEGImages"):
-        (tmp_path / "voc" / folder).mkdir()
-        for name in names:
-            for file in (BCCD / folder).glob(f"{name}.*"):
-                shutil.copy(file, tmp_path / "voc" / folder)
-    overrides = {
-        "DATASETS.VOC_ROOT": str(tmp_path / "voc"),
-        "DATASETS.TRAIN": '("voc_root_few",)',
-        "DATASETS.TEST": '("voc_root_few",)',
-        "INPUT.MIN_SIZE_TRAIN": "(192,)",
-        "INPUT.MIN_SIZE_TEST": "192",
-        "INPUT.RANDOM_FLIP": "none",
-        "MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE": "64",
-        "MODEL.DFM.HEAD.POOLER_SAMPLING_RATIO": "1",
-        "DATALOADER.NUM_WORKERS": "0",
-        "SOLVER.IMS_PER_BATCH": "4",
-        "SOLVER.MAX_ITER": "1500",
-        "TEST.EVAL_PERIOD": "0",
-        "TEST.AP": '("coco",)',
-        "MODEL.DEVICE": "cpu",
-        "OUTPUT_DIR": str(tmp_path / "out"),
-    }
-    opts = [item for pair in overrides.items() for item in pair]
+        (voc / folder).symlink_to((BCCD / folder).resolve())
+    opts = f"DATASETS.VOC_ROOT {voc} OUTPUT_DIR {tmp_path / 'out'} MODEL.DEVICE cpu".split()
+    opts += (
+        'DATASETS.TRAIN ("voc_root_few",) DATASETS.TEST ("voc_root_few",) DATALOADER.NUM_WORKERS 0'.split()
+    )
+    opts += "INPUT.MIN_SIZE_TRAIN (192,) INPUT.MIN_SIZE_TEST 192 INPUT.RANDOM_FLIP none".split()
+    opts += "MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE 64 MODEL.DFM.HEAD.POOLER_SAMPLING_RATIO 1".split()
+    opts += "SOLVER.IMS_PER_BATCH 4 SOLVER.MAX_ITER 1500 TEST.EVAL_PERIOD 0".split()
+    opts += ["TEST.AP", '("coco",)']
     cfg = load_config(DETECTION, str(ROOT / "configs" / "bccd_flow_r18.yaml"), opts)
     results = train(DETECTION, cfg, setup_run(DETECTION, cfg, _Arguments()), resume=False)
     assert results["bbox"]["AP50"] >= 90

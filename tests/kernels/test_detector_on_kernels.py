@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfm_d2.detection.captured import GraphCache
 from dfm_d2.export.formats import recording
+from dfm_d2.flow import ODESolver
 from dfm_d2.local_update import attached_losses
 
 pytestmark = pytest.mark.usefixtures("tf32_is_allowed")
@@ -95,14 +96,13 @@ def test_a_sampler_on_kernels_never_waits_for_the_device(
 ):
     options = {"KERNELS": "triton", "TIME": time, "HEAD__INTERACTION": interaction, "SAMPLER__STEPS": 2}
     model = make_model(meta_architecture, **SMALL, **options).eval().to(kernel_device)
-    images = model._images([make_input("a")])
-    sizes = model._image_sizes(images)
-    features = model._features(images.tensor)
+    images, sizes = model._images([make_input("a")])
+    features = model._features(images)
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
-    flow = model._flow(features, sizes)
+    field, settings = model._field(features, sizes), model.sampler.settings
     x_0 = torch.randn(1, 5, 4, device=kernel_device)
     with NoSynchronisation():
-        model.sampler._integrate(flow, x_0, sizes)
+        ODESolver(settings.method).sample(field, x_0, settings.grid)
 
 
 def double(x):
@@ -180,18 +180,17 @@ def test_a_captured_detector_finds_what_the_eager_one_finds(make_model, make_inp
 def test_the_sampler_never_waits_for_the_device(make_model, make_input, graphs):
     """K steps of D predictors, to the candidates before NMS, without one synchronisation with the host."""
     model = make_model(KERNELS="triton", HEAD__INTERACTION="grid_linear").eval().cuda()
-    images = model._images([make_input("a")])
-    image_sizes = model._image_sizes(images)
+    images, image_sizes = model._images([make_input("a")])
     x_0 = model.sampler.noise(["a"], model.device)
     model.sampler.graphs.size = graphs
     for _ in range(3):  # kernels compile, the graph is captured
-        model.candidates(images.tensor, image_sizes, ["a"], x_0)
+        model.candidates(images, image_sizes, x_0)
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            model.candidates(images.tensor, image_sizes, ["a"], x_0)
+            model.candidates(images, image_sizes, x_0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert [str(w.message) for w in caught if "synchroniz" in str(w.message)] == []

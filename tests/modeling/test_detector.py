@@ -5,14 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from dfm_d2.detection import postprocess, training
-from dfm_d2.detection.cascade import CascadeDetector
-from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.detection import training
 from dfm_d2.detection.postprocess import detections, padded_detections
-from dfm_d2.detection.sampler import Candidates, SamplerSettings, initial_noise
+from dfm_d2.detection.sampler import BoxSampler, Candidates, SamplerSettings
 from dfm_d2.detection.training import disagreement
 from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
-from dfm_d2.framework import META_ARCH_REGISTRY, EventStorage, ImageList
+from dfm_d2.framework import EventStorage
 from dfm_d2.local_update import HandOver, Leaves, attached_losses
 
 
@@ -37,11 +35,6 @@ def _detections(model, inputs, **settings):
     model.eval()
     model.sampler.settings = dataclasses.replace(model.sampler.settings, **settings)
     return [out["instances"] for out in model(inputs)]
-
-
-def test_registered():
-    assert META_ARCH_REGISTRY.get("FlowDetector") is FlowDetector
-    assert META_ARCH_REGISTRY.get("CascadeDetector") is CascadeDetector
 
 
 @pytest.mark.parametrize("time, on_policy", [("partitioned", 0.0), ("partitioned", 1.0), ("shared", 0.0)])
@@ -76,14 +69,13 @@ def test_on_policy_inputs_are_where_a_solver_step_leads(make_model, make_input):
     path = [sample.x_t.clone() for sample in prepared.samples]
     seen = _inputs_of_predictors(model, prepared)
     assert all(torch.equal(sample.x_t, before) for sample, before in zip(prepared.samples, path))
-    features = model._features(prepared.images.tensor)
+    features = model._features(prepared.images)
     # The same step by the sampler's own arithmetic.
     t, t_next = (prepared.samples[d].t for d in (0, 1))
     boxes = model.space.proposals(path[0], prepared.image_sizes)
     answer = model.predictors[0](features, boxes, path[0], t)
-    step = model.flow.update(
-        path[0], answer.boxes[None], answer.class_logits[None], t, t_next, prepared.image_sizes
-    )
+    raw = answer.boxes[None], answer.class_logits[None]
+    step = model.solver_step(path[0], *raw, t, t_next, prepared.image_sizes)
     torch.testing.assert_close(seen[0], path[0], rtol=0, atol=0)
     torch.testing.assert_close(seen[1], step.x_next)
     assert not seen[1].requires_grad and (seen[1] - path[1]).abs().max() > 1e-3
@@ -103,15 +95,21 @@ def test_the_share_of_on_policy_images(make_model, make_input):
 def test_disagreement_is_none_where_a_predictor_would_choose_as_all_do(make_model, make_input):
     model = make_model(TIME="shared")
     prepared = model.prepare([make_input("a"), make_input("empty", boxes=())], 0)
-    logits = torch.zeros(2, 12, 3)
-    own = model.assigner(prepared.ground_truth, prepared.samples[0].x_t, logits)
-    same = disagreement(model.assigner, prepared._replace(gt_index=own), logits, prepared.samples[0].x_t)
-    assert float(same) == 0.0
-    background = torch.full_like(own, -1)
-    other = disagreement(
-        model.assigner, prepared._replace(gt_index=background), logits, prepared.samples[0].x_t
-    )
-    assert float(other) == 1.0
+    x_t, logits = prepared.samples[0].x_t, torch.zeros(2, 12, 3)
+    own = model.assigner(prepared.ground_truth, x_t, logits)
+    for common, share in ((own, 0.0), (torch.full_like(own, -1), 1.0)):
+        terms, _ = model._losses(
+            "predictor0",
+            logits,
+            torch.zeros(2, 12, 4),
+            x_t,
+            torch.zeros(2),
+            prepared._replace(gt_index=common),
+        )
+        assert float(terms["disagreement/predictor0"]) == share
+    assert float(
+        disagreement(torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0, 2, 0, -1]]))
+    ) == pytest.approx(2 / 3)
 
 
 def test_blocks_partition_the_trainable_parameters(make_model):
@@ -128,11 +126,7 @@ def test_the_cascade_lets_gradients_cross_and_is_one_item(make_model, make_input
     sum(v for k, v in items[0].losses.items() if k.endswith("/predictor2")).backward()
     assert all(p.grad is not None for name, p in model.blocks()["predictor0"] if "interaction" in name)
     assert not model.is_local
-
-
-def test_the_cascade_has_the_parameters_of_the_flow_detector(make_model):
-    flow, cascade = make_model(), make_model("CascadeDetector")
-    shapes = [{n: p.shape for n, p in m.state_dict().items()} for m in (flow, cascade)]
+    shapes = [{n: p.shape for n, p in m.state_dict().items()} for m in (make_model(), model)]
     assert shapes[0] == shapes[1]
 
 
@@ -162,19 +156,14 @@ def test_every_option_trains_and_detects(make_model, make_input, meta_architectu
         assert torch.isfinite(found.pred_boxes.tensor).all() and torch.isfinite(found.scores).all()
 
 
-@pytest.mark.parametrize("boxes", [(), ((3.0, 3.0, 20.0, 20.0),), ((3.0, 3.0, 20.0, 20.0),) * 30])
-def test_any_number_of_boxes(make_model, make_input, boxes):
-    losses = _losses(make_model(), [make_input(boxes=boxes)])
+@pytest.mark.parametrize(("number", "num_classes"), [(0, 3), (1, 1), (1, 3), (30, 3)])
+def test_any_number_of_boxes_and_one_class(make_model, make_input, number, num_classes):
+    model, item = make_model(NUM_CLASSES=num_classes), make_input(boxes=((3.0, 3.0, 20.0, 20.0),) * number)
+    losses = _losses(model, [item])
     assert all(torch.isfinite(v) for v in losses.values())
-    if not boxes:
+    if number == 0:
         assert all(v == 0 for k, v in losses.items() if "cls" not in k)
-
-
-def test_one_class(make_model, make_input):
-    model = make_model(NUM_CLASSES=1)
-    item = make_input(boxes=((3.0, 3.0, 20.0, 20.0),))
-    assert all(torch.isfinite(v) for v in _losses(model, [item]).values())
-    assert (_detections(model, [item])[0].pred_classes == 0).all()
+    assert (_detections(model, [item])[0].pred_classes < num_classes).all()
 
 
 def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_input):
@@ -203,8 +192,7 @@ def test_a_batch_of_two_is_two_batches_of_one(make_model, make_input, meta_archi
 
 def test_two_evaluations_agree_and_the_seed_matters(make_model, make_input):
     model = make_model()
-    first = _detections(model, [make_input()])[0]
-    again = _detections(model, [make_input()])[0]
+    first, again = (_detections(model, [make_input()])[0] for _ in range(2))
     assert torch.equal(first.pred_boxes.tensor, again.pred_boxes.tensor)
     other = _detections(model, [make_input()], seed=1)[0]
     assert len(other) != len(first) or not torch.equal(first.pred_boxes.tensor, other.pred_boxes.tensor)
@@ -242,11 +230,12 @@ def test_a_subset_of_predictors_needs_shared_time(make_model, make_input):
         _detections(make_model(), [make_input()], predictors=(1,))
 
 
-def test_sampler_settings_are_checked(make_model):
-    settings = make_model().sampler.settings
-    assert settings.steps == 3
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        dataclasses.replace(settings, steps=0)
+def test_the_steps_of_a_sampler(make_model):
+    assert make_model().sampler.settings.steps == 3
+    settings = SamplerSettings(num_proposals=1, steps=4)
+    assert settings.grid == (0.0, 0.25, 0.5, 0.75, 1.0)
+    with pytest.raises(ValueError, match="at least one step"):
+        _ = dataclasses.replace(settings, steps=0).grid
 
 
 def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
@@ -267,11 +256,13 @@ def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(m
 
 
 def test_bad_input_is_named(make_model, make_input):
-    model = make_model()
-    item = make_input()
-    item["instances"].gt_classes[0] = 7
-    with pytest.raises(ValueError, match=r"'a.jpg' has a class outside \[0, 3\)"):
-        model.prepare([item], 0)
+    model, item = make_model(), make_input()
+    item["instances"].gt_classes = torch.tensor([1, 2])  # an image needs no object of class 0
+    assert model.prepare([item], 0).ground_truth.classes.tolist() == [[1, 2]]
+    for classes in ([3, 1], [1, -1]):
+        item["instances"].gt_classes = torch.tensor(classes)
+        with pytest.raises(ValueError, match=r"'a.jpg' has a class outside \[0, 3\)"):
+            model.prepare([item], 0)
     with pytest.raises(ValueError, match="no 'instances'"):
         model.prepare([{k: v for k, v in make_input().items() if k != "instances"}], 0)
 
@@ -306,55 +297,44 @@ def test_autocast_keeps_boxes_in_float32(make_model, make_input, dtype):
     assert found.pred_boxes.tensor.dtype == torch.float32
 
 
+def _found(boxes, scores, size, **settings):
+    """The detections of boxes of one class, and the same as padded tensors."""
+    space, sizes = BoxSpace(2.0), torch.tensor([size])
+    candidates = Candidates(space.encode(boxes, sizes), torch.tensor(scores)[None, :, None])
+    settings = SamplerSettings(num_proposals=3, steps=1, **settings)
+    found = detections(candidates, space, sizes, [{}], settings)[0]["instances"]
+    return found, padded_detections(candidates, space, sizes, settings)
+
+
 def test_scores_that_are_no_numbers_are_no_detections():
-    probs = torch.tensor([[0.9], [float("nan")], [0.5]])
-    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [40.0, 0.0, 49.0, 9.0]])
-    found = postprocess._instances(boxes, probs, (50, 50), SamplerSettings(num_proposals=3, steps=1))
+    boxes = torch.tensor([[[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [40.0, 0.0, 49.0, 9.0]]])
+    found, _ = _found(boxes, [0.9, float("nan"), 0.5], (50, 50))
     assert found.scores.tolist() == pytest.approx([0.9, 0.5])
-    assert found.pred_boxes.tensor[:, 0].tolist() == [0.0, 40.0]
-
-
-def test_an_image_needs_no_object_of_class_0(make_model, make_input):
-    model, item = make_model(), make_input()
-    item["instances"].gt_classes = torch.tensor([1, 2])
-    assert model.prepare([item], 0).ground_truth.classes.tolist() == [[1, 2]]
-    item["instances"].gt_classes = torch.tensor([1, -1])
-    with pytest.raises(ValueError, match=r"class outside \[0, 3\)"):
-        model.prepare([item], 0)
+    torch.testing.assert_close(found.pred_boxes.tensor, boxes[0, ::2], rtol=0, atol=1e-3)
 
 
 def test_images_of_a_process_are_padded_to_the_largest_of_all(monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda: 2)
     monkeypatch.setattr(training, "max_over_processes", lambda size: torch.tensor([50, 70]))
-    images = ImageList(torch.ones(1, 3, 48, 64), [(48, 64)])
+    images = torch.ones(1, 3, 48, 64)
     padded = training.of_common_size(images)
-    assert padded.tensor.shape == (1, 3, 50, 70) and padded.image_sizes == [(48, 64)]
-    assert padded.tensor.sum() == 3 * 48 * 64 and (padded.tensor[..., :48, :64] == 1).all()
+    assert padded.shape == (1, 3, 50, 70) and padded.sum() == images.sum() == padded[..., :48, :64].sum()
     monkeypatch.setattr(training, "max_over_processes", lambda size: size)
     assert training.of_common_size(images) is images
 
 
-def test_even_steps_are_the_default_of_a_sampler():
-    assert SamplerSettings(num_proposals=1, steps=4).grid == (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
 def test_a_box_without_area_takes_the_place_of_another_detection():
-    space, sizes = BoxSpace(2.0), torch.tensor([[40, 60]])
     boxes = torch.tensor([[[5.0, 5.0, 5.0, 20.0], [10.0, 10.0, 30.0, 30.0], [40.0, 5.0, 55.0, 15.0]]])
-    candidates = Candidates(space.encode(boxes, sizes), torch.tensor([[[0.9], [0.8], [0.7]]]))
-    settings = SamplerSettings(num_proposals=3, steps=1, detections_per_image=2)
-    # Without "height" and "width" an image keeps the size that the network saw.
-    found = detections(candidates, space, sizes, [{}], settings)[0]["instances"]
-    padded = padded_detections(candidates, space, sizes, settings)
-    assert found.image_size == (40, 60)
+    found, padded = _found(boxes, [0.9, 0.8, 0.7], (40, 60), detections_per_image=2)
+    assert found.image_size == (40, 60)  # without "height" and "width" that of what the network saw
     torch.testing.assert_close(found.pred_boxes.tensor, boxes[0, 1:2], rtol=0, atol=1e-3)
     assert padded.count.tolist() == [1] and padded.classes.tolist() == [[0, -1]]
     torch.testing.assert_close(padded.boxes_xyxy[0, :1], boxes[0, 1:2], rtol=0, atol=1e-3)
 
 
 def test_noise_of_passes_lies_one_after_the_other():
-    three = initial_noise(["a", "b"], 7, 5, 3)
-    assert three.shape == (2, 15, 4)
-    assert torch.equal(three[:, :5], initial_noise(["a", "b"], 7, 5))
-    key = stream_key("sampler", 7, "b", 2)
-    assert torch.equal(three[1, 10:], keyed_normal([key], 5)[0])
+    settings = SamplerSettings(num_proposals=5, steps=1, seed=7, noise_passes=3)
+    three = BoxSampler(settings).noise(["a", "b"])
+    one = BoxSampler(dataclasses.replace(settings, noise_passes=1)).noise(["a", "b"])
+    assert three.shape == (2, 15, 4) and torch.equal(three[:, :5], one)
+    assert torch.equal(three[1, 10:], keyed_normal([stream_key("sampler", 7, "b", 2)], 5)[0])

@@ -3,26 +3,16 @@
 import pytest
 import torch
 
-from dfm_d2.detection.head import INTERACTIONS, FlowHead
-from dfm_d2.detection.pooling import FeaturePooler
+from dfm_d2.detection.head import FeaturePooler, FlowHead
 from dfm_d2.detection.stack import PredictorStack
 from dfm_d2.flow import warped_grid
 from dfm_d2.flow.time_embedding import TimeEmbedding
 
 
-def _head(**options):
-    defaults = {
-        "pooler": FeaturePooler((1 / 4, 1 / 8), 3, 2, 32.0),
-        "num_classes": 5,
-        "dim": 16,
-        "num_heads": 2,
-        "feedforward_dim": 32,
-        "interaction": "dynamic_conv",
-        "dynamic_dim": 4,
-        "num_cls": 1,
-        "num_reg": 2,
-    }
-    return FlowHead(**(defaults | options))
+def _head(interaction="dynamic_conv"):
+    sizes = {"num_classes": 5, "dim": 16, "num_heads": 2, "feedforward_dim": 32, "dynamic_dim": 4}
+    pooler = FeaturePooler((1 / 4, 1 / 8), 3, 2, 32.0)
+    return FlowHead(pooler=pooler, interaction=interaction, num_cls=1, num_reg=2, **sizes)
 
 
 def _inputs(num_images=2, num_proposals=6):
@@ -33,22 +23,17 @@ def _inputs(num_images=2, num_proposals=6):
     return features, boxes, torch.randn(num_images, num_proposals, 4), torch.rand(num_images)
 
 
-@pytest.mark.parametrize("interaction", INTERACTIONS)
-def test_a_head_answers_for_every_proposal(interaction):
+@pytest.mark.parametrize("interaction", ["dynamic_conv", "grid_linear"])
+def test_a_head_answers_for_every_proposal_in_any_order(interaction):
     torch.manual_seed(1)
-    answer = _head(interaction=interaction)(*_inputs())
+    head, (features, boxes, x_t, t) = _head(interaction), _inputs()
+    answer = head(features, boxes, x_t, t)
     assert answer.class_logits.shape == (2, 6, 5) and answer.boxes.shape == (2, 6, 4)
     assert answer.class_logits.sigmoid().mean() < 0.05  # the prior of rare objects
     assert answer.boxes.abs().max() < 0.1  # and boxes that begin where they are
-
-
-@pytest.mark.parametrize("interaction", INTERACTIONS)
-def test_a_head_is_equivariant_to_the_order_of_proposals(interaction):
-    head = _head(interaction=interaction).eval()
-    features, boxes, x_t, t = _inputs()
     order = torch.randperm(6)
-    straight, mixed = head(features, boxes, x_t, t), head(features, boxes[:, order], x_t[:, order], t)
-    torch.testing.assert_close(mixed.class_logits, straight.class_logits[:, order], atol=1e-5, rtol=1e-4)
+    mixed = head(features, boxes[:, order], x_t[:, order], t)
+    torch.testing.assert_close(mixed.class_logits, answer.class_logits[:, order], atol=1e-5, rtol=1e-4)
 
 
 def test_time_and_place_reach_the_answer():
@@ -72,14 +57,9 @@ def test_every_parameter_of_a_head_learns():
     assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_unknown_interaction_and_odd_time_dimension():
-    with pytest.raises(ValueError, match="interaction must be one of"):
-        _head(interaction="sum")
+def test_time_embedding_tells_times_apart_and_needs_an_even_dimension():
     with pytest.raises(ValueError, match="even dimension, got 7"):
         TimeEmbedding(7)
-
-
-def test_time_embedding_tells_times_apart():
     embedded = TimeEmbedding(32)(torch.linspace(0, 1, 11))
     assert torch.cdist(embedded, embedded).add(torch.eye(11)).min() > 1e-3
 
@@ -105,5 +85,3 @@ def test_time_of_a_grid_that_rounding_made_fall_short():
 def test_shared_time_asks_all_or_those_chosen():
     stack = PredictorStack(lambda: torch.nn.Identity(), 3, "shared")
     assert stack.answering(0.9) == [0, 1, 2] and stack.answering(0.9, [2, 0]) == [2, 0]
-    u = torch.rand(4)
-    assert torch.equal(stack.training_time(2, u), u)
