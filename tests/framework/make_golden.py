@@ -15,7 +15,6 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "kernels")]
 
 import observations  # noqa: E402
-from pooler_cases import detectron2_pooler_values  # noqa: E402
 from providers import detectron2_provider  # noqa: E402
 
 
@@ -29,22 +28,16 @@ def _rounded(value):
 
 
 def _write(path: Path, values: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"{path.name}: {path.stat().st_size} bytes")
 
 
-def main() -> None:
+if __name__ == "__main__":
     torch.set_num_threads(1)
     detectron2 = detectron2_provider()
-    for name, table in (("names", observations.BY_NAME), ("backbones", observations.BACKBONES)):
-        values = {key: observations.as_json(observe(detectron2)) for key, observe in table.items()}
-        _write(HERE / "golden" / f"{name}.json", _rounded(values))
-    _write(HERE / "golden" / "pooler.json", _rounded(observations.as_json(detectron2_pooler_values())))
+    for file, table in observations.GOLDEN.items():
+        values = {name: observations.as_json(observe(detectron2)) for name, observe in table.items()}
+        _write(HERE / "golden" / f"{file}.json", _rounded(values))
     unused = ROOT / "dfm_d2" / "framework" / "_builtin" / "unused_keys.json"
     _write(unused, observations.unused_config_keys(detectron2))
-
-
-if __name__ == "__main__":
-    main()

@@ -212,7 +212,7 @@ def test_the_builtin_node_is_safe_by_default(write, tmp_path):
     path = write(PAYLOADS["system"].format(marker=marker))
     with refused("can run code"):
         BUILTIN.get_cfg().merge_from_file(path)
-    with pytest.raises(ValueError, match="allow_unsafe"):
+    with pytest.raises(TypeError, match="allow_unsafe"):
         BUILTIN.get_cfg().merge_from_file(path, allow_unsafe=True)
     assert not marker.exists()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from observations import differences
-from observe_modeling import fill_by_formula
+from observe_backbones import fill_by_formula
 from providers import detectron2_provider
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
