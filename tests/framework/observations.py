@@ -21,7 +21,8 @@ BY_NAME["META_ARCH_REGISTRY"] = BY_NAME["build_model"]
 # By the file of golden values.
 GOLDEN = {"names": dict(sorted(BY_NAME.items())), "backbones": BACKBONES, "pooler": POOLER}
 WITH_GOLDEN = {name: observe for table in GOLDEN.values() for name, observe in table.items()}
-ALL = {**WITH_GOLDEN, **LIVE_ONLY}
+# The pooler of the builtin provider is our own kernel's reference, which rounds in another order.
+LIVE = {**BY_NAME, **BACKBONES, **LIVE_ONLY}
 
 # Keys that a Detectron2 older than the given commit has not; April 2024 is the oldest that is tested.
 LATER_KEYS = {"FLOAT32_PRECISION": "5b72c27a (August 2024)"}
