@@ -1,6 +1,11 @@
-"""The table of observations: every exported name, and what about it has golden values."""
+"""The table of observations: every exported name, and what about it has golden values.
+
+`python tests/framework/observations.py` writes the golden values, numbers only: what the real Detectron2
+answers, and the names and defaults of its keys that the builtin subset reads but does not honour.
+"""
 
 import json
+from pathlib import Path
 
 import observe_backbones
 import observe_models
@@ -8,7 +13,7 @@ import observe_structures
 import observe_training
 from observe_backbones import BACKBONES, LIVE_ONLY, POOLER
 from observe_structures import leaves
-from providers import BUILTIN
+from providers import BUILTIN, detectron2_provider
 
 # One observation for each name of dfm_d2.framework that a provider supplies.
 BY_NAME = {
@@ -55,3 +60,26 @@ def differences(seen, wanted, tolerance: float, path: str = "") -> list[str]:
     else:
         same = seen == wanted and type(seen) is type(wanted)
     return [] if same else [f"{path}: {seen!r}, wanted {wanted!r}"]
+
+
+def _rounded(value):
+    """Seven digits: what float32 holds."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _write(path: Path, values: dict) -> None:
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    theirs, here = detectron2_provider(), Path(__file__).resolve().parent
+    for file, table in GOLDEN.items():
+        values = {name: _rounded(as_json(observe(theirs))) for name, observe in table.items()}
+        _write(here / "golden" / f"{file}.json", values)
+    builtin = here.parents[1] / "dfm_d2" / "framework" / "_builtin"
+    _write(builtin / "unused_keys.json", unused_config_keys(theirs))

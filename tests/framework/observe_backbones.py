@@ -3,6 +3,7 @@
 Functions as in observe_structures; the others are in the tables at the end.
 """
 
+import itertools
 import zlib
 from functools import partial
 
@@ -39,10 +40,8 @@ def fill_by_formula(module: torch.nn.Module) -> None:
             wave = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64) * 12.9898 + phase)
             if tensor.dim() == 4:
                 wave = wave * (2.0 / tensor[0].numel()) ** 0.5 * 1.4
-            elif name.endswith(("weight", "running_var")):
-                wave = 1.0 + 0.2 * wave
             else:
-                wave = 0.1 * wave
+                wave = 1.0 + 0.2 * wave if name.endswith(("weight", "running_var")) else 0.1 * wave
             tensor.copy_(wave.reshape(tensor.shape).float())
 
 
@@ -106,13 +105,12 @@ def gradients(provider):
 def freezing(provider):
     """What FREEZE_AT leaves trainable and turns into fixed norms, by norm."""
     seen = {}
-    for norm in ("BN", "GN", "FrozenBN"):
-        for freeze_at in (0, 1, 3, 5):
-            backbone = provider.build_backbone(backbone_config(provider, 18, norm, freeze_at))
-            trained = _trained(backbone)
-            fixed = [n for n, m in backbone.named_modules() if type(m).__name__ == "FrozenBatchNorm2d"]
-            text = " ".join([*trained, "|", *fixed, "|", *backbone.state_dict()])
-            seen[f"{norm} {freeze_at}"] = [len(trained), len(fixed), zlib.crc32(text.encode())]
+    for norm, freeze_at in itertools.product(("BN", "GN", "FrozenBN"), (0, 1, 3, 5)):
+        backbone = provider.build_backbone(backbone_config(provider, 18, norm, freeze_at))
+        trained = _trained(backbone)
+        fixed = [n for n, m in backbone.named_modules() if type(m).__name__ == "FrozenBatchNorm2d"]
+        text = " ".join([*trained, "|", *fixed, "|", *backbone.state_dict()])
+        seen[f"{norm} {freeze_at}"] = [len(trained), len(fixed), zlib.crc32(text.encode())]
     return seen
 
 
@@ -152,9 +150,11 @@ def observe_Backbone(provider):
     class Tiny(provider.Backbone):
         def __init__(self):
             super().__init__()
-            self._out_features = ["a"]
-            self._out_feature_channels = {"a": 3}
-            self._out_feature_strides = {"a": 2}
+            self._out_features, self._out_feature_channels, self._out_feature_strides = (
+                ["a"],
+                {"a": 3},
+                {"a": 2},
+            )
 
         def forward(self, x):
             return {"a": x[..., ::2, ::2]}
@@ -162,10 +162,6 @@ def observe_Backbone(provider):
     tiny = Tiny()
     shape, wishes = tiny.output_shape()["a"], [tiny.size_divisibility, tiny.padding_constraints]
     return [shape.channels, shape.stride, *wishes, raised(provider.Backbone)]
-
-
-# Strides of the pooler's four levels.
-_STRIDES = (4, 8, 16, 32)
 
 
 def pooler(provider, output_size: int, sampling_ratio: int):
@@ -176,9 +172,9 @@ def pooler(provider, output_size: int, sampling_ratio: int):
     # Maps of two images of 256 x 320 pixels. Boxes on each level, on the borders between levels, partly and
     # wholly outside, thin and tiny.
     maps = []
-    for level, stride in enumerate(_STRIDES):
-        wave = torch.arange(2 * 3 * (256 // stride) * (320 // stride), dtype=torch.float64)
-        maps.append(torch.sin(wave * 0.37 + level).reshape(2, 3, 256 // stride, 320 // stride).float())
+    for level, side in enumerate((64, 32, 16, 8)):
+        wave = torch.arange(2 * 3 * side * (side * 5 // 4), dtype=torch.float64)
+        maps.append(torch.sin(wave * 0.37 + level).reshape(2, 3, side, side * 5 // 4).float())
     first = [
         [10.0, 20.0, 60.0, 90.0],
         [0.0, 0.0, 112.0, 112.0],
@@ -191,7 +187,7 @@ def pooler(provider, output_size: int, sampling_ratio: int):
     ]
     second = [[x0 + 1.7, y0 - 2.3, x1 + 11.1, y1 + 5.9] for x0, y0, x1, y1 in first[:-1]]
     boxes_xyxy = torch.tensor([first, [*second, [-400.0, -400.0, 700.0, 700.0]]])
-    scales = tuple(1 / stride for stride in _STRIDES)
+    scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
     if provider is BUILTIN:
         from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 

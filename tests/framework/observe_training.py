@@ -6,6 +6,7 @@ Functions as in observe_structures.
 import os
 import tempfile
 from contextlib import suppress
+from functools import partialmethod
 
 import torch
 from observe_structures import raised
@@ -48,17 +49,16 @@ def observe_build_lr_scheduler(provider):
     }
 
 
-def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at: int | None = None, log=()):
+def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at=None, log=None):
     """A trainer that has put the scalars "loss" (iteration squared) and broke off at iteration `stop_at`."""
 
+    log = [] if log is None else log
+
     class Trainer(provider.TrainerBase):
-        def __init__(self):
-            super().__init__()
-            self.optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 3))
+        optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 3))
 
         def run_step(self):
-            if isinstance(log, list):
-                log.append(f"step {self.iter}")
+            log.append(f"step {self.iter}")
             if self.iter == stop_at:
                 raise ArithmeticError("broken off")
             self.storage.put_scalar("loss", self.iter**2)
@@ -66,20 +66,26 @@ def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at: int | None
 
     trainer = Trainer()
     trainer.register_hooks(hooks)
-    return _trained(trainer, start, end)
+    return _trained(trainer, start, end) if end else trainer
 
 
 def _trained(trainer, start: int, end: int):
     """The trainer after training, even where a step broke it off, which Detectron2 logs with a traceback."""
     with suppress(ArithmeticError):
-        if end > start:
-            trainer.train(start, end)
+        trainer.train(start, end)
     return trainer
+
+
+_EVENTS = ("before_train", "after_train", "before_step", "after_step")
 
 
 def _telling_hook(provider, log: list):
     class Telling(provider.HookBase):
         seen = 0
+
+        def tell(self, event: str):
+            self.seen += event == "after_step"
+            log.append(f"{event} {self.trainer.iter} {self.trainer.storage.iter}")
 
         def state_dict(self):
             return {"seen": self.seen}
@@ -87,15 +93,8 @@ def _telling_hook(provider, log: list):
         def load_state_dict(self, state):
             self.seen = state["seen"]
 
-    def teller(event: str):
-        def tell(self):
-            self.seen += event == "after_step"
-            log.append(f"{event} {self.trainer.iter} {self.trainer.storage.iter}")
-
-        return tell
-
-    for event in ("before_train", "after_train", "before_step", "after_step"):
-        setattr(Telling, event, teller(event))
+    for event in _EVENTS:
+        setattr(Telling, event, partialmethod(Telling.tell, event))
     return Telling()
 
 
@@ -121,8 +120,7 @@ def observe_TrainerBase(provider):
 
 def observe_HookBase(provider):
     hook = provider.HookBase()
-    names = ("before_train", "after_train", "before_step", "after_step")
-    return [hook.trainer, hook.state_dict(), *(getattr(hook, name)() for name in names)]
+    return [hook.trainer, hook.state_dict(), *(getattr(hook, event)() for event in _EVENTS)]
 
 
 def observe_IterationTimer(provider):

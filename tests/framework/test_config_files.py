@@ -96,18 +96,14 @@ def test_the_builtin_names_what_it_ignores(write, caplog):
     for _ in range(2):  # as a command that reads its config twice
         merge_config_file(cfg, path)
     assert cfg == wanted
-    (record,) = caplog.records
+    cfg.MODEL.MASK_ON = False  # a key that the config has is never ignored
+    merge_config_file(cfg, path)
+    assert cfg.MODEL.MASK_ON is True
+    record, _ = caplog.records
     assert record.levelname == "WARNING" and record.message == (
         f"'{path}': the framework ignores DATALOADER.ASPECT_RATIO_GROUPING False, "
         "INPUT.CROP.SIZE [1, 1], MODEL.MASK_ON True"
     )
-
-
-def test_a_key_is_never_ignored_where_the_config_has_it(write):
-    cfg = BUILTIN.get_cfg()
-    cfg.MODEL.MASK_ON = False
-    merge_config_file(cfg, write("MODEL: {MASK_ON: true}\n"))
-    assert cfg.MODEL.MASK_ON is True
 
 
 REMOVED = {
@@ -175,8 +171,11 @@ def test_none_only_where_it_is_the_default(cfg):
 def test_whole_numbers_are_floats_where_the_default_is(cfg, write):
     merge_config_file(cfg, write("SOLVER: {BASE_LR: 1, GAMMA: 1e-1}\nMODEL: {PIXEL_STD: [1, 2.5, 3]}\n"))
     merge_config_opts(cfg, ["SOLVER.MOMENTUM", "0"])
-    solver = cfg.SOLVER
-    assert [repr(x) for x in (solver.BASE_LR, solver.GAMMA, solver.MOMENTUM)] == ["1.0", "0.1", "0.0"]
+    assert list(map(repr, (cfg.SOLVER.BASE_LR, cfg.SOLVER.GAMMA, cfg.SOLVER.MOMENTUM))) == [
+        "1.0",
+        "0.1",
+        "0.0",
+    ]
 
 
 PAYLOADS = {
@@ -219,14 +218,12 @@ BAD_FILES = {
     "NOTHING: {}\n": "unknown key NOTHING",
     "DATALOADER: {ASPECT_RATIO: 1}\n": "unknown key DATALOADER.ASPECT_RATIO",
     "MODEL: {RPN: {NOTHING: 1}}\n": "unknown key MODEL.RPN",
-    "SEED: {A: 1}\n": "unknown key SEED.A",
     "SOLVER: {BASE_LR: fast}\n": "config.yaml' sets SOLVER.BASE_LR to 'fast': it must be a number",
     "MODEL: {PIXEL_STD: [a]}\n": "sets MODEL.PIXEL_STD to .*: it must be a list of numbers",
     "SOLVER: 3\n": "config.yaml' sets the section SOLVER to 3",
     "SOLVER:\n": "config.yaml' sets the section SOLVER to None",
     "SOLVER: {AMP: true}\n": "config.yaml' sets the section SOLVER.AMP to True",
     "SOLVER: {BASE_LR: [\n": "config.yaml' is not valid YAML .line",
-    "just words\n": "config.yaml' holds no keys",
     "": "config.yaml' holds no keys",
     "- 1\n": "config.yaml' holds no keys",
     "SOLVER: {1: 2}\n": "config.yaml' sets the unknown key SOLVER.1",
@@ -263,14 +260,11 @@ def test_good_overrides(cfg):
 @pytest.mark.parametrize(
     ("opts", "said"),
     [
-        (["SOLVER.BASE_LR"], "pairs KEY VALUE.*SOLVER.BASE_LR"),
-        (["SOLVER.BASE_LR", "0.1", "SEED"], "pairs KEY VALUE"),
+        (["SOLVER.BASE_LR", "0.1", "SEED"], "pairs KEY VALUE.* the value of SEED is missing"),
         (["SOLVER.BASE_RL", "0.1"], r"unknown key SOLVER.BASE_RL: did you mean SOLVER.BASE_LR\?$"),
         (["SOLVER.BASE_LR.MORE", "0.1"], "unknown key SOLVER.BASE_LR.MORE"),
         (["_BASE_", "x.yaml"], "unknown key _BASE_"),
-        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR to 'fast': it must be a number"),
         (["SEED", "1.5"], "SEED to '1.5': it must be a whole number"),
-        (["SEED", "None"], "SEED to 'None': it must be a whole number"),
         (["OUTPUT_DIR", "{[1]: 2}"], "OUTPUT_DIR to .*: it must be text"),
         (["SOLVER", "None"], "sets the section SOLVER to 'None'"),
         (["SOLVER.AMP", "1"], "sets the section SOLVER.AMP to '1'"),

@@ -14,14 +14,12 @@ from observe_backbones import fill_by_formula
 from providers import detectron2_provider
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
-from dfm_d2.config import add_dfm_config
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config
-from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model, get_cfg, merge_config_file
+from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 3 MODEL.DFM.NUM_PROPOSALS 8 SOLVER.BASE_LR 0.5"
 
 
@@ -76,15 +74,6 @@ def test_detector_is_the_same(tmp_path):
 def _parts(names: dict, values: dict) -> dict:
     """What `values` has under the keys of `names`."""
     return {k: _parts(v, values[k]) if isinstance(v, dict) else values[k] for k, v in names.items()}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_configs_load(path):
-    """With the provider that is chosen: the builtin has every key that our configs set."""
-    cfg = get_cfg()
-    add_dfm_config(cfg)
-    merge_config_file(cfg, str(path))
-    assert cfg.MODEL.META_ARCHITECTURE in ("FlowDetector", "CascadeDetector", "FlowClassifier")
 
 
 if __name__ == "__main__":
