@@ -61,6 +61,8 @@ class TracingAdapter(nn.Module):
 
         Raises ValueError where `inputs` holds something that is no tensor.
         """
+        import torchvision  # noqa: F401  (batched_nms would import it while the model is traced, which fails)
+
         super().__init__()
         self.model = model
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
