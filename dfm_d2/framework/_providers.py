@@ -5,44 +5,29 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-# Name: its module in dfm_d2.framework._builtin, its module in detectron2.
-PLACES = {
-    "Backbone": ("backbone", "modeling"),
-    "BoxMode": ("structures", "structures"),
-    "Boxes": ("structures", "structures"),
-    "CfgNode": ("config", "config"),
-    "DatasetCatalog": ("catalog", "data"),
-    "DatasetEvaluator": ("evaluation", "evaluation"),
-    "DetectionCheckpointer": ("checkpoint", "checkpoint"),
-    "EvalHook": ("hooks", "engine.hooks"),
-    "EventStorage": ("events", "utils.events"),
-    "HookBase": ("train_loop", "engine"),
-    "ImageList": ("structures", "structures"),
-    "Instances": ("structures", "structures"),
-    "IterationTimer": ("hooks", "engine.hooks"),
-    "JSONWriter": ("events", "utils.events"),
-    "LRScheduler": ("hooks", "engine.hooks"),
-    "META_ARCH_REGISTRY": ("registry", "modeling"),
-    "MetadataCatalog": ("catalog", "data"),
-    "PathManager": ("utils", "utils.file_io"),
-    "PeriodicCheckpointer": ("hooks", "engine.hooks"),
-    "PeriodicWriter": ("hooks", "engine.hooks"),
-    "TensorboardXWriter": ("events", "utils.events"),
-    "TracingAdapter": ("tracing", "export"),
-    "TrainerBase": ("train_loop", "engine"),
-    "batched_nms": ("layers", "layers"),
-    "build_backbone": ("fpn", "modeling"),
-    "build_lr_scheduler": ("solver", "solver"),
-    "build_model": ("registry", "modeling"),
-    "comm": ("comm", "utils.comm"),  # a module itself
-    "configurable": ("config", "config"),
-    "default_argument_parser": ("arguments", "engine"),
-    "detector_postprocess": ("structures", "modeling"),
-    "get_cfg": ("defaults", "config"),
-    "get_event_storage": ("events", "utils.events"),
-    "inference_on_dataset": ("evaluation", "evaluation"),
-    "seed_all_rng": ("utils", "utils.env"),
+# Module in dfm_d2.framework._builtin, module in detectron2: the names that are taken from it.
+_NAMES = {
+    ("arguments", "engine"): "default_argument_parser",
+    ("checkpoint", "checkpoint"): "DetectionCheckpointer",
+    ("comm", "utils.comm"): "comm",  # the module itself
+    ("config", "config"): "CfgNode configurable get_cfg",
+    ("events", "utils.events"): "EventStorage JSONWriter TensorboardXWriter get_event_storage",
+    ("fpn", "modeling"): "build_backbone",
+    ("hooks", "engine.hooks"): "EvalHook IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter",
+    ("layers", "layers"): "batched_nms",
+    ("layers", "modeling"): "Backbone",
+    ("loops", "engine"): "HookBase TrainerBase",
+    ("loops", "evaluation"): "DatasetEvaluator inference_on_dataset",
+    ("registered", "data"): "DatasetCatalog MetadataCatalog",
+    ("registered", "modeling"): "META_ARCH_REGISTRY build_model",
+    ("solver", "solver"): "build_lr_scheduler",
+    ("structures", "modeling"): "detector_postprocess",
+    ("structures", "structures"): "BoxMode Boxes ImageList Instances",
+    ("tracing", "export"): "TracingAdapter",
+    ("utils", "utils.env"): "seed_all_rng",
+    ("utils", "utils.file_io"): "PathManager",
 }
+PLACES = {name: modules for modules, names in _NAMES.items() for name in names.split()}
 CHOICES = ("auto", "detectron2", "builtin")
 INSTALL_HINT = "pip install --no-build-isolation -r requirements-detectron2.txt"
 
@@ -78,14 +63,10 @@ def choose_provider(wanted: str, is_present: Callable[[], bool] | None = None) -
         raise ValueError(f"DFM_FRAMEWORK is {wanted!r}: set it to one of {', '.join(CHOICES)}, or unset it.")
     if wanted == "builtin":
         return "builtin"
-    present = (is_present or _detectron2_is_present)()
+    present = is_present() if is_present else importlib.util.find_spec("detectron2") is not None
     if wanted == "detectron2" and not present:
         raise ImportError(
             f"DFM_FRAMEWORK is 'detectron2' but Detectron2 is not installed: run `{INSTALL_HINT}`, "
             "or unset DFM_FRAMEWORK to use the builtin subset."
         )
     return "detectron2" if present else "builtin"
-
-
-def _detectron2_is_present() -> bool:
-    return importlib.util.find_spec("detectron2") is not None

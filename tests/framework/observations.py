@@ -1,84 +1,33 @@
-"""The table of observations: every exported name, and what about it has golden values."""
+"""The table of observations: every exported name, and what about it has golden values.
+
+`python tests/framework/observations.py` writes the golden values, numbers only: what the real Detectron2
+answers, and the names and defaults of its keys that the builtin subset reads but does not honour.
+"""
 
 import json
-from functools import partial
+from pathlib import Path
 
-import observe_export as export
-import observe_modeling as modeling
-import observe_structures as structures
-import observe_training as training
+import observe_backbones
+import observe_models
+import observe_structures
+import observe_training
+from observe_backbones import BACKBONES, LIVE_ONLY, POOLER
 from observe_structures import leaves
-from providers import BUILTIN
+from providers import BUILTIN, detectron2_provider
 
 # One observation for each name of dfm_d2.framework that a provider supplies.
 BY_NAME = {
-    "Backbone": modeling.observe_backbone,
-    "BoxMode": structures.observe_box_mode,
-    "Boxes": structures.observe_boxes,
-    "CfgNode": structures.observe_cfg_node,
-    "DatasetCatalog": structures.observe_dataset_catalog,
-    "DatasetEvaluator": training.observe_dataset_evaluator,
-    "DetectionCheckpointer": modeling.observe_detection_checkpointer,
-    "EvalHook": training.observe_eval_hook,
-    "EventStorage": training.observe_event_storage,
-    "HookBase": training.observe_hook_base,
-    "ImageList": structures.observe_image_list,
-    "Instances": structures.observe_instances,
-    "IterationTimer": training.observe_iteration_timer,
-    "JSONWriter": training.observe_json_writer,
-    "LRScheduler": training.observe_lr_scheduler,
-    "META_ARCH_REGISTRY": modeling.observe_build_model,
-    "MetadataCatalog": structures.observe_metadata_catalog,
-    "PathManager": structures.observe_path_manager,
-    "PeriodicCheckpointer": training.observe_periodic_checkpointer,
-    "PeriodicWriter": training.observe_periodic_writer,
-    "TensorboardXWriter": training.observe_tensorboard_writer,
-    "TracingAdapter": export.observe_tracing_adapter,
-    "TrainerBase": training.observe_trainer_base,
-    "batched_nms": structures.observe_batched_nms,
-    "build_backbone": modeling.observe_build_backbone,
-    "build_lr_scheduler": training.observe_build_lr_scheduler,
-    "build_model": modeling.observe_build_model,
-    "comm": structures.observe_comm,
-    "configurable": structures.observe_configurable,
-    "default_argument_parser": training.observe_default_argument_parser,
-    "detector_postprocess": modeling.observe_detector_postprocess,
-    "get_cfg": structures.observe_get_cfg,
-    "get_event_storage": training.observe_get_event_storage,
-    "inference_on_dataset": training.observe_inference_on_dataset,
-    "seed_all_rng": structures.observe_seed_all_rng,
+    name.removeprefix("observe_"): observe
+    for module in (observe_backbones, observe_models, observe_structures, observe_training)
+    for name, observe in sorted(vars(module).items())
+    if name.startswith("observe_")
 }
-
-# More about the backbones: too much for one observation.
-BACKBONES = {
-    "parameters R18": partial(modeling.observe_parameters, depth=18),
-    "parameters R50": partial(modeling.observe_parameters, depth=50),
-    "outputs R18 BN": partial(modeling.observe_outputs, depth=18, norm="BN"),
-    "outputs R18 no norm": partial(modeling.observe_outputs, depth=18, norm=""),
-    "outputs R50 FrozenBN": partial(modeling.observe_outputs, depth=50, norm="FrozenBN"),
-    "outputs R50 GN, stride in 3x3, mean": partial(
-        modeling.observe_outputs,
-        depth=50,
-        norm="GN",
-        options=("MODEL.RESNETS.STRIDE_IN_1X1", False, "MODEL.FPN.FUSE_TYPE", "avg", "MODEL.FPN.NORM", "GN"),
-    ),
-    "outputs R50 in groups": partial(
-        modeling.observe_outputs,
-        depth=50,
-        norm="FrozenBN",
-        options=("MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
-    ),
-    "gradients": modeling.observe_gradients,
-    "freezing": modeling.observe_freezing,
-}
-
-# Too large, or too much torch's own, for golden values: compared only where both providers are present.
-LIVE_ONLY = {
-    "parameters R34": partial(modeling.observe_parameters, depth=34),
-    "parameters R101": partial(modeling.observe_parameters, depth=101),
-    "seeded initialisation": modeling.observe_seeded_initialisation,
-}
-
+BY_NAME["META_ARCH_REGISTRY"] = BY_NAME["build_model"]
+# By the file of golden values.
+GOLDEN = {"names": dict(sorted(BY_NAME.items())), "backbones": BACKBONES, "pooler": POOLER}
+WITH_GOLDEN = {name: observe for table in GOLDEN.values() for name, observe in table.items()}
+# The pooler of the builtin provider is our own kernel's reference, which rounds in another order.
+LIVE = {**BY_NAME, **BACKBONES, **LIVE_ONLY}
 
 # Keys that a Detectron2 older than the given commit has not; April 2024 is the oldest that is tested.
 LATER_KEYS = {"FLOAT32_PRECISION": "5b72c27a (August 2024)"}
@@ -106,11 +55,31 @@ def differences(seen, wanted, tolerance: float, path: str = "") -> list[str]:
             return [f"{path}: {len(seen)} items, wanted {len(wanted)}"]
         pairs = enumerate(zip(seen, wanted))
         return [d for i, (a, b) in pairs for d in differences(a, b, tolerance, f"{path}/{i}")]
-    both_numbers = (
-        isinstance(seen, float) and isinstance(wanted, (int, float)) and not isinstance(wanted, bool)
-    )
-    if both_numbers:
-        close = abs(seen - wanted) <= tolerance * max(1.0, abs(wanted))
-        return [] if close else [f"{path}: {seen}, wanted {wanted}"]
-    same = seen == wanted and type(seen) is type(wanted)
+    if type(seen) is float and type(wanted) in (int, float):
+        same = abs(seen - wanted) <= tolerance * max(1.0, abs(wanted))
+    else:
+        same = seen == wanted and type(seen) is type(wanted)
     return [] if same else [f"{path}: {seen!r}, wanted {wanted!r}"]
+
+
+def _rounded(value):
+    """Seven digits: what float32 holds."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _write(path: Path, values: dict) -> None:
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    theirs, here = detectron2_provider(), Path(__file__).resolve().parent
+    for file, table in GOLDEN.items():
+        values = {name: _rounded(as_json(observe(theirs))) for name, observe in table.items()}
+        _write(here / "golden" / f"{file}.json", values)
+    builtin = here.parents[1] / "dfm_d2" / "framework" / "_builtin"
+    _write(builtin / "unused_keys.json", unused_config_keys(theirs))

@@ -1,12 +1,10 @@
 """What can be observed of a provider's config, structures, layers, data and utilities.
 
-Each function takes a provider (of providers.py) and returns plain data.
+A function `observe_NAME` takes a provider (of providers.py) and returns plain data about its NAME.
 Equal answers of both providers are the contract; the answers of the real Detectron2 are the golden values.
 """
 
-import os
 import random
-import tempfile
 from unittest import mock
 
 import numpy as np
@@ -18,16 +16,8 @@ def raised(function) -> str:
     """Name of the exception that a call raises, or "nothing"."""
     try:
         function()
-    except (
-        AssertionError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as e:
-        return type(e).__name__
+    except Exception as error:  # noqa: BLE001  (any kind: its name is what is compared)
+        return type(error).__name__
     return "nothing"
 
 
@@ -40,32 +30,17 @@ def leaves(cfg, prefix=""):
             yield f"{prefix}{key}", value
 
 
-def observe_cfg_node(provider):
-    cfg = provider.CfgNode()
-    cfg.A = provider.CfgNode()
-    cfg.A.NUMBER, cfg.A.WORD, cfg.A.LIST = 1, "word", (1, 2)
+def observe_CfgNode(provider):
+    cfg = provider.CfgNode({"A": {"NUMBER": 1, "WORD": "word", "LIST": (1, 2)}})
     copy = cfg.clone()
     copy.merge_from_list(["A.NUMBER", "3", "A.LIST", "[4, 5]", "A.WORD", "other"])
-    frozen = cfg.clone()
-    frozen.freeze()
-    return {
-        "merged": [copy.A.NUMBER, copy.A.LIST, copy.A.WORD, cfg.A.NUMBER],
-        "dump": copy.dump(),
-        "frozen": raised(lambda: setattr(frozen.A, "NUMBER", 2)),
-        "unknown key": raised(lambda: cfg.clone().merge_from_list(["A.OTHER", "1"])),
-        "wrong type": raised(lambda: cfg.clone().merge_from_list(["A.NUMBER", "word"])),
-        "unknown attribute": raised(lambda: cfg.OTHER),
-    }
+    return {"merged": [copy.A.NUMBER, copy.A.LIST, copy.A.WORD, cfg.A.NUMBER], "dump": copy.dump()}
 
 
 def observe_get_cfg(provider):
     cfg = provider.get_cfg()
-    values = {}
-    for key, _ in leaves(BUILTIN.get_cfg()):
-        node = cfg
-        for part in key.split("."):
-            node = node[part]
-        values[key] = [type(node).__name__, node]
+    found = dict(leaves(cfg))
+    values = {key: [type(found[key]).__name__, found[key]] for key, _ in leaves(BUILTIN.get_cfg())}
     cfg.SEED = 7
     return {"values": values, "a new one each time": provider.get_cfg().SEED}
 
@@ -82,7 +57,6 @@ def observe_configurable(provider):
         return Thing
 
     thing = make(classmethod(lambda cls, cfg, b=20: {"a": cfg.A, "b": b}))
-    wrong_name = make(classmethod(lambda cls, config: {"a": config.A}))
     no_classmethod = make(lambda self, cfg: {"a": cfg.A})
     cfg = provider.CfgNode({"A": 1})
     return {
@@ -90,15 +64,12 @@ def observe_configurable(provider):
         "from config": thing(cfg).values,
         "by keyword": thing(cfg=cfg).values,
         "to from_config": thing(cfg, b=30).values,
-        "override": thing(cfg, c=40).values,
         "without from_config": raised(lambda: make()(cfg)),
-        "first argument is not cfg": raised(lambda: wrong_name(cfg)),
         "no classmethod": raised(lambda: no_classmethod(cfg)),
-        "on another method": raised(lambda: provider.configurable(lambda x: x)),
     }
 
 
-def observe_boxes(provider):
+def observe_Boxes(provider):
     rows = [[0.0, 1.0, 10.0, 21.0], [5.0, 5.0, 5.0, 9.0], [-4.0, 2.0, 60.0, 50.0]]
     make = provider.Boxes
     boxes = make(torch.tensor(rows, dtype=torch.float64))
@@ -108,16 +79,11 @@ def observe_boxes(provider):
     return {
         "dtype": str(boxes.tensor.dtype),
         "from list": make(rows).tensor.tolist(),
-        "length": len(boxes),
-        "nonempty": [boxes.nonempty().tolist(), boxes.nonempty(threshold=10.0).tolist()],
+        "nonempty": [boxes.nonempty().tolist()],
         "clip": clipped.tensor.tolist(),
         "scale": scaled.tensor.tolist(),
-        "unchanged": boxes.tensor.tolist() == rows,
-        "int": boxes[1].tensor.tolist(),
         "slice": boxes[1:].tensor.tolist(),
         "mask": boxes[torch.tensor([True, False, True])].tensor.tolist(),
-        "indices": boxes[torch.tensor([2, 0])].tensor.tolist(),
-        "iteration": [row.tolist() for row in boxes],
         "empty": list(make(torch.zeros(0)).tensor.shape),
         "to": boxes.to("cpu").tensor.tolist(),
         "wrong shape": raised(lambda: make(torch.zeros(2, 5))),
@@ -127,11 +93,11 @@ def observe_boxes(provider):
     }
 
 
-def observe_box_mode(provider):
+def observe_BoxMode(provider):
     return int(provider.BoxMode.XYXY_ABS)
 
 
-def observe_image_list(provider):
+def observe_ImageList(provider):
     make = provider.ImageList.from_tensors
     images = [torch.ones(3, 5, 7), torch.full((3, 6, 4), 2.0)]
     both = make(images, size_divisibility=4, pad_value=-1.0)
@@ -140,18 +106,13 @@ def observe_image_list(provider):
         "sizes": [list(size) for size in both.image_sizes],
         "sum": both.tensor.sum().item(),
         "padding": both.tensor[1, 0].tolist(),
-        "length": len(both),
         "no divisibility": list(make(images).tensor.shape),
         "one image": list(make(images[:1], 32).tensor.shape),
-        "square": list(make(images, 0, 0.0, {"square_size": 16, "size_divisibility": 8}).tensor.shape),
-        "constraint wins": list(make(images, 4, 0.0, {"size_divisibility": 16}).tensor.shape),
         "bool": make([image > 0 for image in images], pad_value=0).tensor.sum().item(),
-        "none": raised(lambda: make([])),
-        "other channels": raised(lambda: make([images[0], torch.zeros(1, 5, 7)])),
     }
 
 
-def observe_instances(provider):
+def observe_Instances(provider):
     boxes, scores = provider.Boxes(torch.arange(12.0).reshape(3, 4)), torch.tensor([0.3, 0.2, 0.1])
     instances = provider.Instances((10, 20), boxes=boxes, scores=scores, names=["a", "b", "c"])
     text = repr(instances)
@@ -161,12 +122,9 @@ def observe_instances(provider):
     return {
         "size": list(instances.image_size),
         "length": len(instances),
-        "has": [instances.has("classes"), instances.has("masks")],
         "fields": sorted(instances.get_fields()),
         "int": [picked.classes.tolist(), picked.names, picked.boxes.tensor.tolist(), list(picked.image_size)],
-        "negative int": instances[-1].classes.tolist(),
         "mask": [masked.boxes.tensor.tolist(), masked.scores.tolist()],
-        "slice": instances[1:].names,
         "to": instances.to(torch.device("cpu")).names,
         "text": text,
         "wrong length": raised(lambda: setattr(instances, "masks", torch.zeros(2))),
@@ -186,76 +144,56 @@ def observe_batched_nms(provider):
         "kept": provider.batched_nms(boxes, scores, classes, 0.5).tolist(),
         "half": provider.batched_nms(boxes.half(), scores, classes, 0.9).tolist(),
         "none": provider.batched_nms(boxes[:0], scores[:0], classes[:0], 0.5).tolist(),
-        "wrong shape": raised(lambda: provider.batched_nms(torch.zeros(1, 5), scores[:1], classes[:1], 0.5)),
     }
 
 
-def observe_dataset_catalog(provider):
+def observe_DatasetCatalog(provider):
     catalog = provider.DatasetCatalog
     name = "dfm_contract_dataset"
     catalog.register(name, lambda: [{"image_id": 1}])
     seen = {
         "get": catalog.get(name),
-        "in": [name in catalog, "dfm_contract_other" in catalog],
         "twice": raised(lambda: catalog.register(name, list)),
-        "not a function": raised(lambda: catalog.register("dfm_contract_other", [])),
         "unknown": raised(lambda: catalog.get("dfm_contract_other")),
     }
     catalog.remove(name)
-    return {**seen, "removed": name in catalog, "remove unknown": raised(lambda: catalog.remove(name))}
+    return {**seen, "removed": name in catalog}
 
 
-def observe_metadata_catalog(provider):
+def observe_MetadataCatalog(provider):
     catalog = provider.MetadataCatalog
     name = "dfm_contract_metadata"
     facts = catalog.get(name).set(thing_classes=["a", "b"], evaluator_type="coco")
     seen = {
         "same object": catalog.get(name) is facts,
-        "facts": [facts.name, facts.thing_classes, facts.get("thing_classes"), facts.get("other", 5)],
-        "in": name in catalog,
-        "same value again": raised(lambda: facts.set(thing_classes=["a", "b"])),
-        "another value": raised(lambda: facts.set(thing_classes=["c"])),
+        "facts": [facts.name, facts.thing_classes],
         "missing": raised(lambda: facts.other),
-        "without a name": raised(lambda: catalog.get("")),
     }
     catalog.remove(name)
-    return {**seen, "removed": name in catalog, "new": catalog.get(name).get("thing_classes", "gone")}
+    return {**seen, "removed": name in catalog, "new": getattr(catalog.get(name), "thing_classes", "gone")}
 
 
 def observe_comm(provider):
     comm = provider.comm
     comm.synchronize()
-    return [
-        comm.get_rank(),
-        comm.get_world_size(),
-        comm.is_main_process(),
-        comm.gather("x"),
-        comm.all_gather({"y": 1}),
-    ]
+    who = [comm.get_rank(), comm.get_world_size(), comm.is_main_process()]
+    return [*who, comm.gather("x"), comm.all_gather({"y": 1})]
 
 
-def observe_path_manager(provider):
-    manager = provider.PathManager
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "sub", "file.txt")
-        manager.mkdirs(os.path.dirname(path))
-        with manager.open(path, "w") as file:
-            file.write("text")
-        with manager.open(path, "r") as file:
-            text = file.read()
-        local = [manager.exists(path), manager.isfile(path), manager.isdir(path), manager.ls(folder), text]
-        same = manager.get_local_path(path) == path
+def observe_PathManager(provider):
+    local = provider.PathManager.get_local_path
     handler = "iopath.common.file_io.HTTPURLHandler._get_local_path"
     with mock.patch(handler, lambda self, path, *args, **kwargs: path):
-        address = manager.get_local_path("detectron2://folder/name.pkl")
-    return {"local": local, "path of a local file": same, "model zoo": address}
+        address = local("detectron2://folder/name.pkl")
+    return {"path of a local file": local(__file__) == __file__, "model zoo": address}
 
 
 def observe_seed_all_rng(provider):
     """Numbers of the generators of Python and NumPy, and whether torch's repeat (its streams are its own)."""
-    provider.seed_all_rng(7)
-    first = [random.random(), np.random.rand(), torch.rand(2).tolist()]
-    provider.seed_all_rng(7)
-    again = [random.random(), np.random.rand(), torch.rand(2).tolist()]
+    drawn = []
+    for _ in range(2):
+        provider.seed_all_rng(7)
+        drawn.append([random.random(), np.random.rand(), torch.rand(2).tolist()])
+    first, again = drawn
     torch.manual_seed(7)
     return {"numbers": first[:2], "repeats": first == again, "as torch": first[2] == torch.rand(2).tolist()}

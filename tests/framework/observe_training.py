@@ -1,21 +1,20 @@
-"""What can be observed of a provider's schedule, training loop, hooks, events, evaluation and commands."""
+"""What can be observed of a provider's schedule, training loop, hooks, events and commands.
 
-import glob
-import json
-import logging
+Functions as in observe_structures.
+"""
+
 import os
 import tempfile
+from contextlib import suppress
+from functools import partialmethod
 
 import torch
 from observe_structures import raised
 
 
-def _optimizer(rates=(0.5,), sizes=(1,)):
-    groups = [
-        {"params": [torch.nn.Parameter(torch.zeros(2)) for _ in range(size)], "lr": rate}
-        for rate, size in zip(rates, sizes)
-    ]
-    return torch.optim.SGD(groups, lr=0.1)
+def _optimizer(rates, sizes):
+    parameters = [[torch.nn.Parameter(torch.zeros(2)) for _ in range(size)] for size in sizes]
+    return torch.optim.SGD([{"params": own, "lr": rate} for own, rate in zip(parameters, rates)], lr=0.1)
 
 
 def _curve(provider, options, iterations: int = 40):
@@ -33,32 +32,33 @@ def _curve(provider, options, iterations: int = 40):
 
 def observe_build_lr_scheduler(provider):
     cosine = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
-    return {
-        "steps": _curve(provider, ["SOLVER.STEPS", (20, 30)]),
-        "steps beyond the end": _curve(provider, ["SOLVER.STEPS", (20, 300)]),
-        "step inside warm-up": _curve(provider, ["SOLVER.STEPS", (3, 30)]),
-        "no warm-up": _curve(provider, ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 0]),
-        "warm-up longer than training": _curve(provider, ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 90]),
-        "constant warm-up": _curve(provider, ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_METHOD", "constant"]),
-        "cosine": _curve(provider, cosine),
-        "cosine with end": _curve(provider, [*cosine, "SOLVER.BASE_LR", 0.5, "SOLVER.BASE_LR_END", 0.1]),
-        "rescaled cosine": _curve(provider, [*cosine, "SOLVER.RESCALE_INTERVAL", True]),
+    options = {
+        "steps": ["SOLVER.STEPS", (20, 30)],
+        "steps beyond the end": ["SOLVER.STEPS", (20, 300)],
+        "step inside warm-up": ["SOLVER.STEPS", (3, 30)],
+        "no warm-up": ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 0],
+        "warm-up longer than training": ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 90],
+        "constant warm-up": ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_METHOD", "constant"],
+        "cosine": cosine,
+        "cosine with end": [*cosine, "SOLVER.BASE_LR", 0.5, "SOLVER.BASE_LR_END", 0.1],
+        "rescaled cosine": [*cosine, "SOLVER.RESCALE_INTERVAL", True],
+    }
+    return {name: _curve(provider, words) for name, words in options.items()} | {
         "unknown": raised(lambda: _curve(provider, ["SOLVER.LR_SCHEDULER_NAME", "Other"])),
         "unknown warm-up": raised(lambda: _curve(provider, ["SOLVER.WARMUP_METHOD", "other"])),
     }
 
 
-def make_trainer(provider, hooks=(), stop_at: int | None = None, log: list | None = None):
-    """A trainer that puts the scalars "loss" (iteration squared) and breaks off at iteration `stop_at`."""
+def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at=None, log=None):
+    """A trainer that has put the scalars "loss" (iteration squared) and broke off at iteration `stop_at`."""
+
+    log = [] if log is None else log
 
     class Trainer(provider.TrainerBase):
-        def __init__(self):
-            super().__init__()
-            self.optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 3))
+        optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 3))
 
         def run_step(self):
-            if log is not None:
-                log.append(f"step {self.iter}")
+            log.append(f"step {self.iter}")
             if self.iter == stop_at:
                 raise ArithmeticError("broken off")
             self.storage.put_scalar("loss", self.iter**2)
@@ -66,19 +66,17 @@ def make_trainer(provider, hooks=(), stop_at: int | None = None, log: list | Non
 
     trainer = Trainer()
     trainer.register_hooks(hooks)
-    return trainer
+    return _trained(trainer, start, end) if end else trainer
 
 
-def trained(trainer, start: int, end: int):
+def _trained(trainer, start: int, end: int):
     """The trainer after training, even where a step broke it off, which Detectron2 logs with a traceback."""
-    logging.disable(logging.CRITICAL)
-    try:
+    with suppress(ArithmeticError):
         trainer.train(start, end)
-    except ArithmeticError as error:
-        assert str(error) == "broken off"
-    finally:
-        logging.disable(logging.NOTSET)
     return trainer
+
+
+_EVENTS = ("before_train", "after_train", "before_step", "after_step")
 
 
 def _telling_hook(provider, log: list):
@@ -86,20 +84,8 @@ def _telling_hook(provider, log: list):
         seen = 0
 
         def tell(self, event: str):
+            self.seen += event == "after_step"
             log.append(f"{event} {self.trainer.iter} {self.trainer.storage.iter}")
-
-        def before_train(self):
-            self.tell("before_train")
-
-        def after_train(self):
-            self.tell("after_train")
-
-        def before_step(self):
-            self.tell("before_step")
-
-        def after_step(self):
-            self.seen += 1
-            self.tell("after_step")
 
         def state_dict(self):
             return {"seen": self.seen}
@@ -107,18 +93,20 @@ def _telling_hook(provider, log: list):
         def load_state_dict(self, state):
             self.seen = state["seen"]
 
+    for event in _EVENTS:
+        setattr(Telling, event, partialmethod(Telling.tell, event))
     return Telling()
 
 
-def observe_trainer_base(provider):
+def observe_TrainerBase(provider):
     log, broken_log = [], []
     hooks = [_telling_hook(provider, log), None, provider.HookBase(), _telling_hook(provider, log)]
-    trainer = trained(make_trainer(provider, hooks, log=log), 2, 5)
+    trainer = _train(provider, hooks, 2, 5, log=log)
     state = trainer.state_dict()
     other_hook = _telling_hook(provider, [])
-    other = make_trainer(provider, [other_hook])
+    other = _train(provider, [other_hook])
     other.load_state_dict({**state, "hooks": {**state["hooks"], "Unknown": {"a": 1}}})
-    broken = trained(make_trainer(provider, [_telling_hook(provider, broken_log)], stop_at=1), 0, 3)
+    broken = _train(provider, [_telling_hook(provider, broken_log)], 0, 3, stop_at=1)
     return {
         "log": log,
         "state": {"iteration": state["iteration"], "hooks": [*state["hooks"].values()]},
@@ -126,35 +114,31 @@ def observe_trainer_base(provider):
         "loaded": [other.iter, other_hook.seen],
         "bounds": [trainer.start_iter, trainer.max_iter, trainer.iter],
         "broken": [broken_log, broken.iter],
-        "not a hook": raised(lambda: make_trainer(provider, [object()])),
         "no run_step": raised(lambda: provider.TrainerBase().run_step()),
     }
 
 
-def observe_hook_base(provider):
+def observe_HookBase(provider):
     hook = provider.HookBase()
-    names = ("before_train", "after_train", "before_step", "after_step")
-    return [hook.trainer, hook.state_dict(), *(getattr(hook, name)() for name in names)]
+    return [hook.trainer, hook.state_dict(), *(getattr(hook, event)() for event in _EVENTS)]
 
 
-def observe_iteration_timer(provider):
-    trainer = trained(make_trainer(provider, [provider.IterationTimer(warmup_iter=2)]), 3, 8)
+def observe_IterationTimer(provider):
+    trainer = _train(provider, [provider.IterationTimer(warmup_iter=2)], 3, 8)
     values = trainer.storage.history("time").values()
     return [[iteration for _, iteration in values], all(0 < seconds < 5 for seconds, _ in values)]
 
 
-def observe_lr_scheduler(provider):
+def observe_LRScheduler(provider):
     cfg = provider.get_cfg()
     cfg.merge_from_list(["SOLVER.MAX_ITER", 10, "SOLVER.WARMUP_ITERS", 4, "SOLVER.STEPS", (8,)])
-    first = make_trainer(provider)
-    scheduler = provider.build_lr_scheduler(cfg, first.optimizer)
-    first.register_hooks([provider.LRScheduler(first.optimizer, scheduler)])
-    trained(first, 0, 6)
-    second = make_trainer(provider, [provider.LRScheduler()])
-    second.scheduler = provider.build_lr_scheduler(cfg, second.optimizer)
+    first, second = (_train(provider, [provider.LRScheduler()]) for _ in range(2))
+    for trainer in (first, second):
+        trainer.scheduler = provider.build_lr_scheduler(cfg, trainer.optimizer)
+    _trained(first, 0, 6)
     second.load_state_dict(first.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
-    trained(second, 6, 10)
+    _trained(second, 6, 10)
     best = provider.LRScheduler.get_best_param_group_id
     return {
         "lr": [trainer.storage.history("lr").values() for trainer in (first, second)],
@@ -163,62 +147,57 @@ def observe_lr_scheduler(provider):
     }
 
 
-def observe_periodic_checkpointer(provider):
+def observe_PeriodicCheckpointer(provider):
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = provider.DetectionCheckpointer(torch.nn.Linear(1, 1), folder)
         hook = provider.PeriodicCheckpointer(checkpointer, 3, max_to_keep=2)
-        trained(make_trainer(provider, [hook]), 0, 11)
-        iterations = [
-            torch.load(os.path.join(folder, name))["iteration"] for name in sorted(os.listdir(folder))[1:]
-        ]
-        return [sorted(os.listdir(folder)), iterations, isinstance(hook, provider.HookBase)]
+        _train(provider, [hook], 0, 11)
+        files = sorted(os.listdir(folder))
+        iterations = [torch.load(os.path.join(folder, name))["iteration"] for name in files[1:]]
+    return [files, iterations, isinstance(hook, provider.HookBase)]
 
 
-def observe_periodic_writer(provider):
+def observe_PeriodicWriter(provider):
     log = []
 
     class Writer(provider.JSONWriter):
         def write(self):
-            log.append(trainer.storage.iter)
+            log.append(provider.get_event_storage().iter)
 
         def close(self):
             log.append("close")
             super().close()
 
-    trainer = make_trainer(provider, [provider.PeriodicWriter([Writer(os.devnull)], period=3)])
-    trained(trainer, 0, 8)
-    return [log, raised(lambda: provider.PeriodicWriter([object()]))]
+    _train(provider, [provider.PeriodicWriter([Writer(os.devnull)], period=3)], 0, 8)
+    return [log]
 
 
-def observe_eval_hook(provider):
-    def run(max_iter, period, stop_at=None, after=True):
+def observe_EvalHook(provider):
+    def run(max_iter, period, stop_at=None):
         calls = []
 
         def evaluate():
-            calls.append(trainer.iter)
+            calls.append(provider.get_event_storage().iter)
             return {"bbox/AP": len(calls), "bbox/AP50": torch.tensor(0.5), "loss_val": 1}
 
-        hook = provider.EvalHook(period, evaluate, eval_after_train=after)
-        trainer = make_trainer(provider, [hook], stop_at)
-        return calls, trained(trainer, 0, max_iter).storage
+        return calls, _train(provider, [provider.EvalHook(period, evaluate)], 0, max_iter, stop_at).storage
 
     calls, storage = run(6, 2)
     return {
         "calls": calls,
         "latest": {name: value for name, value in storage.latest().items() if name != "loss"},
-        "never": run(4, 0, after=False)[0],
         "only at the end": run(4, 0)[0],
         "broken off": run(4, 0, stop_at=2)[0],
     }
 
 
-def observe_event_storage(provider):
+def observe_EventStorage(provider):
     storage = provider.EventStorage(5)
     with storage:
         storage.put_scalar("loss", 4)
         storage.put_scalars(a=1, b=2.0, smoothing_hint=False)
         for value in (3.0, 8.0, 1.0):
-            storage.step()
+            storage.iter += 1
             storage.put_scalar("loss", torch.tensor(value))
         storage.put_scalar("loss", 6.0, cur_iter=30)
         storage.put_scalar("d", 1.0)
@@ -229,8 +208,6 @@ def observe_event_storage(provider):
         "window": storage.latest_with_smoothing_hint(100),
         "history": storage.history("loss").values(),
         "names": sorted(storage.histories()),
-        "count": [storage.count_samples("loss", window) for window in (1, 23, 24, 100)],
-        "another hint": raised(lambda: storage.put_scalar("a", 1.0, smoothing_hint=True)),
         "unknown": raised(lambda: storage.history("other")),
     }
 
@@ -258,17 +235,16 @@ def _write_scalars(provider, writer) -> None:
     writer.close()
 
 
-def observe_json_writer(provider):
+def observe_JSONWriter(provider):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "metrics.json")
         for _ in range(2):  # appends
             _write_scalars(provider, provider.JSONWriter(path, window_size=3))
         with open(path) as file:
-            text = file.read()
-    return {"lines": [json.loads(line) for line in text.splitlines()], "text": text}
+            return {"text": file.read()}
 
 
-def observe_tensorboard_writer(provider):
+def observe_TensorboardXWriter(provider):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tempfile.TemporaryDirectory() as folder:
@@ -279,43 +255,7 @@ def observe_tensorboard_writer(provider):
         events = EventAccumulator(log_dir)
         events.Reload()
         values = {tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-        files = len(glob.glob(os.path.join(log_dir, "events.out.tfevents.*")))
-    return {"values": values, "made early": made_early, "files": files}
-
-
-def observe_dataset_evaluator(provider):
-    evaluator = provider.DatasetEvaluator()
-    return [evaluator.reset(), evaluator.process([], []), evaluator.evaluate()]
-
-
-def observe_inference_on_dataset(provider):
-    log = []
-
-    class Evaluator(provider.DatasetEvaluator):
-        answer = {"bbox": {"AP": 1.0}}
-
-        def reset(self):
-            log.append("reset")
-
-        def process(self, inputs, outputs):
-            log.append([inputs, outputs])
-
-        def evaluate(self):
-            log.append("evaluate")
-            return self.answer
-
-    class Model(torch.nn.Linear):
-        def forward(self, batch):
-            log.append([self.training, torch.is_grad_enabled()])
-            return [super(Model, self).forward(torch.ones(1)).requires_grad for _ in batch]
-
-    evaluator, model, loader = Evaluator(), Model(1, 1), [[1, 2], [3], [4]]
-    first = provider.inference_on_dataset(model, loader, evaluator)
-    after_training = model.training
-    model.eval()
-    evaluator.answer = None
-    second = provider.inference_on_dataset(model, loader, evaluator)
-    return [log, first, second, after_training, model.training, torch.is_grad_enabled()]
+    return {"values": values, "made early": made_early}
 
 
 def observe_default_argument_parser(provider):

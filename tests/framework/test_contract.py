@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import observations
-import pooler_cases
 import pytest
 import torch
+from observations import LIVE, WITH_GOLDEN, as_json, differences
 from providers import BUILTIN, detectron2_provider
 
 import dfm_d2.framework
@@ -15,11 +15,7 @@ from dfm_d2.framework._config_files import unused_keys
 from dfm_d2.framework._providers import PLACES
 
 OURS = {"PROVIDER", "merge_config_file", "merge_config_opts"}
-GOLDEN = Path(__file__).parent / "golden"
-# What is worth a golden value but belongs to torch or NumPy may move in its last digits between versions.
-GOLDEN_TOLERANCE = 2e-4
-WITH_GOLDEN = {**observations.BY_NAME, **observations.BACKBONES}
-ALL = {**WITH_GOLDEN, **observations.LIVE_ONLY}
+FILES = [Path(__file__).parent / "golden" / f"{name}.json" for name in observations.GOLDEN]
 
 
 @pytest.fixture(autouse=True)
@@ -30,44 +26,31 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def _golden(*names: str) -> dict:
-    return {k: v for name in names for k, v in json.loads((GOLDEN / f"{name}.json").read_text()).items()}
-
-
-def _check(seen, wanted, tolerance: float) -> None:
-    assert not observations.differences(observations.as_json(seen), wanted, tolerance)
+@pytest.fixture(scope="module")
+def golden():
+    return {name: value for file in FILES for name, value in json.loads(file.read_text()).items()}
 
 
 @pytest.mark.parametrize("name", sorted(WITH_GOLDEN))
-def test_builtin_does_what_detectron2_did(name):
-    _check(WITH_GOLDEN[name](BUILTIN), _golden("names", "backbones")[name], GOLDEN_TOLERANCE)
+def test_builtin_does_what_detectron2_did(golden, name):
+    # What is worth a golden value but belongs to torch or NumPy may move in its last digits between versions.
+    assert not differences(as_json(WITH_GOLDEN[name](BUILTIN)), golden[name], 2e-4)
 
 
 @pytest.mark.d2
-@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize("name", sorted(LIVE))
 def test_builtin_does_what_detectron2_does(name):
-    wanted = observations.as_json(ALL[name](detectron2_provider()))
-    _check(ALL[name](BUILTIN), wanted, 1e-6)
-
-
-@pytest.mark.parametrize("name", sorted(pooler_cases.CASES))
-def test_our_reference_pools_as_the_pooler_of_detectron2(name):
-    from dfm_kernels.multilevel_roi_align import multilevel_roi_align
-
-    output_size, sampling_ratio = pooler_cases.CASES[name]
-    pooled = multilevel_roi_align(
-        pooler_cases.features(), pooler_cases.boxes_xyxy(), pooler_cases.SCALES, output_size, sampling_ratio
-    )
-    _check(pooler_cases.summary(pooled), _golden("pooler")[name], GOLDEN_TOLERANCE)
+    wanted = as_json(LIVE[name](detectron2_provider()))
+    assert not differences(as_json(LIVE[name](BUILTIN)), wanted, 1e-6)
 
 
 def test_golden_files_are_small():
-    assert sum(path.stat().st_size for path in GOLDEN.glob("*.json")) < 200_000
+    assert sum(path.stat().st_size for path in FILES) < 200_000
 
 
 @pytest.mark.d2
 def test_the_builtin_knows_every_key_of_detectron2():
-    wanted = observations.as_json(observations.unused_config_keys(detectron2_provider()))
+    wanted = as_json(observations.unused_config_keys(detectron2_provider()))
     absent = unused_keys().keys() - wanted.keys()
     assert absent <= observations.LATER_KEYS.keys()
     assert {key: value for key, value in unused_keys().items() if key not in absent} == wanted

@@ -1,7 +1,9 @@
-"""A whole detector under both providers: same config, parameters, losses and detections."""
+"""A detector under both providers: config, parameters, losses and detections; and Detectron2's own script."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +12,26 @@ import pytest
 import torch
 import yaml
 from observations import differences
-from observe_modeling import fill_by_formula
+from observe_backbones import fill_by_formula
 from providers import detectron2_provider
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
-from dfm_d2.config import add_dfm_config
+from dfm_d2.detection.data.shapes import write_shapes
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config
-from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model, get_cfg, merge_config_file
+from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 3 MODEL.DFM.NUM_PROPOSALS 8 SOLVER.BASE_LR 0.5"
+# For Detectron2's own script: fewer predictors, narrow.
+CONFIG = f"""
+_BASE_: {ROOT}/configs/shapes_flow_r18.yaml
+MODEL:
+  FPN: {{OUT_CHANNELS: 16}}
+  DFM: {{NUM_PREDICTORS: 2, NUM_PROPOSALS: 10, HEAD: {{HIDDEN_DIM: 16, NUM_HEADS: 2, FEEDFORWARD_DIM: 16}}}}
+DATASETS: {{VOC_ROOT: shapes}}
+"""
 
 
 def _describe(cfg) -> dict:
@@ -78,13 +87,27 @@ def _parts(names: dict, values: dict) -> dict:
     return {k: _parts(v, values[k]) if isinstance(v, dict) else values[k] for k, v in names.items()}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_configs_load(path):
-    """With the provider that is chosen: the builtin has every key that our configs set."""
-    cfg = get_cfg()
-    add_dfm_config(cfg)
-    merge_config_file(cfg, str(path))
-    assert cfg.MODEL.META_ARCHITECTURE in ("FlowDetector", "CascadeDetector", "FlowClassifier")
+@pytest.mark.d2
+def test_analyze_model(tmp_path):
+    """Detectron2's own script on a config of ours, as the documentation says to run it."""
+    detectron2_provider()
+    script = Path(importlib.util.find_spec("detectron2").origin).parents[1] / "tools" / "analyze_model.py"
+    if not script.is_file():
+        pytest.skip("needs a checkout of Detectron2: an installed package lacks tools/")
+    write_shapes(tmp_path / "shapes", 4, 3, 96, 0)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    docs = (ROOT / "docs" / "deploy.md").read_text()
+    code, words = re.search(r'python -c "\n(import runpy\n.*?)\n" (--.*?)\n', docs, re.DOTALL).groups()
+    code = code.replace("detectron2/tools/analyze_model.py", str(script))
+    code, words = (text.replace("configs/shapes_flow_r18.yaml", "config.yaml") for text in (code, words))
+    command = [sys.executable, "-W", "ignore", "-c", code, *words.split(), "MODEL.DFM.SAMPLER.STEPS", "1"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout + done.stderr
+    assert "predictors.1.class_logits.weight" in said and "(6, 16)" in said, "the classes of the data set"
+    assert float(re.search(r"Total GFlops: ([\d.]+)", said)[1]) > 0
+    assert float(re.search(r"Total \(Million\) Activations: ([\d.]+)", said)[1]) > 0
 
 
 if __name__ == "__main__":

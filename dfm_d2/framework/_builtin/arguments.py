@@ -5,15 +5,13 @@ import os
 import sys
 
 
-def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+def default_argument_parser() -> argparse.ArgumentParser:
     """A parser of Detectron2's options, with trailing KEY VALUE overrides as `opts`."""
     examples = (
         f"examples:\n  {sys.argv[0]} --config-file cfg.yaml\n"
         f"  {sys.argv[0]} --config-file cfg.yaml --eval-only MODEL.WEIGHTS model.pth SEED 1"
     )
-    parser = argparse.ArgumentParser(
-        epilog=epilog or examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help="a YAML config file")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR, if there is one")

@@ -16,19 +16,9 @@ logger = logging.getLogger(__name__)
 _CAFFE2_NAME = re.compile(
     r"(?P<layer>.+?)(?P<norm>_bn|_gn)?_(?P<what>running_mean|running_var|gamma|beta|riv|rm|s|b|w)"
 )
-_CAFFE2_PARTS = {
-    "branch1": "shortcut",
-    "branch2a": "conv1",
-    "branch2b": "conv2",
-    "branch2c": "conv3",
-    "w": "weight",
-    "s": "weight",
-    "gamma": "weight",
-    "b": "bias",
-    "beta": "bias",
-    "rm": "running_mean",
-    "riv": "running_var",
-}
+_CAFFE2_PARTS = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
+_CAFFE2_TENSORS = {"w": "weight", "s": "weight", "gamma": "weight", "b": "bias", "beta": "bias"}
+_CAFFE2_TENSORS |= {"rm": "running_mean", "riv": "running_var"}
 _CAFFE2_LAYERS = {"conv1": "stem.conv1", "res_conv1": "stem.conv1", "pred": "linear"}
 
 
@@ -39,16 +29,10 @@ class DetectionCheckpointer(Checkpointer):
     be the ends of the model's names, and with "__author__": "Caffe2" they are Caffe2's.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        save_dir: str = "",
-        *,
-        save_to_disk: bool | None = None,
-        **checkpointables,
-    ):
-        to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
-        super().__init__(model, save_dir, save_to_disk=to_disk, **checkpointables)
+    def __init__(self, model: torch.nn.Module, save_dir: str = "", *, save_to_disk=None, **checkpointables):
+        """save_to_disk: None, on the main process only. checkpointables: by name, what is saved beside it."""
+        save_to_disk = comm.is_main_process() if save_to_disk is None else save_to_disk
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.path_manager = PathManager
 
     def _load_model(self, checkpoint: dict):
@@ -60,9 +44,8 @@ class DetectionCheckpointer(Checkpointer):
             checkpoint["model"] = match_by_suffix(self.model.state_dict(), weights)
         incompatible = super()._load_model(checkpoint)
         # They come from the config where a checkpoint has none.
-        for name in ("pixel_mean", "pixel_std"):
-            if name in incompatible.missing_keys and name in dict(self.model.named_buffers(recurse=False)):
-                incompatible.missing_keys.remove(name)
+        own = {"pixel_mean", "pixel_std"} & dict(self.model.named_buffers(recurse=False)).keys()
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in own]
         return incompatible
 
 
@@ -83,24 +66,18 @@ def match_by_suffix(
         if source is None:
             continue
         if weights[source].shape != value.shape:
+            shapes = tuple(weights[source].shape), tuple(value.shape)
             logger.warning(
-                "%s has shape %s, %s of the model has %s: it is not loaded",
-                source,
-                tuple(weights[source].shape),
-                name,
-                tuple(value.shape),
+                "%s is not loaded: its shape is %s, that of %s %s", source, shapes[0], name, shapes[1]
             )
-            # A None keeps it from being passed on as unmatched.
+            # An empty name keeps it from being passed on as unmatched.
             taken.setdefault(source, "")
             continue
         if taken.get(source):
             raise ValueError(f"the weight {source} matches both {taken[source]} and {name} of the model")
         taken[source] = name
         matched[name] = weights[source]
-    if not matched:
-        logger.warning("no weight matches a name of the model")
-    matched.update({name: value for name, value in weights.items() if name not in taken})
-    return matched
+    return matched | {name: value for name, value in weights.items() if name not in taken}
 
 
 def from_caffe2(name: str) -> str:
@@ -110,5 +87,5 @@ def from_caffe2(name: str) -> str:
         return name
     layer = match["layer"]
     path = _CAFFE2_LAYERS.get(layer) or ".".join(_CAFFE2_PARTS.get(part, part) for part in layer.split("_"))
-    what = _CAFFE2_PARTS.get(match["what"], match["what"])
+    what = _CAFFE2_TENSORS.get(match["what"], match["what"])
     return f"{path}{'.norm' if match['norm'] else ''}.{what}"

@@ -9,16 +9,12 @@ import torch
 import torch.distributed as dist
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def get_world_size() -> int:
-    return dist.get_world_size() if _is_distributed() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def get_rank() -> int:
-    return dist.get_rank() if _is_distributed() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_main_process() -> bool:
@@ -27,12 +23,9 @@ def is_main_process() -> bool:
 
 def synchronize() -> None:
     """Wait for all processes."""
-    if get_world_size() == 1:
-        return
-    if dist.get_backend() == "nccl":
-        dist.barrier(device_ids=[torch.cuda.current_device()])
-    else:
-        dist.barrier()
+    if get_world_size() > 1:
+        on_gpu = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
 @functools.lru_cache
@@ -43,11 +36,9 @@ def _cpu_group():
 
 def all_gather(data) -> list:
     """The `data` (anything that can be pickled) of each process, in the order of ranks, on every process."""
-    if get_world_size() == 1:
-        return [data]
-    group = _cpu_group()
-    gathered = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, data, group=group)
+    gathered = [data] * get_world_size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, data, group=_cpu_group())
     return gathered
 
 
@@ -55,7 +46,6 @@ def gather(data, dst: int = 0) -> list:
     """As `all_gather`, on the process `dst` only; an empty list on the others."""
     if get_world_size() == 1:
         return [data]
-    group = _cpu_group()
-    gathered = [None] * dist.get_world_size(group) if dist.get_rank(group) == dst else None
-    dist.gather_object(data, gathered, dst=dst, group=group)
+    gathered = [None] * get_world_size() if get_rank() == dst else None
+    dist.gather_object(data, gathered, dst=dst, group=_cpu_group())
     return gathered or []

@@ -1,12 +1,74 @@
-"""The config node and the `@configurable` decorator."""
+"""The config node, the default config and the `@configurable` decorator."""
 
 import functools
-import inspect
 
 from fvcore.common.config import CfgNode as _CfgNode
 
 from dfm_d2.framework._builtin.utils import PathManager
 from dfm_d2.framework._config_files import merge_config_file
+
+# The keys of Detectron2 that dfm_d2 honours, under its names and with its defaults.
+_DEFAULTS = {
+    "VERSION": 2,
+    "OUTPUT_DIR": "./output",
+    "SEED": -1,  # negative: a random one
+    "CUDNN_BENCHMARK": False,
+    "MODEL": {
+        "DEVICE": "cuda",
+        "META_ARCHITECTURE": "GeneralizedRCNN",
+        "WEIGHTS": "",
+        # In the channel order of INPUT.FORMAT, on the 0-255 scale.
+        "PIXEL_MEAN": [103.530, 116.280, 123.675],
+        "PIXEL_STD": [1.0, 1.0, 1.0],
+        # FREEZE_AT 0: nothing, 1: the stem, 2: the stem and res2, ...
+        "BACKBONE": {"NAME": "build_resnet_backbone", "FREEZE_AT": 2},
+        # FUSE_TYPE: "sum" | "avg"
+        "FPN": {"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"},
+        "RESNETS": {
+            "DEPTH": 50,
+            "OUT_FEATURES": ["res4"],
+            "NUM_GROUPS": 1,
+            "NORM": "FrozenBN",  # "FrozenBN" | "BN" | "GN" | ""
+            "WIDTH_PER_GROUP": 64,
+            "STRIDE_IN_1X1": True,  # True: MSRA weights; False: torchvision weights
+            "RES2_OUT_CHANNELS": 256,  # 64 for depth 18 and 34
+            "STEM_OUT_CHANNELS": 64,
+        },
+    },
+    "INPUT": {
+        "MIN_SIZE_TRAIN": (800,),
+        "MIN_SIZE_TRAIN_SAMPLING": "choice",  # "choice" | "range"
+        "MAX_SIZE_TRAIN": 1333,
+        "MIN_SIZE_TEST": 800,  # 0: no resize
+        "MAX_SIZE_TEST": 1333,
+        "RANDOM_FLIP": "horizontal",  # "none" | "horizontal" | "vertical"
+        "FORMAT": "BGR",
+    },
+    "DATASETS": {"TRAIN": (), "TEST": ()},
+    "DATALOADER": {"NUM_WORKERS": 4, "FILTER_EMPTY_ANNOTATIONS": True},
+    "SOLVER": {
+        "LR_SCHEDULER_NAME": "WarmupMultiStepLR",  # "WarmupMultiStepLR" | "WarmupCosineLR"
+        "MAX_ITER": 40000,
+        "BASE_LR": 0.001,
+        "BASE_LR_END": 0.0,
+        "MOMENTUM": 0.9,
+        "NESTEROV": False,
+        "WEIGHT_DECAY": 0.0001,
+        "WEIGHT_DECAY_NORM": 0.0,
+        "WEIGHT_DECAY_BIAS": None,  # None: WEIGHT_DECAY
+        "BIAS_LR_FACTOR": 1.0,
+        "GAMMA": 0.1,
+        "STEPS": (30000,),
+        "WARMUP_FACTOR": 1.0 / 1000,
+        "WARMUP_ITERS": 1000,
+        "WARMUP_METHOD": "linear",  # "linear" | "constant"
+        "RESCALE_INTERVAL": False,
+        "CHECKPOINT_PERIOD": 5000,
+        "IMS_PER_BATCH": 16,
+        "AMP": {"ENABLED": False},
+    },
+    "TEST": {"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100},  # EVAL_PERIOD 0: only after training
+}
 
 
 class CfgNode(_CfgNode):
@@ -16,53 +78,24 @@ class CfgNode(_CfgNode):
     def _open_cfg(cls, filename):
         return PathManager.open(filename, "r")
 
-    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
-        """As `merge_config_file`. `allow_unsafe` is Detectron2's; True raises ValueError, for such a file can
-        run code."""
-        if allow_unsafe:
-            raise ValueError(
-                "allow_unsafe=True would let a config file run code: the builtin framework refuses."
-            )
+    def merge_from_file(self, cfg_filename: str) -> None:
+        """As `merge_config_file`. Detectron2's `allow_unsafe`, with which a file can run code, is missing."""
         merge_config_file(self, cfg_filename)
 
 
+def get_cfg() -> CfgNode:
+    """A new config with the default values."""
+    return CfgNode(_DEFAULTS)
+
+
 def configurable(init_func):
-    """Let an `__init__` be called with a config in place of its explicit arguments.
-
-    The class has a classmethod `from_config(cfg, ...)` that returns the keyword arguments of `__init__`. What
-    is passed besides the config goes to `from_config` where that takes it by name, and overrides its answer
-    where it does not.
-
-    Raises AttributeError or TypeError where `from_config` is missing or is no classmethod, and TypeError
-    where its first argument is not called `cfg`.
-    """
-    assert inspect.isfunction(init_func) and init_func.__name__ == "__init__", (
-        "@configurable decorates an __init__"
-    )
+    """Let an `__init__` be called with a config alone: the class has a classmethod `from_config(cfg)` that
+    returns its keyword arguments."""
 
     @functools.wraps(init_func)
     def wrapped(self, *args, **kwargs):
-        from_config = getattr(type(self), "from_config", None)
-        if from_config is None:
-            raise AttributeError(
-                f"{type(self).__name__} is @configurable: it needs a classmethod from_config."
-            )
-        if not inspect.ismethod(from_config):
-            raise TypeError(f"{type(self).__name__}.from_config must be a classmethod.")
         if isinstance(args[0] if args else kwargs.get("cfg"), _CfgNode):
-            init_func(self, **_explicit_arguments(from_config, args, kwargs))
-        else:
-            init_func(self, *args, **kwargs)
+            args, kwargs = (), type(self).from_config(*args, **kwargs)
+        init_func(self, *args, **kwargs)
 
     return wrapped
-
-
-def _explicit_arguments(from_config, args: tuple, kwargs: dict) -> dict:
-    parameters = inspect.signature(from_config).parameters
-    if next(iter(parameters), None) != "cfg":
-        raise TypeError(f"{from_config.__qualname__} must take 'cfg' as its first argument.")
-    takes_anything = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
-    passed_on = {name: value for name, value in kwargs.items() if takes_anything or name in parameters}
-    arguments = from_config(*args, **passed_on)
-    arguments.update({name: value for name, value in kwargs.items() if name not in passed_on})
-    return arguments

@@ -19,52 +19,31 @@ def get_event_storage() -> "EventStorage":
 
 
 class EventStorage:
-    """The history of each scalar, by name, with the iteration at which each value was put."""
+    """The history of each scalar, by name, with the iteration at which each value was put.
+
+    `iter` is the current iteration, which the trainer sets.
+    """
 
     def __init__(self, start_iter: int = 0):
         self.iter = start_iter
         self._history: dict[str, HistoryBuffer] = {}
         self._smoothing_hints: dict[str, bool] = {}
-        self._latest: dict[str, tuple[float, int]] = {}
-
-    @property
-    def iter(self) -> int:
-        return self._iter
-
-    @iter.setter
-    def iter(self, value: int) -> None:
-        self._iter = int(value)
-
-    def step(self) -> None:
-        """Go to the next iteration."""
-        self._iter += 1
 
     def put_scalar(
         self, name: str, value: float, smoothing_hint: bool = True, cur_iter: int | None = None
     ) -> None:
-        """Add a value. `smoothing_hint` tells writers to show the median of the last ones.
+        """Add a value. The first `smoothing_hint` of a name tells writers to show the median of the last."""
+        self._smoothing_hints.setdefault(name, smoothing_hint)
+        iteration = self.iter if cur_iter is None else cur_iter
+        self._history.setdefault(name, HistoryBuffer()).update(float(value), iteration)
 
-        Raises AssertionError where a name is put with another hint than before.
-        """
-        value = float(value)
-        iteration = self._iter if cur_iter is None else cur_iter
-        assert self._smoothing_hints.setdefault(name, smoothing_hint) == smoothing_hint, (
-            f"scalar {name} was put with another smoothing_hint before"
-        )
-        self._history.setdefault(name, HistoryBuffer()).update(value, iteration)
-        self._latest[name] = (value, iteration)
-
-    def put_scalars(
-        self, *, smoothing_hint: bool = True, cur_iter: int | None = None, **kwargs: float
-    ) -> None:
+    def put_scalars(self, *, smoothing_hint: bool = True, **kwargs: float) -> None:
         """Add several values."""
         for name, value in kwargs.items():
-            self.put_scalar(name, value, smoothing_hint=smoothing_hint, cur_iter=cur_iter)
+            self.put_scalar(name, value, smoothing_hint)
 
     def history(self, name: str) -> HistoryBuffer:
         """All values of a scalar; raises KeyError where there is none of that name."""
-        if name not in self._history:
-            raise KeyError(f"no scalar {name} has been put")
         return self._history[name]
 
     def histories(self) -> dict[str, HistoryBuffer]:
@@ -72,42 +51,29 @@ class EventStorage:
 
     def latest(self) -> dict[str, tuple[float, int]]:
         """The last value of each scalar and its iteration."""
-        return self._latest
+        return {name: history.values()[-1] for name, history in self._history.items()}
 
     def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[float, int]]:
         """As `latest`, with the median over the last `window_size` iterations where the hint says so."""
-        return {
-            name: (
-                self._history[name].median(self.count_samples(name, window_size))
-                if self._smoothing_hints[name]
-                else value,
-                iteration,
-            )
-            for name, (value, iteration) in self._latest.items()
-        }
-
-    def count_samples(self, name: str, window_size: int = 20) -> int:
-        """How many of the last values were put within `window_size` iterations of the last one."""
-        values = self._history[name].values()
-        first = values[-1][1] - window_size
-        count = 0
-        for _, iteration in reversed(values):
-            if iteration <= first:
-                break
-            count += 1
-        return count
+        found = self.latest()
+        for name, (_, last) in found.items():
+            if self._smoothing_hints[name]:
+                history = self._history[name]
+                newest_first = enumerate(reversed(history.values()))
+                older = (count for count, (_, i) in newest_first if i <= last - window_size)
+                found[name] = (history.median(next(older, len(history.values()))), last)
+        return found
 
     def __enter__(self) -> "EventStorage":
         _STORAGES.append(self)
         return self
 
     def __exit__(self, *exc_info) -> None:
-        assert _STORAGES[-1] is self, "EventStorages must be left in the opposite order of entering"
         _STORAGES.pop()
 
 
 class EventWriter:
-    """Takes scalars from the current EventStorage and writes them somewhere."""
+    """Takes scalars from the current EventStorage, for writing them somewhere."""
 
     def __init__(self, window_size: int = 20):
         """Where a scalar's hint says so, its median over the last `window_size` iterations is written."""
@@ -120,13 +86,6 @@ class EventWriter:
         new = [(name, value, i) for name, (value, i) in latest.items() if i > self._last_write]
         self._last_write = max([self._last_write, *(iteration for _, _, iteration in new)])
         return new
-
-    def write(self) -> None:
-        """Write the scalars that are new."""
-        raise NotImplementedError(f"{type(self).__name__} must define write")
-
-    def close(self) -> None:
-        """Nothing, unless overridden."""
 
 
 class JSONWriter(EventWriter):

@@ -11,7 +11,7 @@ from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpoint
 
 from dfm_d2.framework._builtin import comm
 from dfm_d2.framework._builtin.events import EventWriter
-from dfm_d2.framework._builtin.train_loop import HookBase
+from dfm_d2.framework._builtin.loops import HookBase
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,6 @@ class PeriodicWriter(HookBase):
     """Call each writer's `write` every `period` iterations and at the end, where they are closed too."""
 
     def __init__(self, writers: list[EventWriter], period: int = 20):
-        for writer in writers:
-            assert isinstance(writer, EventWriter), f"{writer!r} is not an EventWriter"
         self._writers = writers
         self._period = period
 
@@ -78,24 +76,11 @@ class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
 
 
 class LRScheduler(HookBase):
-    """Step the learning-rate schedule after each iteration, and put the rate into the storage as "lr"."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    ):
-        """What is not given is the trainer's `optimizer` and `scheduler`."""
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-
-    @property
-    def scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
-        return self._scheduler or self.trainer.scheduler
+    """Step the trainer's `scheduler` after each iteration, and put its `optimizer`'s rate into the storage as
+    "lr"."""
 
     def before_train(self) -> None:
-        self._optimizer = self._optimizer or self.trainer.optimizer
-        self._group = self.get_best_param_group_id(self._optimizer)
+        self._group = self.get_best_param_group_id(self.trainer.optimizer)
 
     @staticmethod
     def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
@@ -109,27 +94,24 @@ class LRScheduler(HookBase):
         return rates.index(Counter(rates).most_common(1)[0][0])
 
     def after_step(self) -> None:
-        rate = self._optimizer.param_groups[self._group]["lr"]
+        rate = self.trainer.optimizer.param_groups[self._group]["lr"]
         self.trainer.storage.put_scalar("lr", rate, smoothing_hint=False)
-        self.scheduler.step()
+        self.trainer.scheduler.step()
 
     def state_dict(self) -> dict:
-        return self.scheduler.state_dict()
+        return self.trainer.scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.scheduler.load_state_dict(state_dict)
+        self.trainer.scheduler.load_state_dict(state_dict)
 
 
 class EvalHook(HookBase):
     """Evaluate every `eval_period` iterations (0: never) and after a training that was not broken off."""
 
-    def __init__(
-        self, eval_period: int, eval_function: Callable[[], dict | None], eval_after_train: bool = True
-    ):
+    def __init__(self, eval_period: int, eval_function: Callable[[], dict | None]):
         """`eval_function` returns numbers by name, which go into the storage, or nothing."""
         self._period = eval_period
         self._function = eval_function
-        self._eval_after_train = eval_after_train
 
     def _evaluate(self) -> None:
         results = self._function()
@@ -145,7 +127,7 @@ class EvalHook(HookBase):
             self._evaluate()
 
     def after_train(self) -> None:
-        if self._eval_after_train and self.trainer.iter + 1 >= self.trainer.max_iter:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
             self._evaluate()
         # It may hold the trainer.
         del self._function

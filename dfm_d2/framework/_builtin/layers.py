@@ -1,5 +1,6 @@
-"""Convolution with its norm, norms, shapes of feature maps, and non-maximum suppression."""
+"""What backbones are made of, and non-maximum suppression."""
 
+from abc import ABCMeta, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,29 @@ class ShapeSpec:
     """What is known of a feature map before it exists."""
 
     channels: int | None = None
-    height: int | None = None
-    width: int | None = None
     stride: int | None = None
+
+
+class Backbone(nn.Module, metaclass=ABCMeta):
+    """From images (B, C, H, W) to named feature maps."""
+
+    _out_features: list[str]
+    _out_feature_channels: dict[str, int]
+    _out_feature_strides: dict[str, int]
+
+    # Height and width of the input must be a multiple of this; 0: any size.
+    size_divisibility = 0
+    # More wishes for ImageList.from_tensors, which a backbone outside of this subset may have.
+    padding_constraints: dict[str, int] = {}
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Feature maps by name."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each feature map of `forward`."""
+        channels, strides = self._out_feature_channels, self._out_feature_strides
+        return {name: ShapeSpec(channels[name], strides[name]) for name in self._out_features}
 
 
 def batched_nms(
@@ -24,7 +45,6 @@ def batched_nms(
 
     Shapes: boxes (N, 4), scores (N,), idxs (N,); returns the kept indices, best score first.
     """
-    assert boxes.shape[-1] == 4, f"boxes need 4 numbers each, not {boxes.shape[-1]}"
     from torchvision.ops import batched_nms as nms  # seconds to import, much of it torch._dynamo
 
     return nms(boxes.float(), scores, idxs, iou_threshold)
@@ -33,9 +53,10 @@ def batched_nms(
 class Conv2d(nn.Conv2d):
     """A convolution that applies its own `norm`, so that the norm's parameters are called `<conv>.norm.*`."""
 
-    def __init__(self, *args, norm: nn.Module | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.norm = norm
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: str, **kwargs):
+        """norm: as in `get_norm`. Padding is "same" for an odd kernel; kwargs are torch's."""
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, **kwargs)
+        self.norm = get_norm(norm, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = super().forward(x)
@@ -53,7 +74,6 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, num_features: int, eps: float = 1e-5):
         super().__init__()
-        self.num_features = num_features
         self.eps = eps
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
@@ -72,35 +92,24 @@ class FrozenBatchNorm2d(nn.Module):
         shift = self.bias - self.running_mean * scale
         return x * scale.reshape(1, -1, 1, 1).to(x.dtype) + shift.reshape(1, -1, 1, 1).to(x.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}"
-
     @classmethod
     def convert_frozen_batchnorm(cls, module: nn.Module) -> nn.Module:
         """Replace every batch norm inside `module` by a frozen one of the same values; returns the module."""
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        if isinstance(module, nn.BatchNorm2d):
             frozen = cls(module.num_features, module.eps)
-            if module.affine:
-                frozen.weight.copy_(module.weight.detach())
-                frozen.bias.copy_(module.bias.detach())
-            frozen.running_mean.copy_(module.running_mean)
-            frozen.running_var.copy_(module.running_var)
-            frozen.num_batches_tracked = module.num_batches_tracked
+            for name, value in module.state_dict().items():
+                setattr(frozen, name, value.clone())
             return frozen
         for name, child in module.named_children():
-            replacement = cls.convert_frozen_batchnorm(child)
-            if replacement is not child:
-                module.add_module(name, replacement)
+            module.add_module(name, cls.convert_frozen_batchnorm(child))
         return module
 
 
 def get_norm(norm: str, out_channels: int) -> nn.Module | None:
     """The norm layer "FrozenBN", "BN" or "GN" (32 groups); None for "". Raises ValueError for others."""
-    if norm == "":
-        return None
     makers = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "GN": lambda c: nn.GroupNorm(32, c)}
-    if norm not in makers:
+    if norm and norm not in makers:
         raise ValueError(
             f"norm {norm!r} is not in the builtin framework: choose from '', {', '.join(makers)}."
         )
-    return makers[norm](out_channels)
+    return makers[norm](out_channels) if norm else None

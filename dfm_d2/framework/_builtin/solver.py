@@ -18,12 +18,9 @@ logger = logging.getLogger(__name__)
 class LRMultiplier(torch.optim.lr_scheduler.LRScheduler):
     """`lr_g(i) = base_lr_g * multiplier(i / max_iter)` for each parameter group g."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, multiplier: ParamScheduler, max_iter: int, last_iter: int = -1
-    ):
-        self._multiplier = multiplier
-        self._max_iter = max_iter
-        super().__init__(optimizer, last_epoch=last_iter)
+    def __init__(self, optimizer: torch.optim.Optimizer, multiplier: ParamScheduler, max_iter: int):
+        self._multiplier, self._max_iter = multiplier, max_iter
+        super().__init__(optimizer)
 
     def state_dict(self) -> dict:
         # The multiplier is a pure function and belongs to the config, not to the state.
@@ -40,7 +37,16 @@ def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
     Raises ValueError for another name or warm-up method.
     """
     solver = cfg.SOLVER
-    schedule = _schedule(solver)
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]
+        if len(steps) < len(solver.STEPS):
+            logger.warning("SOLVER.STEPS beyond SOLVER.MAX_ITER (%d) are left out", solver.MAX_ITER)
+        values = [solver.GAMMA**count for count in range(len(steps) + 1)]
+        schedule = MultiStepParamScheduler(values, milestones=steps, num_updates=solver.MAX_ITER)
+    elif solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        schedule = CosineParamScheduler(1, solver.BASE_LR_END / solver.BASE_LR)
+    else:
+        raise ValueError(f"SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME!r} does not exist.")
     length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
     start = solver.WARMUP_FACTOR * schedule(0.0)
     if solver.WARMUP_METHOD == "linear":
@@ -48,7 +54,7 @@ def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
     elif solver.WARMUP_METHOD == "constant":
         warmup = ConstantParamScheduler(start)
     else:
-        raise ValueError(f"SOLVER.WARMUP_METHOD is {solver.WARMUP_METHOD!r}: choose 'linear' or 'constant'.")
+        raise ValueError(f"SOLVER.WARMUP_METHOD {solver.WARMUP_METHOD!r} does not exist.")
     multiplier = CompositeParamScheduler(
         [warmup, schedule],
         lengths=[length, 1 - length],
@@ -56,26 +62,3 @@ def build_lr_scheduler(cfg, optimizer: torch.optim.Optimizer) -> LRMultiplier:
         interval_scaling=["rescaled", "rescaled" if solver.RESCALE_INTERVAL else "fixed"],
     )
     return LRMultiplier(optimizer, multiplier, solver.MAX_ITER)
-
-
-def _schedule(solver) -> ParamScheduler:
-    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]
-        if len(steps) < len(solver.STEPS):
-            logger.warning("SOLVER.STEPS beyond SOLVER.MAX_ITER (%d) are left out", solver.MAX_ITER)
-        return MultiStepParamScheduler(
-            values=[solver.GAMMA**count for count in range(len(steps) + 1)],
-            milestones=steps,
-            num_updates=solver.MAX_ITER,
-        )
-    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
-        end = solver.BASE_LR_END / solver.BASE_LR
-        if not 0.0 <= end <= 1.0:
-            raise ValueError(
-                f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}: it must lie between 0 and SOLVER.BASE_LR."
-            )
-        return CosineParamScheduler(1, end)
-    raise ValueError(
-        f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}: choose 'WarmupMultiStepLR' or "
-        "'WarmupCosineLR'."
-    )

@@ -17,9 +17,6 @@ class ImageList:
         self.tensor = tensor
         self.image_sizes = image_sizes
 
-    def __len__(self) -> int:
-        return len(self.image_sizes)
-
     @staticmethod
     def from_tensors(
         tensors: list[torch.Tensor],
@@ -29,27 +26,16 @@ class ImageList:
     ) -> "ImageList":
         """Pad images (C, H_i, W_i) with `pad_value` to one size, a multiple of `size_divisibility` above 1.
 
-        `padding_constraints` may hold "size_divisibility", which wins, and "square_size": if above 0, the
-        side of a square that replaces the greatest height and width.
+        Backbones of this subset have no `padding_constraints`; others raise AssertionError.
         """
-        assert isinstance(tensors, (list, tuple)) and tensors, (
-            "from_tensors takes a list of at least one image"
-        )
-        assert all(t.shape[:-2] == tensors[0].shape[:-2] for t in tensors), "images differ in their channels"
+        assert not padding_constraints, f"padding constraints {padding_constraints} are not in the subset"
         image_sizes = [(t.shape[-2], t.shape[-1]) for t in tensors]
-        height = max(size[0] for size in image_sizes)
-        width = max(size[1] for size in image_sizes)
-        constraints = padding_constraints or {}
-        if constraints.get("square_size", 0) > 0:
-            height = width = constraints["square_size"]
-        stride = constraints.get("size_divisibility", size_divisibility)
-        if stride > 1:
-            height = (height + stride - 1) // stride * stride
-            width = (width + stride - 1) // stride * stride
+        stride = max(size_divisibility, 1)
+        height, width = ((max(sides) + stride - 1) // stride * stride for sides in zip(*image_sizes))
         padded = [
             F.pad(t, (0, width - t.shape[-1], 0, height - t.shape[-2]), value=pad_value) for t in tensors
         ]
-        return ImageList(torch.stack(padded).contiguous(), image_sizes)
+        return ImageList(torch.stack(padded), image_sizes)
 
 
 class BoxMode(IntEnum):
@@ -80,13 +66,12 @@ class Boxes:
         """
         assert torch.isfinite(self.tensor).all(), "a box has a coordinate that is infinite or not a number"
         height, width = box_size
-        x = self.tensor[:, 0::2].clamp(min=0, max=width)
-        y = self.tensor[:, 1::2].clamp(min=0, max=height)
-        self.tensor = torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
+        x, y = self.tensor[:, 0::2].clamp(0, width), self.tensor[:, 1::2].clamp(0, height)
+        self.tensor = torch.stack((x, y), dim=2).flatten(1)
 
-    def nonempty(self, threshold: float = 0.0) -> torch.Tensor:
-        """(N,) bool: both sides are longer than `threshold`."""
-        return ((self.tensor[:, 2:] - self.tensor[:, :2]) > threshold).all(dim=1)
+    def nonempty(self) -> torch.Tensor:
+        """(N,) bool: both sides are longer than 0."""
+        return (self.tensor[:, 2:] > self.tensor[:, :2]).all(dim=1)
 
     def scale(self, scale_x: float, scale_y: float) -> None:
         """Multiply x and y, in place."""
@@ -94,19 +79,11 @@ class Boxes:
         self.tensor[:, 1::2] *= scale_y
 
     def __getitem__(self, item) -> "Boxes":
-        """Boxes of an int (one box), a slice, an index vector or a mask."""
-        if isinstance(item, int):
-            return Boxes(self.tensor[item].view(1, -1))
-        boxes = self.tensor[item]
-        assert boxes.dim() == 2, f"indexing Boxes with {item} does not leave a matrix"
-        return Boxes(boxes)
+        """Boxes of a slice, an index vector or a mask."""
+        return Boxes(self.tensor[item])
 
     def __len__(self) -> int:
         return self.tensor.shape[0]
-
-    def __iter__(self):
-        """Yield each box as a tensor (4,)."""
-        yield from self.tensor
 
     def __repr__(self) -> str:
         return f"Boxes({self.tensor})"
@@ -150,19 +127,15 @@ class Instances:
             )
         self._fields[name] = value
 
-    def has(self, name: str) -> bool:
-        return name in self._fields
-
     def get_fields(self) -> dict[str, Any]:
         """The fields themselves: changing the dict changes the Instances."""
         return self._fields
 
-    def to(self, *args: Any, **kwargs: Any) -> "Instances":
+    def to(self, device: torch.device | str) -> "Instances":
         """Instances whose fields have been moved by their own `to`, where they have one."""
-        moved = Instances(self._image_size)
-        for name, value in self._fields.items():
-            moved.set(name, value.to(*args, **kwargs) if hasattr(value, "to") else value)
-        return moved
+        fields = self._fields.items()
+        moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in fields}
+        return Instances(self._image_size, **moved)
 
     def __getitem__(self, item) -> "Instances":
         """Index every field with an int (one object), a slice, an index vector or a mask."""
@@ -170,10 +143,7 @@ class Instances:
             if not -len(self) <= item < len(self):
                 raise IndexError(f"index {item} is out of range for {len(self)} instances")
             item = slice(item, None, len(self))
-        picked = Instances(self._image_size)
-        for name, value in self._fields.items():
-            picked.set(name, value[item])
-        return picked
+        return Instances(self._image_size, **{name: value[item] for name, value in self._fields.items()})
 
     def __len__(self) -> int:
         for value in self._fields.values():
@@ -195,15 +165,12 @@ class Instances:
 def detector_postprocess(results: Instances, output_height: int, output_width: int) -> Instances:
     """Scale `results.pred_boxes` from `results.image_size` to the output size, clip them, drop empty ones.
 
-    The boxes of `results` are scaled in place. Raises AssertionError where there is no `pred_boxes`.
+    The boxes of `results` are scaled in place.
     """
-    assert results.has("pred_boxes"), "detections must have pred_boxes"
-    scale_y = output_height / results.image_size[0]
-    scale_x = output_width / results.image_size[1]
+    boxes, (height, width) = results.pred_boxes, results.image_size
+    boxes.scale(output_width / width, output_height / height)
+    boxes.clip((output_height, output_width))
     size = (output_height, output_width)
     if isinstance(output_height, torch.Tensor):  # while a model is traced
         size = torch.stack(size)
-    results = Instances(size, **results.get_fields())
-    results.pred_boxes.scale(scale_x, scale_y)
-    results.pred_boxes.clip(results.image_size)
-    return results[results.pred_boxes.nonempty()]
+    return Instances(size, **results.get_fields())[boxes.nonempty()]

@@ -7,19 +7,16 @@ import random
 from iopath.common.file_io import HTTPURLHandler, PathHandler
 from iopath.common.file_io import PathManager as _PathManager
 
-MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"
-
 
 class _ModelZooHandler(PathHandler):
     """Resolve `detectron2://name` to the model zoo's address; a download that fails raises OSError."""
 
-    PREFIX = "detectron2://"
-
     def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
+        return ["detectron2://"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
-        return PathManager.get_local_path(MODEL_ZOO + path.removeprefix(self.PREFIX), force=force, **kwargs)
+        url = path.replace("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/", 1)
+        return PathManager.get_local_path(url, force=force, **kwargs)
 
 
 PathManager = _PathManager()

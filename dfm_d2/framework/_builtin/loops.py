@@ -1,11 +1,15 @@
-"""The training loop and what can be hooked into it."""
+"""The loops of training and of inference, and what is called from them."""
 
 import logging
+import time
 import weakref
+from collections.abc import Iterable
 
 from dfm_d2.framework._builtin.events import EventStorage
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class HookBase:
@@ -42,17 +46,13 @@ class TrainerBase:
 
     def __init__(self):
         self._hooks: list[HookBase] = []
-        self.iter: int = 0
-        self.start_iter: int = 0
+        self.iter = self.start_iter = 0
         self.max_iter: int
         self.storage: EventStorage
 
     def register_hooks(self, hooks: list[HookBase | None]) -> None:
         """Add hooks, run in this order; None is left out."""
-        for hook in hooks:
-            if hook is None:
-                continue
-            assert isinstance(hook, HookBase), f"{hook!r} is not a HookBase"
+        for hook in filter(None, hooks):
             # The trainer owns the hook; a strong reference back would be a cycle.
             hook.trainer = weakref.proxy(self)
             self._hooks.append(hook)
@@ -97,23 +97,59 @@ class TrainerBase:
 
     def state_dict(self) -> dict:
         """The iteration, and the state of each hook that has one under the name of its class."""
-        state = {"iteration": self.iter}
-        hooks = {}
-        for hook in self._hooks:
-            hook_state = hook.state_dict()
-            if hook_state:
-                # The first of several hooks of one class is the one that is saved.
-                hooks.setdefault(type(hook).__qualname__, hook_state)
-        if hooks:
-            state["hooks"] = hooks
-        return state
+        # The first of several hooks of one class is the one that is saved.
+        hooks = {type(hook).__qualname__: hook.state_dict() for hook in reversed(self._hooks)}
+        hooks = {name: state for name, state in hooks.items() if state}
+        return {"iteration": self.iter} | ({"hooks": hooks} if hooks else {})
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Inverse of `state_dict`; the state of a hook that is not registered is left out with a warning."""
         self.iter = state_dict["iteration"]
-        for name, hook_state in state_dict.get("hooks", {}).items():
-            hook = next((hook for hook in self._hooks if type(hook).__qualname__ == name), None)
-            if hook is None:
-                logger.warning("No hook %s is registered: its state is not loaded", name)
+        hooks = {type(hook).__qualname__: hook for hook in reversed(self._hooks)}
+        for name, state in state_dict.get("hooks", {}).items():
+            if name in hooks:
+                hooks[name].load_state_dict(state)
             else:
-                hook.load_state_dict(hook_state)
+                logger.warning("No hook %s is registered: its state is not loaded", name)
+
+
+class DatasetEvaluator:
+    """Collects inputs and outputs batch by batch, and evaluates them at the end."""
+
+    def reset(self) -> None:
+        """Called before the first batch."""
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Called with each batch and with what the model answered to it."""
+
+    def evaluate(self) -> dict | None:
+        """Called after the last batch; {task: {metric: number}}, or None except on the main process."""
+
+
+def inference_on_dataset(model, data_loader: Iterable[list[dict]], evaluator: DatasetEvaluator) -> dict:
+    """Run `model` over `data_loader` in eval mode without gradients; return `evaluator.evaluate()`, or {}.
+
+    `data_loader` has a length. The model's training mode is restored, also where something raises.
+    """
+    import torch
+
+    total = len(data_loader)
+    logger.info("Start inference on %d batches", total)
+    evaluator.reset()
+    was_training = model.training
+    model.eval()
+    start = last_line = time.perf_counter()
+    try:
+        with torch.no_grad():
+            for index, inputs in enumerate(data_loader, start=1):
+                evaluator.process(inputs, model(inputs))
+                now = time.perf_counter()
+                if now - last_line > _SECONDS_BETWEEN_LINES:
+                    last_line = now
+                    per_batch = (now - start) / index
+                    left = per_batch * (total - index)
+                    logger.info("Inference %d/%d, %.4f s a batch, %.0f s left", index, total, per_batch, left)
+    finally:
+        model.train(was_training)
+    logger.info("Inference took %.1f s", time.perf_counter() - start)
+    return evaluator.evaluate() or {}

@@ -1,4 +1,4 @@
-"""Which provider is chosen, and what choosing it imports."""
+"""Which provider is chosen, what choosing it imports, and what the builtin subset does in its own way."""
 
 import os
 import subprocess
@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.multiprocessing as mp
+from observe_backbones import backbone_config
+from providers import BUILTIN
 
 from dfm_d2.framework._providers import choose_provider
 
@@ -65,3 +69,61 @@ def test_present_but_broken_raises(broken_detectron2):
     done = _run(code, "auto", broken_detectron2)
     assert done.stdout == "detectron2\n" and done.returncode != 0
     assert "this Detectron2 is broken" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["MODEL.RESNETS.DEPTH", 19], "DEPTH is 19: choose from 18, 34, 50, 101"),
+        (["MODEL.RESNETS.DEPTH", 18], "RES2_OUT_CHANNELS must be 64 for depth 18 and 34, not 256"),
+        (["MODEL.RESNETS.NORM", "XN"], "norm 'XN'"),
+        (["MODEL.RESNETS.OUT_FEATURES", ["res9"]], "OUT_FEATURES is"),
+        (["MODEL.FPN.IN_FEATURES", ["res2", "res4"]], "strides"),
+        (["MODEL.FPN.IN_FEATURES", []], "FPN.IN_FEATURES"),
+        (["MODEL.FPN.FUSE_TYPE", "max"], "FUSE_TYPE is 'max'"),
+    ],
+)
+def test_bad_backbone_values_are_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        BUILTIN.build_backbone(backbone_config(BUILTIN, 50, "FrozenBN", 2, options))
+
+
+def test_inference_restores_training_mode_after_an_error():
+    class Model(torch.nn.Linear):
+        def forward(self, batch):
+            raise ArithmeticError("broken off")
+
+    model = Model(1, 1)
+    with pytest.raises(ArithmeticError):
+        BUILTIN.inference_on_dataset(model, [[1]], BUILTIN.DatasetEvaluator())
+    assert model.training
+
+
+def _exchange(rank: int, address: str, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    comm = BUILTIN.comm
+    comm.synchronize()
+    who = [comm.get_rank(), comm.get_world_size(), comm.is_main_process()]
+    results[rank] = [
+        who,
+        comm.all_gather({"rank": rank}),
+        comm.gather(rank * 10),
+        comm.gather(rank * 10, dst=1),
+    ]
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_exchange_between_two_processes(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_exchange, args=(f"file://{tmp_path}/meet", results), nprocs=2)
+        ranks = [{"rank": 0}, {"rank": 1}]
+        assert results[0] == [[0, 2, True], ranks, [0, 10], []]
+        assert results[1] == [[1, 2, False], ranks, [], [0, 10]]
+
+
+def test_the_subset_is_bounded():
+    files = (ROOT / "dfm_d2" / "framework").rglob("*.py")
+    lines = [len(file.read_text().splitlines()) for file in files]
+    assert 1000 < sum(lines) <= 1800 and max(lines) < 300
