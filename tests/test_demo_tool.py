@@ -6,7 +6,7 @@ import sys
 import pytest
 from tool_loader import ROOT, load_tool
 
-TOOLS = ("analyze_model", "demo", "detect", "export_model", "make_shapes", "visualize_flow")
+TOOLS = "analyze_model", "demo", "detect", "export_model", "make_shapes", "visualize_flow"
 SMALL = (
     "SOLVER.MAX_ITER 2 SOLVER.WARMUP_ITERS 1 SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu "
     "MODEL.FPN.OUT_CHANNELS 16 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 10 "
@@ -18,10 +18,8 @@ SMALL = (
 @pytest.fixture
 def demo(monkeypatch):
     """tools/demo.py as a module, with a few images."""
-    module = load_tool("demo")
-    for name, value in {"NUM_TRAIN": 4, "NUM_VAL": 2, "IMAGE_SIZE": 96}.items():
-        monkeypatch.setattr(module, name, value)
-    return module
+    monkeypatch.setattr(load_tool("demo"), "NUMBERS", "--train 4 --val 2 --size 96".split())
+    return load_tool("demo")
 
 
 def test_it_trains_and_draws_in_the_folder_that_is_asked_for(demo, tmp_path, monkeypatch, capsys):
@@ -44,7 +42,8 @@ def test_a_key_that_is_not_there_is_one_error_message(demo, tmp_path, capsys):
 
 
 HELP = """
-import runpy, sys
+import os.path, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
 for tool in sys.argv[1:]:
     sys.argv = [tool, "--help"]
     try:
@@ -56,7 +55,7 @@ for tool in sys.argv[1:]:
 
 
 def test_help_needs_no_torch():
-    tools = [str(ROOT / "tools" / f"{name}.py") for name in TOOLS]
-    done = subprocess.run([sys.executable, "-c", HELP, *tools], capture_output=True, text=True)
+    command = [sys.executable, "-c", HELP, *(str(ROOT / "tools" / f"{name}.py") for name in TOOLS)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"usage: {name}.py" in done.stdout for name in TOOLS)

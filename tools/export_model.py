@@ -13,27 +13,22 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+from command_line import argument_parser
 
-from dfm_d2.errors import UserError, exit_status  # noqa: E402
-from dfm_d2.export import FORMATS  # noqa: E402
+from dfm_d2.errors import UserError, exit_status
+from dfm_d2.export import FORMATS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="path to config file")
+    parser = argument_parser(__doc__, default="", help="path to config file")
     parser.add_argument("--format", choices=sorted(FORMATS), default="torchscript", help="output format")
     parser.add_argument("--export-method", choices=["tracing"], default="tracing")
     parser.add_argument("--sample-image", help="image of which the trace is made; else a blank one")
     parser.add_argument("--run-eval", action="store_true", help="AP of the file on DATASETS.TEST")
     parser.add_argument("--output", default="exported", help="folder to write")
     parser.add_argument("--noise", choices=["input", "constant"], default="input")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
-    args = parser.parse_args(arguments)
-    return exit_status(run, args)
+    return exit_status(run, parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -83,15 +83,6 @@ def test_reset_forgets_and_the_table_has_a_row_per_class_and_the_mean(golden):
     assert lines[-1].split()[2] == f"{metrics['AP50']:.1f}"
 
 
-def test_kinds_select_what_is_computed(golden):
-    names = [f"VOC07_AP50-{name}" for name in golden["classes"]]
-    assert list(evaluate(evaluator_of(golden, ap_kinds=["voc07"]), outputs_of(golden))) == [
-        "VOC07_AP50",
-        *names,
-    ]
-    assert not any(k.startswith("VOC") for k in evaluate(evaluator_of(golden, ap_kinds=["coco"]), []))
-
-
 def test_what_cannot_be_evaluated_says_so(golden, caplog):
     evaluator = evaluator_of(golden)
     with pytest.raises(ValueError, match="'zebra' is not in the data set golden_ours"):

@@ -46,7 +46,6 @@ def test_sixteen_blood_cell_photographs_are_learned_by_heart(tmp_path):
         "SOLVER.IMS_PER_BATCH": "4",
         "SOLVER.MAX_ITER": "1500",
         "TEST.EVAL_PERIOD": "0",
-        "TEST.AP": '("coco",)',
         "MODEL.DEVICE": "cpu",
         "OUTPUT_DIR": str(tmp_path / "out"),
     }

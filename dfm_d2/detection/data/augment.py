@@ -3,46 +3,33 @@
 Images are uint8 (H, W, 3); boxes float64 (M, 4), xyxy in pixels, half-open.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from PIL import Image
+
+from dfm_d2.framework import CfgNode
 
 MIN_BOX_SIDE = 1.0  # pixels; smaller boxes, left over by a crop or a resize, are dropped
 
 
 def augment(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    rng: np.random.Generator,
-    min_sizes: Sequence[int],
-    sampling: str,
-    max_size: int,
-    flip: str,
-    crop_probability: float = 0.0,
-    crop_resize: Sequence[int] = (),
-    crop_size: tuple[int, int] = (1, 1),
+    image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator, inputs: CfgNode
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Flip, maybe resize and crop, resize. Returns (image, boxes (M', 4), indices (M',) of those kept).
 
-    The keys of cfg.INPUT that the arguments come from in brackets:
-    min_sizes, sampling: shortest sides to choose from, 0 for no resize; (low, high) if sampling is "range"
-        (MIN_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING).
-    max_size: bound on the longest side (MAX_SIZE_TRAIN).
-    flip: "horizontal", "vertical" or "none" (RANDOM_FLIP), with probability 1/2.
-    crop_probability, crop_resize, crop_size: the crop branch of the DETR recipe
-        (DETR_CROP, CROP_RESIZE, CROP_SIZE).
+    inputs: cfg.INPUT. RANDOM_FLIP happens with probability 1/2; DETR_CROP is that of the crop branch of the
+    DETR recipe (CROP_RESIZE, CROP_SIZE). The shortest side is one of MIN_SIZE_TRAIN, 0 for no resize, or
+    lies between them if MIN_SIZE_TRAIN_SAMPLING is "range"; MAX_SIZE_TRAIN bounds the longest.
     """
-    if flip != "none" and rng.random() < 0.5:
-        image, boxes = mirror(image, boxes, flip)
-    if crop_probability > 0 and rng.random() < crop_probability:
-        image, boxes = resize_shortest_edge(image, boxes, int(rng.choice(crop_resize)), None)
-        image, boxes = random_crop(image, boxes, rng, crop_size)
-    if sampling == "range":
-        short = int(rng.integers(min_sizes[0], min_sizes[1] + 1))
+    if inputs.RANDOM_FLIP != "none" and rng.random() < 0.5:
+        image, boxes = mirror(image, boxes, inputs.RANDOM_FLIP)
+    if inputs.DETR_CROP > 0 and rng.random() < inputs.DETR_CROP:
+        image, boxes = resize_shortest_edge(image, boxes, int(rng.choice(inputs.CROP_RESIZE)), None)
+        image, boxes = random_crop(image, boxes, rng, inputs.CROP_SIZE)
+    if inputs.MIN_SIZE_TRAIN_SAMPLING == "range":
+        short = int(rng.integers(inputs.MIN_SIZE_TRAIN[0], inputs.MIN_SIZE_TRAIN[1] + 1))
     else:
-        short = int(rng.choice(min_sizes))
-    image, boxes = resize_shortest_edge(image, boxes, short, max_size)
+        short = int(rng.choice(inputs.MIN_SIZE_TRAIN))
+    image, boxes = resize_shortest_edge(image, boxes, short, inputs.MAX_SIZE_TRAIN)
     boxes, kept = clip_and_drop(boxes, image.shape[0], image.shape[1])
     return image, boxes, kept
 
@@ -76,8 +63,7 @@ def resize_shortest_edge(
         return image, boxes
     picture = Image.fromarray(np.ascontiguousarray(image))
     resized = np.asarray(picture.resize((new_width, new_height), Image.Resampling.BILINEAR))
-    scale = np.array([new_width / width, new_height / height] * 2)
-    return resized, boxes.reshape(-1, 4) * scale
+    return resized, boxes.reshape(-1, 4) * np.array([new_width / width, new_height / height] * 2)
 
 
 def random_crop(
@@ -94,13 +80,11 @@ def random_crop(
     top = int(rng.integers(height - crop_height + 1))
     left = int(rng.integers(width - crop_width + 1))
     cropped = image[top : top + crop_height, left : left + crop_width]
-    return cropped, boxes.reshape(-1, 4) - np.array([left, top, left, top])
+    return cropped, boxes.reshape(-1, 4) - np.array([left, top] * 2)
 
 
 def clip_and_drop(boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Clip boxes to the image and drop those with a side under one pixel. Returns (boxes, kept indices)."""
-    limits = np.array([width, height, width, height], dtype=np.float64)
-    clipped = np.clip(boxes.reshape(-1, 4), 0.0, limits)
-    sides = clipped[:, 2:] - clipped[:, :2]
-    kept = np.flatnonzero((sides >= MIN_BOX_SIDE).all(axis=1))
+    clipped = np.clip(boxes.reshape(-1, 4), 0.0, np.array([width, height] * 2, dtype=np.float64))
+    kept = np.flatnonzero((clipped[:, 2:] - clipped[:, :2] >= MIN_BOX_SIDE).all(axis=1))
     return clipped[kept], kept

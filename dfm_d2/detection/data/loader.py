@@ -24,7 +24,6 @@ def build_train_loader(cfg: CfgNode, start_position: int) -> Iterator[list[dict]
 
     Raises UserError for a batch that the ranks cannot share, and if no training image is left.
     """
-    inputs = cfg.INPUT
     dicts = [entry for name in cfg.DATASETS.TRAIN for entry in DatasetCatalog.get(name)]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         dicts = [entry for entry in dicts if _usable_annotations(entry)]
@@ -33,16 +32,7 @@ def build_train_loader(cfg: CfgNode, start_position: int) -> Iterator[list[dict]
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no image to train on: "
             "name a data set with boxes that are not all difficult."
         )
-    augmentation = {
-        "min_sizes": tuple(inputs.MIN_SIZE_TRAIN),
-        "sampling": inputs.MIN_SIZE_TRAIN_SAMPLING,
-        "max_size": inputs.MAX_SIZE_TRAIN,
-        "flip": inputs.RANDOM_FLIP,
-        "crop_probability": inputs.DETR_CROP,
-        "crop_resize": tuple(inputs.CROP_RESIZE),
-        "crop_size": tuple(inputs.CROP_SIZE),
-    }
-    make = partial(_training_item, image_format=inputs.FORMAT, augmentation=augmentation)
+    make = partial(_training_item, inputs=cfg.INPUT)
     return train_batches(SampleStream(dicts, max(cfg.SEED, 0), make), cfg, start_position)
 
 
@@ -51,12 +41,11 @@ def _usable_annotations(entry: dict) -> list[dict]:
     return [a for a in entry["annotations"] if not a.get("difficult", 0) and not a.get("iscrowd", 0)]
 
 
-def _training_item(entry: dict, rng: np.random.Generator, image_format: str, augmentation: dict) -> dict:
-    image = read_image(entry["file_name"], image_format)
+def _training_item(entry: dict, rng: np.random.Generator, inputs: CfgNode) -> dict:
     targets = _usable_annotations(entry)
     boxes = np.array([target["bbox"] for target in targets], dtype=np.float64).reshape(-1, 4)
     classes = np.array([target["category_id"] for target in targets], dtype=np.int64)
-    image, boxes, kept = augment(image, boxes, rng, **augmentation)
+    image, boxes, kept = augment(read_image(entry["file_name"], inputs.FORMAT), boxes, rng, inputs)
     instances = Instances(image.shape[:2])
     instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32))
     instances.gt_classes = torch.as_tensor(classes[kept])
