@@ -115,24 +115,21 @@ def test_every_kind_of_problem_is_reported_and_the_rest_is_read(voc):
     assert files(report, "zero_area") == ["zero.xml"]
 
 
-def test_header_check_finds_what_it_can(voc):
+def test_a_header_tells_the_size_after_orientation_and_no_more(voc):
     """Without decoding, a cut file keeps a good header: it is the loader's to report."""
     voc.split("train", {"torn": ["cat"], "empty": ["cat"]})
+    voc.add("turned", size=(30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(voc.image("turned"), exif=exif)
+    voc.split("train", ["torn", "empty", "turned"])
     voc.truncate("torn")
     voc.image("empty").write_bytes(b"")
     entries, report = read(voc, decode_up_to=0)
-    assert list(entries) == ["torn"] and files(report, "broken_image") == ["empty.jpg"]
-
-
-@pytest.mark.parametrize("decode_up_to", [0, 9])
-def test_orientation_of_the_header_is_applied(voc, decode_up_to):
-    voc.add("a", size=(30, 40))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 30)).save(voc.image("a"), exif=exif)
-    voc.split("train", ["a"])
-    entries, _ = read(voc, decode_up_to)
-    assert (entries["a"]["width"], entries["a"]["height"]) == (30, 40)
+    assert list(entries) == ["torn", "turned"] and files(report, "broken_image") == ["empty.jpg"]
+    assert (entries["turned"]["width"], entries["turned"]["height"]) == (30, 40)
+    decoded, report = read(voc)
+    assert decoded == {"turned": entries["turned"]} and len(report.problems) == 2
 
 
 def test_problems_are_logged_once_with_counts_or_fatal(voc, make_cfg, caplog):
