@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     pixels = np.full((480, 640, 3), 127, dtype=np.uint8)
     if args.sample_image:
         pixels = read_image(args.sample_image, cfg.INPUT.FORMAT)
-    # Now that the config is right, what brings torch.
+    # Now that the config is right, what brings torch; torchvision cannot be imported first within a trace.
+    import torchvision  # noqa: F401
+
     from dfm_d2.detection.data.loader import resized_item
     from dfm_d2.detection.exportable import ConstantNoise, export_detector, prepared_model
     from dfm_d2.detection.exported_detector import ExportedDetector
@@ -66,12 +68,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"DATASETS.TEST has other classes than the weights, {', '.join(classes)}.")
     eager = prepared_model(model)
     eager = ConstantNoise(eager) if is_constant else eager
-    results = {}
     for name, detector in {"eager": eager, args.format: ExportedDetector(path)}.items():
         cfg.OUTPUT_DIR = str(Path(args.output) / name)
-        results[name] = evaluate(DETECTION, cfg, detector)
-    for name, found in results.items():
-        print(f"{name:12s} " + "  ".join(f"{key} {found['bbox'][key]:.4f}" for key in ("AP", "AP50")))
+        found = evaluate(DETECTION, cfg, detector)["bbox"]
+        print(f"{name:12s} AP {found['AP']:.4f}  AP50 {found['AP50']:.4f}")
 
 
 if __name__ == "__main__":

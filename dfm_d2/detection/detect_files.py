@@ -35,7 +35,9 @@ def detect_files(
     config and weights that do not work.
     """
     images, videos = find_inputs(inputs)
-    pictures, films = _output_files(images, output, ".png"), _output_files(videos, output, ".mp4")
+    pictures, films = paths_by_stem(images, Path(output), ".png"), paths_by_stem(videos, Path(output), ".mp4")
+    for path in {path.resolve() for path in (*images, *videos)} & {*map(Path.resolve, (*pictures, *films))}:
+        raise UserError(f"--output {output} would overwrite the input {path}: choose another folder.")
     # Now that the inputs are right, what brings torch.
     from dfm_d2.detection.flow_predictor import FlowPredictor
 
@@ -66,15 +68,6 @@ def find_inputs(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
     if not images and not videos:
         raise UserError(f"{', '.join(names)} holds no image: files must end in one of {', '.join(IMAGES)}.")
     return images, videos
-
-
-def _output_files(files: Sequence[Path], folder: str | Path, ending: str) -> list[Path]:
-    """Where the result of each file is written: its name in `folder`, with a number where that is taken."""
-    found, inputs = paths_by_stem(files, Path(folder), ending), {file.resolve() for file in files}
-    for path in found:
-        if path.resolve() in inputs:
-            raise UserError(f"--output {folder} would overwrite the input {path}: choose another folder.")
-    return found
 
 
 def _detect_images(

@@ -33,9 +33,8 @@ def draw_curves(path: str | Path, entries: Sequence[Mapping[str, Any]]) -> Path:
         of_kind = [key for key in keys if key.startswith(f"{kind}/")]
         panels[kind.replace("_", " ")] = {key.rsplit("/", 1)[-1]: curve(key) for key in of_kind}
     scores = [key for key in _SCORES if key in keys]
-    panels["accuracy" if scores == ["accuracy"] else "AP"] = {
-        key.removeprefix("bbox/"): curve(key) for key in scores
-    }
+    title = "accuracy" if scores == ["accuracy"] else "AP"
+    panels[title] = {key.removeprefix("bbox/"): curve(key) for key in scores}
     if "lr" in keys:
         panels["learning rate"] = {"lr": curve("lr")}
     return _draw(path, panels, "iteration", (3.3 * len(panels), 2.8))

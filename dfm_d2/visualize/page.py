@@ -20,9 +20,6 @@ from dfm_d2.data.files import write_text_atomically
 from dfm_d2.visualize.boxes import FlowRecord
 from dfm_d2.visualize.figures import class_color, predictor_color
 
-# Where the template takes the data.
-_DATA = "__FLOW_DATA__"
-
 
 def write_page(
     path: str | Path, record: FlowRecord, image: np.ndarray, class_names: Sequence[str], title: str = ""
@@ -36,7 +33,7 @@ def write_page(
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # In the script element that the data stands in, "</script" and "<!--" mean something.
     data = json.dumps(_page_data(record, image, class_names, title)).replace("<", "\\u003c")
-    write_text_atomically(path, template.replace(_DATA, data))
+    write_text_atomically(path, template.replace("__FLOW_DATA__", data))
     return path
 
 
