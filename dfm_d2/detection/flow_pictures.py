@@ -20,8 +20,7 @@ from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.visualize.boxes import Answer, FlowRecord, draw_flow, draw_predictions
 from dfm_d2.visualize.page import write_page
 
-# Points of the velocity field along the longer side of an image.
-_FIELD_POINTS = 12
+_FIELD_POINTS = 12  # of the velocity field, along the longer side of an image
 
 
 @torch.no_grad()

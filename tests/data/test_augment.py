@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfm_d2.detection.data.augment import (
+from dfm_d2.detection.data.loader import (
     augment,
     clip_and_drop,
     mirror,
