@@ -24,24 +24,20 @@ class Page:
     """One tab."""
 
     def __init__(self, socket):
-        self._socket, self._numbers = socket, itertools.count(1)
-        self.requests: list[str] = []
-        self.errors: list[str] = []
+        self._socket, self._numbers, self.requests, self.errors = socket, itertools.count(1), [], []
         for domain in ("Page", "Network", "Runtime"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params) -> dict:
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
-        while True:
-            message = json.loads(self._socket.recv())
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return message["result"]
+        while (message := json.loads(self._socket.recv())).get("id") != number:
             if message["method"] == "Network.requestWillBeSent":
                 self.requests.append(message["params"]["request"]["url"][:200])
             elif message["method"] == "Runtime.exceptionThrown":
                 self.errors.append(str(message["params"]["exceptionDetails"]))
+        assert "error" not in message, message
+        return message["result"]
 
     def open(self, path: Path) -> None:
         address = path.resolve().as_uri()
@@ -57,20 +53,16 @@ class Page:
     def screenshot(self) -> bytes:
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
-    def mouse(self, kind: str, x: float, y: float) -> None:
-        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def click(self, selector: str) -> None:
-        """A real click in the middle of an element."""
+    def mouse(self, selector: str, *kinds: str) -> None:
+        """Real events of the mouse in the middle of an element."""
         self.run(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
         box = self.run(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        self.mouse("mousePressed", x, y)
-        self.mouse("mouseReleased", x, y)
+        place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        for kind in kinds:
+            self.call("Input.dispatchMouseEvent", type=kind, **place, button="left", clickCount=1)
 
-    def press_right(self) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", windowsVirtualKeyCode=39)
+    def click(self, selector: str) -> None:
+        self.mouse(selector, "mousePressed", "mouseReleased")
 
 
 def wait_for(condition, seconds: float = 20) -> None:
@@ -87,13 +79,13 @@ def open_browser(folder: Path):
     program = next((found for found in map(shutil.which, NAMES) if found), None)
     if program is None:
         pytest.skip("needs a Chromium (Debian: apt-get install chromium)")
-    port_file = folder / "profile" / "DevToolsActivePort"
+    port_file, log = folder / "profile" / "DevToolsActivePort", folder / "browser.log"
     command = [program, *FLAGS, f"--user-data-dir={port_file.parent}", "about:blank"]
-    with open(folder / "browser.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
         wait_for(lambda: process.poll() is not None or port_file.is_file() and port_file.read_text().strip())
-        assert process.poll() is None, (folder / "browser.log").read_text()
+        assert process.poll() is None, log.read_text()
         port = port_file.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=20) as answer:
             tab = next(entry for entry in json.load(answer) if entry["type"] == "page")

@@ -1,4 +1,4 @@
-"""The pictures: they are written, have content, and survive images without objects or detections."""
+"""The pictures of a detector: they are written and have content; a record is what the model did; the tool."""
 
 import re
 from dataclasses import replace
@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tool_loader import ROOT, load_tool
 
+from dfm_d2.data.images import ImageError
+from dfm_d2.detection import flow_pictures
 from dfm_d2.detection.flow_pictures import FlowRun, record_flow
 from dfm_d2.errors import UserError
 from dfm_d2.visualize.boxes import draw_box, draw_flow, draw_predictions, place_labels
@@ -19,21 +22,26 @@ CLASSES = ["circle", "square", "star"]
 IMAGE = np.full((96, 128, 3), 255, dtype=np.uint8)
 
 
-def _pixels(path):
+def pixels_of(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-@pytest.mark.parametrize(("score_thresh", "color_by"), [(0.0, "class"), (0.0, "predictor"), (2.0, "class")])
-def test_both_pictures(tmp_path, make_model, make_input, score_thresh, color_by):
-    record = record_flow(make_model().eval(), make_input(), with_field=False)
+@pytest.fixture
+def few_points(monkeypatch):
+    """A velocity field takes most of the time of a record."""
+    monkeypatch.setattr(flow_pictures, "_FIELD_POINTS", 1)
+
+
+@pytest.mark.parametrize("score_thresh", [0.0, 2.0])
+def test_both_pictures(tmp_path, make_model, make_input, few_points, score_thresh):
+    record = record_flow(make_model().eval(), make_input())
     truths, found = [[((10, 10, 60, 50), 1)], []], [record.detections] * 2
     path = tmp_path / "new" / "predictions.png"
     predictions = draw_predictions(path, [IMAGE] * 2, truths, found, CLASSES, score_thresh)
-    flow = draw_flow(tmp_path / "flow.png", record, IMAGE, CLASSES, score_thresh, color_by)
-    for path in (predictions, flow):
-        assert min(_pixels(path).shape[:2]) > 200
-    assert (_pixels(predictions).std(axis=2) > 10).any(), "no coloured box was drawn"
-    assert (_pixels(flow) < 200).sum() > 1000
+    flow = draw_flow(tmp_path / "flow.png", record, IMAGE, CLASSES, score_thresh)
+    assert min(min(pixels_of(path).shape[:2]) for path in (predictions, flow)) > 200
+    assert (pixels_of(predictions).std(axis=2) > 10).any(), "no coloured box was drawn"
+    assert (pixels_of(flow) < 200).sum() > 1000
 
 
 def test_labels_can_be_read():
@@ -56,9 +64,9 @@ def test_labels_can_be_read():
 
 @pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
 @pytest.mark.parametrize("time", ["partitioned", "shared"])
-def test_a_record_is_the_trajectory(make_model, make_input, architecture, time):
+def test_a_record_is_the_trajectory(make_model, make_input, few_points, architecture, time):
     model, item = make_model(architecture, TIME=time, SAMPLER__STEPS=3).eval(), make_input()
-    record = record_flow(model, item, with_field=False)
+    record = record_flow(model, item)
     trajectory, sizes = model.trajectory([item])
     assert len(record.states) == len(record.times) == 4 and len(record.answers) == 3
     expected = model.space.decode(trajectory.states[2], sizes)[0] * 2  # the original is twice as large
@@ -81,9 +89,8 @@ def test_the_field_is_that_of_the_followed_box(make_model, make_input):
     """At the place where the box is, the arrow is the one that the solver follows."""
     model, item = make_model().eval(), make_input()
     record = record_flow(model, item)
-    assert record.field_points.shape == (9 * 12, 2) and len(record.field) == 3
-    assert {moved.shape for moved in record.field} == {(9 * 12, 2)}
-    assert record.followed == int(record.scores[-1].argmax())
+    assert {values.shape for values in (record.field_points, *record.field)} == {(9 * 12, 2)}
+    assert len(record.field) == 3 and record.followed == int(record.scores[-1].argmax())
     run = FlowRun(model, item)
     box = model.space.decode(run.trajectory.states[1], run.image_sizes)[0, record.followed]
     center = (box[:2] + box[2:]) / 2
@@ -92,8 +99,8 @@ def test_the_field_is_that_of_the_followed_box(make_model, make_input):
     torch.testing.assert_close(moved, (end[:2] + end[2:]) / 2 - center, rtol=1e-3, atol=1e-2)
 
 
-def test_a_page_needs_nothing_else(tmp_path, make_model, make_input):
-    record = record_flow(make_model().eval(), make_input(), with_field=False)
+def test_a_page_needs_nothing_else(tmp_path, make_model, make_input, few_points):
+    record = record_flow(make_model().eval(), make_input())
     names = ["</script><b>", "square", "star"]
     text = write_page(tmp_path / "a.html", record, IMAGE, names, "a.jpg").read_text()
     assert "__FLOW_DATA__" not in text and "</script><b>" not in text
@@ -105,12 +112,51 @@ def test_a_page_needs_nothing_else(tmp_path, make_model, make_input):
 
 
 def test_curves(tmp_path):
-    entries = [
-        {"iteration": i, "lr": 0.1, "loss_cls/p0": 1 / i, "loss_cls/p1": 2 / i, "loss_giou/p0": 0.5}
-        for i in (1, 2, 3)
-    ]
-    without = _pixels(draw_curves(tmp_path / "a.png", entries))
+    losses = {"loss_cls/p0": 1.0, "loss_cls/p1": 2.0, "loss_giou/p0": 0.5}
+    entries = [{"iteration": i, "lr": 0.1, **losses} for i in (1, 2, 3)]
+    without = pixels_of(draw_curves(tmp_path / "a.png", entries))
     entries.append({"iteration": 3, "bbox/AP50": 40.0, "bbox/AP": 20.0})
-    assert (without != _pixels(draw_curves(tmp_path / "a.png", entries))).any()
+    assert (without != pixels_of(draw_curves(tmp_path / "a.png", entries))).any()
     with pytest.raises(UserError, match="no iteration"):
         draw_curves(tmp_path / "b.png", [])
+
+
+@pytest.fixture
+def visualize(monkeypatch):
+    """The tool's exit status, and in `visualize.asked` what it was asked for instead of doing it."""
+
+    def run(*words):
+        config = str(ROOT / "configs/shapes_flow_r18.yaml")
+        return load_tool("visualize_flow").main(["--config-file", config, *words])
+
+    def write_pictures(cfg, model, classes, folder, images, number, score):
+        run.asked = cfg.MODEL.WEIGHTS, images, folder
+        if "missing.jpg" in images:
+            raise ImageError("missing.jpg: no image")
+        return []
+
+    monkeypatch.setattr("dfm_d2.engine.setup.setup_run", lambda cfg, args: pytest.fail("a data set"))
+    monkeypatch.setattr("dfm_d2.detection.loading.load_detector", lambda cfg, explicit_device: (None, ["a"]))
+    monkeypatch.setattr("dfm_d2.detection.flow_pictures.write_pictures", write_pictures)
+    return run
+
+
+def test_overrides_may_follow_an_option_of_several_words(visualize, tmp_path, monkeypatch):
+    assert visualize("--image", "a.jpg", "B.JPG", "MODEL.WEIGHTS", "w.pth", "OUTPUT_DIR", "out") == 0
+    assert visualize.asked == ("w.pth", ["a.jpg", "B.JPG"], "out")
+    # A file may be called like a section of the config.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "TEST.jpg").touch()
+    assert visualize("--image", "TEST.jpg", "--out", "out", "MODEL.WEIGHTS", "w.pth") == 0
+    assert visualize.asked == ("w.pth", ["TEST.jpg"], "out")
+
+
+def test_what_is_wrong_is_one_error_message(visualize, capsys):
+    assert visualize("DATASETS.TEST", "()") == 2
+    said = "error: DATASETS.TEST is empty: name a data set, or give files with --image.\n"
+    assert capsys.readouterr().err == said
+    assert visualize("--image", "missing.jpg") == 2
+    assert capsys.readouterr().err == "error: missing.jpg: no image\n"
+    with pytest.raises(SystemExit):
+        visualize("--number", "0")
+    assert "--number is 0" in capsys.readouterr().err

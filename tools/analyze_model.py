@@ -6,12 +6,10 @@ python tools/analyze_model.py --config-file configs/voc_flow_r50.yaml --size 800
 
 import argparse
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+from command_line import argument_parser
 
-from dfm_d2.errors import exit_status  # noqa: E402
+from dfm_d2.errors import exit_status
 
 TWIN = "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
 HEADERS = ("part", "parameters (M)", "multiply-adds (G)", "activations (M)")
@@ -19,11 +17,8 @@ HEADERS = ("part", "parameters (M)", "multiply-adds (G)", "activations (M)")
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--config-file", default="", metavar="FILE")
+    parser = argument_parser(__doc__, default="")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args(arguments)
     if min(args.size) < 1:
         parser.error(f"--size is {args.size[0]} {args.size[1]}; both must be at least 1")
@@ -36,11 +31,10 @@ def run(args: argparse.Namespace) -> None:
 
     configs = []
     for changes in (["MODEL.META_ARCHITECTURE", "FlowDetector"], TWIN):
-        configs.append(
-            load_config(DETECTION, args.config_file, ["MODEL.DEVICE", "cpu", *args.opts, *changes])
-        )
-        configs[-1].MODEL.DFM.NUM_CLASSES = configs[-1].MODEL.DFM.NUM_CLASSES or 20
-        validate_config(DETECTION, configs[-1])
+        cfg = load_config(DETECTION, args.config_file, ["MODEL.DEVICE", "cpu", *args.opts, *changes])
+        cfg.MODEL.DFM.NUM_CLASSES = cfg.MODEL.DFM.NUM_CLASSES or 20
+        validate_config(DETECTION, cfg)
+        configs.append(cfg)
     # Now that the config is right, what brings torch.
     import torch
     from tabulate import tabulate
@@ -48,13 +42,16 @@ def run(args: argparse.Namespace) -> None:
     from dfm_d2.detection.analysis import analyze
 
     height, width = args.size
+    image = torch.full((3, height, width), 127.0)
     for cfg in configs:
         model = DETECTION.build_model(cfg).eval()
         settings = model.sampler.settings
         print(f"\n{cfg.MODEL.META_ARCHITECTURE}, {len(settings.grid) - 1} steps, ", end="")
         print(f"N = {settings.num_proposals}, one image of {height} x {width}")
-        costs = analyze(model, torch.full((3, height, width), 127.0))
-        rows = [(cost.part, *(f"{number:.2f}" for number in cost.millions())) for cost in costs]
+        rows = [
+            (part, f"{parameters / 1e6:.2f}", f"{multiply_adds / 1e9:.2f}", f"{activations / 1e6:.2f}")
+            for part, parameters, multiply_adds, activations in analyze(model, image)
+        ]
         align = ("left", "right", "right", "right")
         print(tabulate(rows, headers=HEADERS, colalign=align, disable_numparse=True))
 

@@ -4,32 +4,28 @@
 python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_r18.yaml, OUTPUT_DIR among them
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
+import make_shapes
+import train_net
+import visualize_flow
+from command_line import ROOT, argument_parser
 
-import make_shapes  # noqa: E402
-import train_net  # noqa: E402
-import visualize_flow  # noqa: E402
-
-from dfm_d2.detection.task import DETECTION  # noqa: E402
-from dfm_d2.engine.setup import load_config  # noqa: E402
-from dfm_d2.errors import UserError, report  # noqa: E402
+from dfm_d2.detection.task import DETECTION
+from dfm_d2.engine.setup import load_config
+from dfm_d2.errors import UserError, report
 
 CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
 SHAPES = ROOT / "data" / "shapes"
 OUTPUT = ROOT / "output" / "demo"
-NUM_TRAIN, NUM_VAL, IMAGE_SIZE = 2000, 300, 128
+NUMBERS = "--train 2000 --val 300 --size 128".split()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status of the first part that failed, else 0."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argument_parser(__doc__)
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
     overrides = parser.parse_args(arguments).opts
     started = time.perf_counter()
@@ -39,9 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return report(error)
     output, command = Path(cfg.OUTPUT_DIR), ["--config-file", CONFIG, *opts]
-    numbers = ["--train", str(NUM_TRAIN), "--val", str(NUM_VAL), "--size", str(IMAGE_SIZE)]
     status = (
-        make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *numbers])
+        make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *NUMBERS])
         or train_net.run_command(command)
         or visualize_flow.main([*command, "MODEL.WEIGHTS", str(output / "model_final.pth")])
     )

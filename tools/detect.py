@@ -7,18 +7,15 @@ python tools/detect.py --config-file output/demo/config.yaml --weights output/de
 
 import argparse
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+from command_line import argument_parser
 
-from dfm_d2.errors import exit_status  # noqa: E402
+from dfm_d2.errors import exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some inputs could not be read, 2 something that the user can put right."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argument_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--weights", required=True, help="checkpoint of the detector")
     parser.add_argument("--input", nargs="+", required=True, help="images, folders of images, videos")

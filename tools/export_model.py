@@ -13,27 +13,22 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+from command_line import argument_parser
 
-from dfm_d2.errors import UserError, exit_status  # noqa: E402
-from dfm_d2.export import FORMATS  # noqa: E402
+from dfm_d2.errors import UserError, exit_status
+from dfm_d2.export import FORMATS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="path to config file")
+    parser = argument_parser(__doc__, default="", help="path to config file")
     parser.add_argument("--format", choices=sorted(FORMATS), default="torchscript", help="output format")
     parser.add_argument("--export-method", choices=["tracing"], default="tracing")
     parser.add_argument("--sample-image", help="image of which the trace is made; else a blank one")
     parser.add_argument("--run-eval", action="store_true", help="AP of the file on DATASETS.TEST")
     parser.add_argument("--output", default="exported", help="folder to write")
     parser.add_argument("--noise", choices=["input", "constant"], default="input")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
-    args = parser.parse_args(arguments)
-    return exit_status(run, args)
+    return exit_status(run, parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     pixels = np.full((480, 640, 3), 127, dtype=np.uint8)
     if args.sample_image:
         pixels = read_image(args.sample_image, cfg.INPUT.FORMAT)
-    # Now that the config is right, what brings torch.
+    # Now that the config is right, what brings torch; torchvision cannot be imported first within a trace.
+    import torchvision  # noqa: F401
+
     from dfm_d2.detection.data.loader import resized_item
     from dfm_d2.detection.exportable import ConstantNoise, ExportedDetector, export_detector, prepared_model
     from dfm_d2.detection.loading import load_detector
@@ -70,12 +67,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"DATASETS.TEST has other classes than the weights, {', '.join(classes)}.")
     eager = prepared_model(model)
     eager = ConstantNoise(eager) if is_constant else eager
-    results = {}
     for name, detector in {"eager": eager, args.format: ExportedDetector(path)}.items():
         cfg.OUTPUT_DIR = str(Path(args.output) / name)
-        results[name] = evaluate(DETECTION, cfg, detector)
-    for name, found in results.items():
-        print(f"{name:12s} " + "  ".join(f"{key} {found['bbox'][key]:.4f}" for key in ("AP", "AP50")))
+        found = evaluate(DETECTION, cfg, detector)["bbox"]
+        print(f"{name:12s} AP {found['AP']:.4f}  AP50 {found['AP50']:.4f}")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+from command_line import argument_parser
 
-from dfm_d2.errors import exit_status  # noqa: E402
+from dfm_d2.errors import exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder to write, for example data/shapes")
     parser.add_argument("--train", type=int, default=1500, help="number of training images")
     parser.add_argument("--val", type=int, default=300, help="number of validation images")

@@ -37,15 +37,15 @@ def table() -> str:
     files: dict[str, list[Path]] = {}
     for path in (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))):
         files.setdefault(package_of(path), []).append(path)
-    lines = ["| package | files | lines | imports |", "|---|---|---|---|"]
-    counts, total = {}, [0, 0]
+    rows, total = [("package", "files", "lines", "imports"), ("---",) * 4], [0, 0]
     for package, paths in files.items():
-        counts[package] = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
         imports = set().union(*(imports_of(path, set(files)) for path in paths)) - {package}
-        lines.append(f"| {package} | {len(paths)} | {counts[package]} | {', '.join(sorted(imports))} |")
+        rows.append((package, len(paths), lines, ", ".join(sorted(imports))))
         if package != "tests":
-            total = [total[0] + len(paths), total[1] + counts[package]]
-    return "\n".join([*lines, f"| all but the tests | {total[0]} | {total[1]} | |"])
+            total = [total[0] + len(paths), total[1] + lines]
+    rows.append(("all but the tests", *total, ""))
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -13,26 +13,19 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
+from command_line import argument_parser
 
-from dfm_d2.config import split_overrides  # noqa: E402
-from dfm_d2.errors import UserError, exit_status  # noqa: E402
-from dfm_d2.visualize import KINDS  # noqa: E402
+from dfm_d2.config import split_overrides
+from dfm_d2.errors import UserError, exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--config-file", required=True)
+    parser = argument_parser(__doc__, required=True)
     parser.add_argument("--image", nargs="+", default=[], help="image files; else the first of DATASETS.TEST")
     parser.add_argument("--number", type=int, default=6, help="images of predictions.png")
     parser.add_argument("--score", type=float, default=0.3, help="least score that is drawn")
     parser.add_argument("--out", default="", help="folder of the pictures; else OUTPUT_DIR")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what to write")
-    parser.add_argument("--color", choices=("class", "predictor"), default="class", help="of flow.png")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the config")
     words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(words)
     args.opts += opts
@@ -62,9 +55,7 @@ def run(args: argparse.Namespace) -> None:
         classes = setup_run(DETECTION, cfg, args)
         model = load_for_inference(DETECTION, cfg, classes)
     folder = args.out or cfg.OUTPUT_DIR
-    paths = write_pictures(
-        cfg, model, classes, folder, args.image, args.number, args.score, args.kinds, args.color
-    )
+    paths = write_pictures(cfg, model, classes, folder, args.image, args.number, args.score)
     if metrics := read_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE):
         paths.append(draw_curves(Path(folder) / "curves.png", metrics))
     for path in paths:

@@ -18,8 +18,7 @@ from dfm_d2.engine.hooks import loss_by_block
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import load_for_inference
 from dfm_d2.framework import CfgNode, DatasetCatalog
-from dfm_d2.visualize.class_flow import draw_class_flow
-from dfm_d2.visualize.curves import draw_class_curves
+from dfm_d2.visualize.curves import draw_class_curves, draw_class_flow
 
 # Test images whose flow is drawn.
 _SAMPLES = 40

@@ -1,5 +1,6 @@
 """Writing files so that a crash at any moment leaves the old file or the new one, never half of one."""
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +12,10 @@ TEMPORARY_SUFFIX = ".partial"
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Call ``write(file)`` on a temporary file beside ``path``, then move it there in one step.
-    The folder is made if need be.
 
-    The content is on the disk before the name is, and the name is on the disk before this returns.
-    Whatever ``write`` raises goes through, and ``path`` is then what it was before; an error of the operating
-    system, such as a full disk, names ``path``.
+    The folder is made if need be. The content is on the disk before the name is, and the name before this
+    returns. Whatever ``write`` raises goes through, and ``path`` is then what it was before; an error of the
+    operating system, such as a full disk, names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,7 @@ def remove_partial_files(folder: str | os.PathLike) -> None:
 def paths_by_stem(files: Sequence[str | os.PathLike], folder: Path, ending: str) -> list[Path]:
     """A path in `folder` of the stem of each file, with a number where an earlier file has that stem."""
     found: list[Path] = []
-    for file in files:
-        number, path = 1, folder / f"{Path(file).stem}{ending}"
-        while path in found:
-            number += 1
-            path = folder / f"{Path(file).stem}_{number}{ending}"
-        found.append(path)
+    for stem in (Path(file).stem for file in files):
+        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        found.append(next(path for name in names if (path := folder / f"{name}{ending}") not in found))
     return found

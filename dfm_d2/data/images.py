@@ -11,16 +11,8 @@ from dfm_d2.errors import UserError
 
 _ORIENTATION_TAG = 0x0112
 # What Pillow is known to raise on files that are damaged, cut short or absurdly large.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
+_DAMAGED += (Image.DecompressionBombError,)
 
 
 class ImageError(UserError):

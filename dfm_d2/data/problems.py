@@ -35,8 +35,7 @@ class ProblemReport:
     """All problems of one data set, in the order in which they were found."""
 
     def __init__(self, dataset: str) -> None:
-        self.dataset = dataset
-        self.problems: list[Problem] = []
+        self.dataset, self.problems = dataset, []
 
     def add(self, file: str, kind: str, message: str) -> None:
         self.problems.append(Problem(file, kind, message))

@@ -4,10 +4,10 @@ Position p of training shows image permutation(seed, p // n)[p % n], augmented b
 (seed, p); so a run that resumes at position p sees what it would have seen, whatever the number of workers.
 """
 
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -15,15 +15,30 @@ from torch.utils.data import DataLoader, Dataset
 
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.problems import DataProblemError
-from dfm_d2.errors import UserError
+from dfm_d2.errors import UserError, input_errors
 from dfm_d2.framework import CfgNode, comm
 
 logger = logging.getLogger(__name__)
 
 _ORDER_KEY, _AUGMENT_KEY = 1, 2  # keep the two random streams of a seed apart
 
-# What crosses from a worker: the item, or None; (file name, message) of each image that it could not read.
-Sample = tuple[dict | None, list[tuple[str, str]]]
+# What crosses from a worker: the item, None where no image is left, or what the user has to put right (which
+# DataLoader would raise with a traceback in its message); (file name, message) of each unreadable image.
+Sample = tuple[dict | UserError | None, list[tuple[str, str]]]
+
+
+def _first_good(entries: Iterable[dict], make: Callable[[dict], dict]) -> Sample:
+    """The item of the first entry whose image can be read."""
+    failures = []
+    for entry in entries:
+        try:
+            with input_errors():
+                return make(entry), failures
+        except ImageError as error:
+            failures.append((entry["file_name"], str(error)))
+        except UserError as error:
+            return error, failures
+    return None, failures
 
 
 class SampleStream(Dataset):
@@ -32,25 +47,17 @@ class SampleStream(Dataset):
     make: returns the model's input dict of an entry, augmented by the generator; raises ImageError.
     """
 
-    def __init__(
-        self, dicts: list[dict], seed: int, make: Callable[[dict, np.random.Generator], dict]
-    ) -> None:
+    def __init__(self, dicts: list[dict], seed: int, make: Callable[[dict, np.random.Generator], dict]):
         self._dicts, self._seed, self._make = dicts, seed, make
 
     def __getitem__(self, position: int) -> Sample:
-        failures = []
-        number = len(self._dicts)
-        for place in range(position, position + number):  # the next good one stands in for an unreadable one
-            entry = self._dicts[_permutation(number, self._seed, place // number)[place % number]]
-            try:
-                rng = np.random.default_rng([self._seed, _AUGMENT_KEY, position])
-                return self._make(entry, rng), failures
-            except ImageError as error:
-                failures.append((entry["file_name"], str(error)))
-        return None, failures
+        number, key = len(self._dicts), [self._seed, _AUGMENT_KEY, position]
+        places = range(position, position + number)  # the next good one stands in for an unreadable one
+        entries = (self._dicts[_permutation(number, self._seed, p // number)[p % number]] for p in places)
+        return _first_good(entries, lambda entry: self._make(entry, np.random.default_rng(key)))
 
 
-@functools.lru_cache(maxsize=2)  # two: a batch may cross from one epoch to the next
+@lru_cache(maxsize=2)  # two: a batch may cross from one epoch to the next
 def _permutation(number: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, _ORDER_KEY, epoch]).permutation(number)
 
@@ -70,18 +77,6 @@ def train_batches(stream: SampleStream, cfg: CfgNode, start_position: int) -> It
     return _good_items(loader, cfg.DATASETS.ON_ERROR, training=True)
 
 
-class _TestImages(Dataset):
-    def __init__(self, dicts: list[dict], make: Callable[[dict], dict]) -> None:
-        self._dicts, self._make = dicts, make
-
-    def __getitem__(self, index: int) -> Sample:
-        entry = self._dicts[index]
-        try:
-            return self._make(entry), []
-        except ImageError as error:
-            return None, [(entry["file_name"], str(error))]
-
-
 class TestLoader(DataLoader):
     """Batches of a set in order, with a length, as Detectron2's inference_on_dataset wants it.
 
@@ -94,16 +89,20 @@ class TestLoader(DataLoader):
         size, self._on_error = cfg.TEST.BATCH_SIZE, cfg.DATASETS.ON_ERROR
         share = np.array_split(np.arange(len(dicts)), comm.get_world_size())[comm.get_rank()].tolist()
         batches = [share[start : start + size] for start in range(0, len(share), size)]
-        super().__init__(_TestImages(dicts, make), batch_sampler=batches, **_worker_options(cfg))
+        super().__init__(dicts, batch_sampler=batches, **_worker_options(cfg, partial(_samples, make)))
 
     def __iter__(self) -> Iterator[list[dict]]:
         return _good_items(super().__iter__(), self._on_error, training=False)
 
 
-def _worker_options(cfg: CfgNode) -> dict:
+def _samples(make: Callable[[dict], dict], entries: list[dict]) -> list[Sample]:
+    return [_first_good([entry], make) for entry in entries]
+
+
+def _worker_options(cfg: CfgNode, collate: Callable[[list], list[Sample]] = list) -> dict:
     return {
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "collate_fn": list,
+        "collate_fn": collate,
         "worker_init_fn": _start_worker,
         # DataLoader draws a seed for its workers: not from the global generator, which a checkpoint keeps.
         "generator": torch.Generator().manual_seed(0),
@@ -130,6 +129,8 @@ def _good_items(batches: Iterable[list[Sample]], on_error: str, training: bool) 
                 reported.add(file_name)
                 logger.warning("%s: left out (%d unreadable images so far)", message, len(reported))
         items = [item for item, _ in samples if item is not None]
+        for error in (item for item in items if isinstance(item, UserError)):
+            raise error
         if items:
             yield items
         elif training:

@@ -12,9 +12,8 @@ from dfm_d2.framework import TracingAdapter
 
 
 class PartCost(NamedTuple):
-    """part: of the detector. parameters: their number. multiply_adds: of one image, in convolutions, matrix
-    products, attention, norms, interpolation and RoIAlign's sums. activations: numbers that convolutions and
-    matrix products answer.
+    """multiply_adds: of one image, in convolutions, matrix products, attention, norms, interpolation and
+    RoIAlign's sums. activations: numbers that convolutions and matrix products answer.
     """
 
     part: str
@@ -22,32 +21,24 @@ class PartCost(NamedTuple):
     multiply_adds: int
     activations: int
 
-    def millions(self) -> tuple[float, float, float]:
-        """Parameters in millions, multiply-adds in billions, activations in millions."""
-        return self.parameters / 1e6, self.multiply_adds / 1e9, self.activations / 1e6
-
 
 def analyze(model: FlowDetector, image: torch.Tensor) -> list[PartCost]:
     """The parts in the order in which an image passes them, then "total".
 
-    Args:
-        model: in evaluation mode, its ops on the backend "torch". image: `(3, H, W)`.
+    model: in evaluation mode, its ops on the backend "torch". image: `(3, H, W)`.
     """
     adapter = TracingAdapter(model, [{"image": image, "image_id": 0}], allow_non_tensor=True)
     with recording():
         work = FlopCountAnalysis(adapter, adapter.flattened_inputs)
         work.set_op_handle("aten::embedding_bag", _embedding_bag)
         work.set_op_handle("aten::scaled_dot_product_attention", _attention)
-        numbers = ActivationCountAnalysis(adapter, adapter.flattened_inputs)
-        counts = [
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_module()
-            for analysis in (work, numbers)
-        ]
-    counts.insert(0, parameter_count(adapter))
+        counts = [parameter_count(adapter)]
+        for analysis in (work, ActivationCountAnalysis(adapter, adapter.flattened_inputs)):
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            counts.append(analysis.by_module())
 
     def cost(part: str, module: str, without: str = "") -> PartCost:
-        numbers = (count[module] - (count[without] if without else 0) for count in counts)
-        return PartCost(part, *map(int, numbers))
+        return PartCost(part, *(int(count[module] - (count[without] if without else 0)) for count in counts))
 
     # The pooler is one object, which all predictors share: its work is counted under the first of them.
     pooler = "model.predictors.0.pooler"
@@ -61,17 +52,13 @@ def analyze(model: FlowDetector, image: torch.Tensor) -> list[PartCost]:
     ]
 
 
-def _size(value: Any) -> list[int]:
-    return value.type().sizes()
-
-
 def _embedding_bag(inputs: list[Any], outputs: list[Any]) -> int:
     """RoIAlign's weighted sums: one multiply-add for each sample and channel."""
-    channels, samples = _size(inputs[0])[1], _size(inputs[1])
-    return math.prod(samples) * channels
+    rows, samples = (value.type().sizes() for value in inputs[:2])
+    return math.prod(samples) * rows[1]
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     """The two products of attention, queries with keys and weights with values."""
-    queries, keys = _size(inputs[0]), _size(inputs[1])
+    queries, keys = (value.type().sizes() for value in inputs[:2])
     return 2 * math.prod(queries) * keys[-2]

@@ -17,37 +17,29 @@ from dfm_d2.visualize.paint import paint_detections
 
 if TYPE_CHECKING:
     from dfm_d2.detection.flow_predictor import FlowPredictor
-    from dfm_d2.framework import CfgNode, Instances
+    from dfm_d2.framework import CfgNode
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
 def detect_files(
-    cfg: "CfgNode",
-    inputs: Sequence[str],
-    output: str | Path,
-    batch_size: int = 1,
-    score_thresh: float = 0.3,
+    cfg: "CfgNode", inputs: Sequence[str], output: str | Path, batch_size: int, score_thresh: float
 ) -> list[str]:
     """Write into `output` a picture of each image, detections.json of all images, and each video.
 
-    Args:
-        cfg: with MODEL.WEIGHTS. inputs: images, folders of images, videos.
-        batch_size: images or frames that are computed at once. score_thresh: least score that is drawn.
-
-    Returns:
-        An error message for each image and video that cannot be read or written.
-
-    Raises:
-        UserError: a name that does not exist, no image at all, an input that would be overwritten, or a
-            config and weights that do not work.
+    cfg: with MODEL.WEIGHTS. inputs: images, folders of images, videos. batch_size: images or frames that are
+    computed at once. score_thresh: least score that is drawn.
+    Returns an error message for each image and video that cannot be read or written.
+    Raises UserError for a name that does not exist, no image at all, an input that would be overwritten, or a
+    config and weights that do not work.
     """
     images, videos = find_inputs(inputs)
-    pictures, films = _output_files(images, output, ".png"), _output_files(videos, output, ".mp4")
-    from dfm_d2.detection.flow_predictor import (
-        FlowPredictor,
-    )  # now that the inputs are right: it brings torch
+    pictures, films = paths_by_stem(images, Path(output), ".png"), paths_by_stem(videos, Path(output), ".mp4")
+    for path in {path.resolve() for path in (*images, *videos)} & {*map(Path.resolve, (*pictures, *films))}:
+        raise UserError(f"--output {output} would overwrite the input {path}: choose another folder.")
+    # Now that the inputs are right, what brings torch.
+    from dfm_d2.detection.flow_predictor import FlowPredictor
 
     predictor = FlowPredictor(cfg, batch_size)
     failures = _detect_images(predictor, images, pictures, score_thresh) if images else []
@@ -78,42 +70,25 @@ def find_inputs(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
     return images, videos
 
 
-def _output_files(files: Sequence[Path], folder: str | Path, ending: str) -> list[Path]:
-    """Where the result of each file is written: its name in `folder`, with a number where that is taken."""
-    found = paths_by_stem(files, Path(folder), ending)
-    inputs = {file.resolve() for file in files}
-    for path in found:
-        if path.resolve() in inputs:
-            raise UserError(f"--output {folder} would overwrite the input {path}: choose another folder.")
-    return found
-
-
 def _detect_images(
     predictor: "FlowPredictor", files: Sequence[Path], pictures: Sequence[Path], score_thresh: float
 ) -> list[str]:
     """Write the picture of each file and detections.json of all; returns what could not be read."""
-    failures: list[str] = []
-    found: dict[str, dict] = {}
-    answers = predictor.stream(files, return_errors=True)
-    for file, picture, answer in tqdm.tqdm(
-        zip(files, pictures, answers), desc="images", unit="image", total=len(files)
-    ):
+    failures, found = [], {}
+    answers = zip(files, pictures, predictor.stream(files, return_errors=True))
+    for file, picture, answer in tqdm.tqdm(answers, desc="images", unit="image", total=len(files)):
         if isinstance(answer, ImageError):
             failures.append(str(answer))
             continue
         painted = paint_detections(read_image(file), answer, predictor.class_names, score_thresh)
         _, png = cv2.imencode(".png", painted[:, :, ::-1])
         write_atomically(picture, lambda target, png=png: target.write(png.tobytes()))
-        found[picture.stem] = {"file": str(file), "detections": _as_dicts(answer, predictor.class_names)}
+        names = [predictor.class_names[label] for label in answer.pred_classes.tolist()]
+        of_file = zip(answer.pred_boxes.tensor.tolist(), answer.scores.tolist(), names)
+        detections = [{"box_xyxy": box, "score": score, "class": name} for box, score, name in of_file]
+        found[picture.stem] = {"file": str(file), "detections": detections}
     write_text_atomically(pictures[0].with_name("detections.json"), json.dumps(found, indent=1) + "\n")
     return failures
-
-
-def _as_dicts(instances: "Instances", class_names: Sequence[str]) -> list[dict]:
-    """Detections as plain values: box_xyxy in pixels of the image, score, class."""
-    boxes, scores = instances.pred_boxes.tensor.tolist(), instances.scores.tolist()
-    names = [class_names[label] for label in instances.pred_classes.tolist()]
-    return [{"box_xyxy": b, "score": s, "class": name} for b, s, name in zip(boxes, scores, names)]
 
 
 def _detect_video(predictor: "FlowPredictor", file: Path, path: Path, score_thresh: float) -> None:
@@ -132,14 +107,12 @@ def _detect_video(predictor: "FlowPredictor", file: Path, path: Path, score_thre
     if not target.isOpened():
         raise UserError(f"{path} cannot be written: OpenCV has no mp4 encoder here.")
     is_rgb = predictor.cfg.INPUT.FORMAT == "RGB"
-    total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
+    total = max(int(source.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None  # where the file does not say
     frames, copies = itertools.tee(_rgb_frames(source))
     found = predictor.stream(frame if is_rgb else np.flip(frame, 2) for frame in frames)
     written = 0
     try:
-        for frame, instances in tqdm.tqdm(
-            zip(copies, found), desc=file.name, unit="frame", total=total if total > 0 else None
-        ):
+        for frame, instances in tqdm.tqdm(zip(copies, found), file.name, total, unit="frame"):
             painted = paint_detections(frame, instances, predictor.class_names, score_thresh)
             target.write(painted[:, :, ::-1])
             written += 1
@@ -152,8 +125,5 @@ def _detect_video(predictor: "FlowPredictor", file: Path, path: Path, score_thre
 
 
 def _rgb_frames(source: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while True:
-        there, frame = source.read()
-        if not there:
-            return
-        yield np.ascontiguousarray(frame[:, :, ::-1])
+    while (read := source.read())[0]:
+        yield np.ascontiguousarray(read[1][:, :, ::-1])

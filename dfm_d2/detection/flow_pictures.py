@@ -17,13 +17,10 @@ from dfm_d2.detection.data.loader import read_test_item
 from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.engine.precision import inference_autocast
 from dfm_d2.framework import CfgNode, DatasetCatalog
-from dfm_d2.visualize import KINDS
-from dfm_d2.visualize.boxes import draw_flow, draw_predictions
+from dfm_d2.visualize.boxes import Answer, FlowRecord, draw_flow, draw_predictions
 from dfm_d2.visualize.page import write_page
-from dfm_d2.visualize.record import Answer, FlowRecord
 
-# Points of the velocity field along the longer side of an image.
-_FIELD_POINTS = 12
+_FIELD_POINTS = 12  # of the velocity field, along the longer side of an image
 
 
 @torch.no_grad()
@@ -35,23 +32,11 @@ def write_pictures(
     image_files: Sequence[str] = (),
     number: int = 6,
     score_thresh: float = 0.3,
-    kinds: Sequence[str] = KINDS,
-    color_by: str = "class",
 ) -> list[Path]:
-    """Write pictures of `number` images.
+    """Write pictures of the first `number` images of the first set in DATASETS.TEST, or of all `image_files`.
 
-    predictions: predictions.png of all. strip: flow.png of the one with the most objects among them.
-    html: a page of each file in `image_files`, or else of that one.
-
-    Args:
-        image_files: draw these; empty: the first images of the first set in DATASETS.TEST.
-        kinds: some of KINDS. color_by: of the strip, "class" or "predictor".
-
-    Returns:
-        The paths.
-
-    Raises:
-        ImageError: a file that cannot be read.
+    predictions.png shows all, flow.png the one with the most objects among them. An HTML page shows the flow
+    of each file, or else of that one. Returns the paths. Raises ImageError for a file that cannot be read.
     """
     folder = Path(folder)
     if image_files:
@@ -64,39 +49,31 @@ def write_pictures(
     with inference_autocast(cfg):
         found = [model.inference([item])[0]["instances"].to("cpu") for item in items]
     truths = [[(a["bbox"], a["category_id"]) for a in entry["annotations"]] for entry in entries]
-    paths = []
-    if "predictions" in kinds:
-        path = folder / "predictions.png"
-        paths.append(draw_predictions(path, images, truths, found, class_names, score_thresh))
+    path = folder / "predictions.png"
+    paths = [draw_predictions(path, images, truths, found, class_names, score_thresh)]
     busiest = max(range(len(entries)), key=lambda i: (len(truths[i]), len(found[i])))
-    pages = (range(len(entries)) if image_files else [busiest]) if "html" in kinds else []
     page_files = paths_by_stem([entry["file_name"] for entry in entries], folder, ".html")
-    for index in sorted({*pages, *([busiest] if "strip" in kinds else [])}):
+    for index in range(len(entries)) if image_files else [busiest]:
         with inference_autocast(cfg):
-            record = record_flow(model, items[index], with_field=index in pages)
-        if index == busiest and "strip" in kinds:
-            path = folder / "flow.png"
-            paths.append(draw_flow(path, record, images[index], class_names, score_thresh, color_by))
-        if index in pages:
-            name = Path(entries[index]["file_name"]).name
-            paths.append(write_page(page_files[index], record, images[index], class_names, name))
+            record = record_flow(model, items[index])
+        if index == busiest:
+            paths.append(draw_flow(folder / "flow.png", record, images[index], class_names, score_thresh))
+        name = Path(entries[index]["file_name"]).name
+        paths.append(write_page(page_files[index], record, images[index], class_names, name))
     return paths
 
 
 @torch.no_grad()
-def record_flow(model: FlowDetector, item: dict, with_field: bool = True) -> FlowRecord:
-    """Run one image and keep everything.
+def record_flow(model: FlowDetector, item: dict) -> FlowRecord:
+    """Run one image and keep everything, and the velocity field of the box that ends with the greatest score:
+    its centre is put on a grid of places, one after another, while all other boxes stay where they are.
 
-    Args:
-        item: the model's input dict; height and width are those of the original image.
-        with_field: also the velocity field of the box that ends with the greatest score: its centre is put on
-            a grid of places, one after another, while all other boxes stay where they are.
+    item: the model's input dict; height and width are those of the original image.
     """
     run = FlowRun(model, item)
-    steps = run.trajectory.steps
+    steps, points = run.trajectory.steps, run.grid()
     scores, classes = zip(*(step.class_probs[0].cpu().max(-1) for step in steps))
-    followed = int(scores[-1].argmax()) if with_field else -1
-    points = run.grid() if with_field else torch.zeros(0, 2)
+    followed = int(scores[-1].argmax())
     return FlowRecord(
         times=run.trajectory.times,
         states=[run.pixels(x) for x in run.trajectory.states],
@@ -106,18 +83,15 @@ def record_flow(model: FlowDetector, item: dict, with_field: bool = True) -> Flo
         detections=model.inference([item])[0]["instances"].to("cpu"),
         followed=followed,
         field_points=points * run.scale[:2],
-        field=[
-            run.field(k, followed, points) * run.scale[:2] for k in range(len(steps) if with_field else 0)
-        ],
+        field=[run.field(k, followed, points) * run.scale[:2] for k in range(len(steps))],
     )
 
 
 class FlowRun:
     """The flow of one image, and what is asked of the model along it.
 
-    Attributes:
-        trajectory: states and steps. image_sizes: `(1, 2)` as the network sees it.
-        scale: `(4,)` from there to pixels of the original image.
+    trajectory: states and steps. image_sizes: `(1, 2)` as the network sees it. scale: `(4,)` from there to
+    pixels of the original image.
     """
 
     def __init__(self, model: FlowDetector, item: dict):
@@ -160,12 +134,10 @@ class FlowRun:
         return torch.cartesian_prod(y, x).flip(1)
 
     def field(self, k: int, box: int, points: Tensor) -> Tensor:
-        """`(M, 2)` from each point to the centre of the endpoint of a box put there, pixels of the network's
-        image."""
-        space, state = self.model.space, self.trajectory.states[k]
-        sides = space.decode(state, self.image_sizes)[0, box]
-        half = (sides[2:] - sides[:2]).abs() / 2
-        moved = []
+        """`(M, 2)` pixels, as the network sees them, from each point to the endpoint of a box put there."""
+        space, state, moved = self.model.space, self.trajectory.states[k], []
+        corners = space.decode(state, self.image_sizes)[0, box]
+        half = (corners[2:] - corners[:2]).abs() / 2
         for point in points.to(state.device):
             x_t = state.clone()
             there = torch.cat([point - half, point + half])

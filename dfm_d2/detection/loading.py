@@ -14,7 +14,6 @@ def load_detector(cfg: CfgNode, explicit_device: bool = False) -> tuple[nn.Modul
     """The model of ``MODEL.WEIGHTS`` in evaluation mode and its class names; ``cfg`` is completed in place.
 
     The names are those that the checkpoint was trained for, else ``DATASETS.CLASSES``, else numbers.
-
     explicit_device: see ``resolve_device``.
     Raises UserError for bad values, a missing file and the weights of another model.
     """
@@ -23,12 +22,9 @@ def load_detector(cfg: CfgNode, explicit_device: bool = False) -> tuple[nn.Modul
     weights, dfm = cfg.MODEL.WEIGHTS, cfg.MODEL.DFM
     if not weights:
         raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
-    classes = class_names_of(weights) or list(cfg.DATASETS.CLASSES)
-    if not classes and dfm.NUM_CLASSES < 1:
-        raise UserError(
-            f"{weights} does not say its classes: set DATASETS.CLASSES, or MODEL.DFM.NUM_CLASSES."
-        )
-    classes = classes or [str(index) for index in range(dfm.NUM_CLASSES)]
+    classes = class_names_of(weights) or list(cfg.DATASETS.CLASSES) or [*map(str, range(dfm.NUM_CLASSES))]
+    if not classes:
+        raise UserError(f"{weights} does not say its classes: set DATASETS.CLASSES or MODEL.DFM.NUM_CLASSES.")
     if dfm.NUM_CLASSES not in (0, len(classes)):
         raise UserError(
             f"MODEL.DFM.NUM_CLASSES is {dfm.NUM_CLASSES}, but {weights} was trained for {len(classes)} "

@@ -18,6 +18,6 @@ DETECTION = Task(
     register=Imported(_REGISTRATION, "register_datasets"),
     train_loader=Imported(_LOADER, "build_train_loader"),
     test_loader=Imported(_LOADER, "build_test_loader"),
-    evaluator=lambda cfg, name, folder: _evaluator(name, folder, cfg.TEST.AP),
+    evaluator=lambda cfg, name, folder: _evaluator(name, folder),
     summary=Imported(_EVALUATOR, "format_table"),
 )

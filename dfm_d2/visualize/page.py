@@ -17,11 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from dfm_d2.data.files import write_text_atomically
+from dfm_d2.visualize.boxes import FlowRecord
 from dfm_d2.visualize.figures import class_color, predictor_color
-from dfm_d2.visualize.record import FlowRecord
-
-# Where the template takes the data.
-_DATA = "__FLOW_DATA__"
 
 
 def write_page(
@@ -29,17 +26,14 @@ def write_page(
 ) -> Path:
     """Write the page: a slider over the solver's steps, toggles of predictors and classes, a threshold.
 
-    Args:
-        image: uint8 RGB `(H, W, 3)` of the original size. title: shown above, for example the file's name.
-
-    Returns:
-        The path written.
+    image: uint8 RGB `(H, W, 3)` of the original size. title: shown above, for example the file's name.
+    Returns the path written.
     """
     path = Path(path)
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # In the script element that the data stands in, "</script" and "<!--" mean something.
     data = json.dumps(_page_data(record, image, class_names, title)).replace("<", "\\u003c")
-    write_text_atomically(path, template.replace(_DATA, data))
+    write_text_atomically(path, template.replace("__FLOW_DATA__", data))
     return path
 
 
@@ -47,13 +41,13 @@ def _page_data(
     record: FlowRecord, image: np.ndarray, class_names: Sequence[str], title: str
 ) -> dict[str, Any]:
     predictors = sorted({answer.predictor for answers in record.answers for answer in answers})
-    found = record.detections
-    detections = zip(
-        _rounded(found.pred_boxes.tensor), _rounded(found.scores, 3), found.pred_classes.tolist()
-    )
+    found, jpeg = record.detections, BytesIO()
+    boxes, scores = _rounded(found.pred_boxes.tensor), _rounded(found.scores, 3)
+    detections = zip(boxes, scores, found.pred_classes.tolist())
+    Image.fromarray(image).save(jpeg, "JPEG", quality=90)
     return {
         "title": title,
-        "image": _data_uri(image),
+        "image": "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode(),
         "width": image.shape[1],
         "height": image.shape[0],
         "times": [round(t, 5) for t in record.times],
@@ -69,28 +63,19 @@ def _page_data(
 
 
 def _step(record: FlowRecord, k: int) -> dict[str, Any]:
-    answers = [
-        {
-            "predictor": answer.predictor,
-            "boxes": _rounded(answer.endpoints_xyxy),
-            "classes": answer.classes.tolist(),
-            "scores": _rounded(answer.scores, 3),
-        }
-        for answer in record.answers[k]
-    ]
     return {
-        "classes": record.classes[k].tolist(),
-        "scores": _rounded(record.scores[k], 3),
+        **_of_all(record.classes[k], record.scores[k]),
         "leaders": record.leader(k).tolist(),
-        "answers": answers,
+        "answers": [
+            {"predictor": d, "boxes": _rounded(endpoints), **_of_all(classes, scores)}
+            for d, endpoints, classes, scores in record.answers[k]
+        ],
     }
+
+
+def _of_all(classes: Tensor, scores: Tensor) -> dict[str, list]:
+    return {"classes": classes.tolist(), "scores": _rounded(scores, 3)}
 
 
 def _rounded(values: Tensor, digits: int = 1) -> list:
     return np.round(values.double().numpy(), digits).tolist()
-
-
-def _data_uri(image: np.ndarray) -> str:
-    content = BytesIO()
-    Image.fromarray(image).save(content, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 def paint_detections(
     image: np.ndarray, instances: "Instances", class_names: Sequence[str], score_thresh: float = 0.3
 ) -> np.ndarray:
-    """A copy of `image` with the detections of at least `score_thresh` on it.
-
-    Args:
-        image: uint8 RGB `(H, W, 3)`. instances: in the same pixels.
-    """
+    """A copy of `image`, uint8 RGB `(H, W, 3)`, with the detections of at least `score_thresh` on it."""
     canvas = image.copy(order="C")
     side = min(image.shape[:2])
     line, scale = max(1, round(side / 250)), max(0.4, side / 900)

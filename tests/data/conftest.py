@@ -1,12 +1,10 @@
 """Small data sets on disk for the tests of data."""
 
 import json
-import os
 import tarfile
-from pathlib import Path
 
 import pytest
-from data_helpers import ROOT, VocFolder, pixels_of
+from data_helpers import VocFolder, pixels_of
 from PIL import Image
 
 from dfm_d2.config import add_dfm_config
@@ -83,16 +81,3 @@ def make_tar(folder):
         return folder.parent / name
 
     return make
-
-
-@pytest.fixture
-def shared_data():
-    """Path in the shared data; skips where it is missing."""
-
-    def find(name):
-        path = Path(os.environ.get("DFM_SHARED_DATA", ROOT / ".." / "shared" / "data")) / name
-        if not path.exists():
-            pytest.skip(f"the shared data set {name} is not here (set DFM_SHARED_DATA)")
-        return path
-
-    return find

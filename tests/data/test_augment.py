@@ -1,11 +1,13 @@
 """Boxes move with the pixels: a white rectangle is drawn, transformed, and found again."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfm_d2.detection.data.augment import (
+from dfm_d2.detection.data.loader import (
     augment,
     clip_and_drop,
     mirror,
@@ -23,6 +25,12 @@ def images_with_a_box(draw):
     image = np.zeros((height, width, 3), np.uint8)
     image[y0:y1, x0:x1] = 255
     return image, np.array([[x0, y0, x1, y1]], dtype=np.float64)
+
+
+def recipe(sizes, sampling, flip, **keys):
+    """Some keys of INPUT."""
+    keys |= {"MIN_SIZE_TRAIN": sizes, "MIN_SIZE_TRAIN_SAMPLING": sampling, "RANDOM_FLIP": flip}
+    return SimpleNamespace(MAX_SIZE_TRAIN=60, **keys)
 
 
 def extent(image):
@@ -68,8 +76,9 @@ def test_crop_moves_the_box(sample, seed, low, more):
 @given(images_with_a_box(), st.integers(0, 2**32))
 def test_augment_is_a_function_of_its_generator_and_boxes_stay_inside(sample, seed):
     image, boxes = sample
-    recipe = ((20, 30, 40), "choice", 60, "horizontal", 0.5, (24, 40), (10, 30))
-    runs = [augment(image, boxes, np.random.default_rng(seed), *recipe) for _ in range(2)]
+    crop = {"DETR_CROP": 0.5, "CROP_RESIZE": (24, 40), "CROP_SIZE": (10, 30)}
+    inputs = recipe((20, 30, 40), "choice", "horizontal", **crop)
+    runs = [augment(image, boxes, np.random.default_rng(seed), inputs) for _ in range(2)]
     for first, second in zip(*runs):
         np.testing.assert_array_equal(first, second)
     moved, kept = runs[0][1:]
@@ -81,7 +90,8 @@ def test_sizes_are_drawn_from_a_choice_or_a_range():
     image, boxes = np.zeros((40, 50, 3), np.uint8), np.zeros((0, 4))
     for sampling, seen in (("choice", {20, 30}), ("range", set(range(20, 31)))):
         rng = np.random.default_rng(0)
-        runs = [augment(image, boxes, rng, (20, 30), sampling, 60, "none")[0] for _ in range(200)]
+        inputs = recipe((20, 30), sampling, "none", DETR_CROP=0)
+        runs = [augment(image, boxes, rng, inputs)[0] for _ in range(200)]
         assert {run.shape[0] for run in runs} == seen
 
 

@@ -1,10 +1,15 @@
 """Image ids and their order, which must never change: noise and the order of training depend on them."""
 
+from pathlib import Path
+
 import pytest
 from data_helpers import write_idx
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from dfm_d2.classification.data.registration import HELD_OUT, register_class_sets
-from dfm_d2.classification.data.sources import read_digits, read_root
+from dfm_d2.classification.data.sources import read_digits
+from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.stream import SampleStream
 from dfm_d2.detection.data.registration import register_datasets
@@ -13,6 +18,15 @@ from dfm_d2.framework import DatasetCatalog
 
 def ids(name):
     return [entry["image_id"] for entry in DatasetCatalog.get(name)]
+
+
+@given(st.lists(st.sampled_from(["x.jpg", "x.png", "x_2.jpg", "x_2_2.jpg", "z"]), max_size=8))
+@example(["a/x.jpg", "b/x.png", "x_2.gif", "y.jpg"])
+def test_an_output_file_s_stem_that_is_taken_gets_a_number(files):
+    found = paths_by_stem(files, Path("out"), ".html")
+    assert len(set(found)) == len(files)
+    if "y.jpg" in files:
+        assert [path.name for path in found] == ["x.html", "x_2.html", "x_2_2.html", "y.html"]
 
 
 def test_voc_ids_are_the_names_in_the_order_of_the_split_file(voc, make_cfg):
@@ -46,10 +60,8 @@ def test_idx_ids_are_the_indices_of_a_fixed_split(tmp_path, make_cfg):
     assert len(ids("root_train")) == 13 and not {*ids("root_test"), *ids(HELD_OUT)} & set(ids("root_train"))
     for entry in DatasetCatalog.get("root_train") + DatasetCatalog.get("root_test"):
         number = int(entry["image_id"])
-        assert entry["label"] == number % 3 and entry["read"]().ravel().tolist() == [
-            *range(4 * number, 4 * number + 4)
-        ]
-        assert entry["read"]().shape == (2, 2, 1)
+        assert entry["label"] == number % 3 and entry["read"]().shape == (2, 2, 1)
+        assert entry["read"]().ravel().tolist() == [*range(4 * number, 4 * number + 4)]
     write_idx(tmp_path, "train", 7)
     register_class_sets(make_cfg(tmp_path, ("root_train",), ("root_test",)))
     assert [ids("root_train"), ids("root_test")] == [[*map(str, range(n))] for n in (7, 20)]
@@ -59,13 +71,6 @@ def test_the_digits_are_split():
     train, test = read_digits("train"), read_digits("test")
     assert (len(train), len(test), test[0].image_id) == (1438, 359, "1")
     assert train[0].read().shape == (8, 8, 1) and max(sample.read().max() for sample in train) == 240
-
-
-@pytest.mark.parametrize(
-    "name, sizes", [("mnist_t10k", (8000, 2000)), ("cifar10_jpg_12k.tar", (10000, 2000))]
-)
-def test_the_shared_sets(shared_data, name, sizes):
-    assert tuple(len(read_root(shared_data(name), split)) for split in ("train", "test")) == sizes
 
 
 @pytest.mark.parametrize(

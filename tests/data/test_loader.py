@@ -100,6 +100,22 @@ def test_a_truncated_file_is_replaced_by_the_next_position_or_fatal(cfg, voc, ca
             list(itertools.islice(batches, 7))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [UserError("the tar has changed"), OSError(5, "torn", "a.tar")])
+def test_what_a_worker_says_to_the_user_is_one_line(cfg, error, workers):
+    """DataLoader puts a traceback into the message of what a worker raises."""
+
+    def make(entry, *rng):
+        raise error
+
+    cfg.DATALOADER.NUM_WORKERS = workers
+    training = stream.train_batches(stream.SampleStream([{}], 0, make), cfg, 0)
+    for batches in (training, stream.TestLoader([{}], make, cfg)):
+        with pytest.raises(UserError) as caught:
+            next(iter(batches))
+        assert str(caught.value) in ("the tar has changed", "a.tar: torn.")
+
+
 def test_no_readable_image_is_an_error_not_a_loop(cfg, voc):
     for name in NAMES:
         voc.truncate(name)

@@ -51,7 +51,6 @@ BAD_DETECTORS = {
     "MODEL.DEVICE gpu": "MODEL.DEVICE is 'gpu': set it to cpu, cuda or cuda:0.",
     "SOLVER.BASE_LR_END 1.0": "SOLVER.BASE_LR_END is 1.0; it must be at most BASE_LR 0.001.",
     "SEED 99999999999": "SEED is 99999999999; it must be less than 2147483648.",
-    "TEST.AP ('coco','voc12')": "choose among coco, voc07, voc.",
     "SOLVER.CLIP_GRADIENTS.ENABLED True": "SOLVER.CLIP_GRADIENTS",
     "D.HEAD.INTERACTION cross_attention": "it lost to both others and was removed",
     "D.ENDPOINT_NOISE 0.1": "this option was removed: MODEL.DFM.ON_POLICY trains on the states of inference.",

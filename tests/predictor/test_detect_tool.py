@@ -59,14 +59,6 @@ def test_images_and_folders(detect, tmp_path, capsys):
     assert (painted != np.asarray(Image.open(one))).any(), "nothing was drawn"
 
 
-def test_what_is_not_there(detect, tmp_path, capsys):
-    assert detect(tmp_path / "missing") == 2
-    (tmp_path / "empty").mkdir()
-    assert detect(tmp_path / "empty") == 2
-    said = capsys.readouterr().err
-    assert "missing does not exist" in said and "holds no image" in said
-
-
 def test_bad_files_stop_neither_the_others_nor_what_is_said_of_them(detect, tmp_path, capsys):
     (tmp_path / "bad.jpg").write_text("words")
     (tmp_path / "bad.mp4").write_bytes(b"no film")
@@ -83,12 +75,10 @@ def test_bad_files_stop_neither_the_others_nor_what_is_said_of_them(detect, tmp_
 def test_a_video_that_opens_and_holds_no_frame(detect, tmp_path, capsys, monkeypatch):
     film = write_film(tmp_path / "film.avi")
     opened = cv2.VideoCapture(str(film))
-    no_frames = SimpleNamespace(
-        isOpened=opened.isOpened, get=opened.get, release=opened.release, read=lambda: (False, None)
-    )
+    names = {name: getattr(opened, name) for name in ("isOpened", "get", "release")}
+    no_frames = SimpleNamespace(read=lambda: (False, None), **names)
     monkeypatch.setattr(cv2, "VideoCapture", lambda path: no_frames)
-    assert detect(film) == 1
-    assert "film.avi is no video" in capsys.readouterr().err
+    assert detect(film) == 1 and "film.avi is no video" in capsys.readouterr().err
     assert not (tmp_path / "out/film.mp4").exists()
 
 
@@ -102,11 +92,16 @@ def test_two_videos_of_one_name(detect, tmp_path):
     assert all(frame.std() > 5 for frame in frames)
 
 
-def test_inputs_are_not_overwritten(detect, tmp_path, capsys):
+def test_what_is_not_there_or_would_be_overwritten(detect, tmp_path, capsys):
     image, film = write(tmp_path / "out/a.png"), tmp_path / "out/film.mp4"
     write_film(tmp_path / "film.avi").rename(film)
+    (tmp_path / "empty").mkdir()
     before = image.read_bytes(), film.read_bytes()
-    for path in (image, film):
-        assert detect(path) == 2
-        assert f"would overwrite the input {path}" in capsys.readouterr().err
+    said = {path: f"would overwrite the input {path}" for path in (image, film)}
+    for path, words in {
+        tmp_path / "missing": "does not exist",
+        tmp_path / "empty": "no image",
+        **said,
+    }.items():
+        assert detect(path) == 2 and words in capsys.readouterr().err
     assert (image.read_bytes(), film.read_bytes()) == before

@@ -12,6 +12,7 @@ would make a box of one pixel of it. A COCO file has x0, y0, width, height.
 import json
 import math
 import re
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
@@ -26,6 +27,7 @@ from dfm_d2.errors import UserError
 CLIP_TOLERANCE = 1.0  # pixels by which a box may pass the border without being a problem (rounding of tools)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
 _MEMBER_LINE = re.compile(r"(\S+)\s+(?:-1|0|1)")  # "<name> <flag>" of the per-class split files
+_LISTED = "is listed in the split but missing in"
 # The lists of a COCO json, and the fields that we index by.
 _COCO_FIELDS = {
     "images": {"id": int, "file_name": str},
@@ -46,7 +48,17 @@ def read_voc_split(root: str | Path, split: str, report: ProblemReport, decode_u
         if image_id in seen:
             raise Problem(f"ImageSets/Main/{split}.txt", "duplicate", f"lists {image_id} more than once")
         seen.add(image_id)
-        return _voc_entry(root, image_id, report, verify=len(members) <= decode_up_to)
+        path = root / "Annotations" / f"{image_id}.xml"
+        if not path.is_file():
+            raise Problem(f"{image_id}.xml", "missing_annotation", f"{_LISTED} Annotations/")
+        stated, objects = parse_voc_xml(path.read_bytes(), path.name, report)
+        images = (root / "JPEGImages" / f"{image_id}{suffix}" for suffix in _IMAGE_SUFFIXES)
+        image = next((image for image in images if image.is_file()), None)
+        if image is None:
+            raise Problem(f"{image_id}.jpg", "missing_image", f"{_LISTED} JPEGImages/")
+        entry = _image_entry(image, image_id, stated, path.name, verify=len(members) <= decode_up_to)
+        add = partial(_clipped, entry=entry, source=path.name, report=report)
+        return {**entry, "annotations": report.keep(add, objects)}
 
     return report.keep(entry_of, members)
 
@@ -58,43 +70,24 @@ def split_members(root: str | Path, split: str) -> list[str]:
     return [match[1] if (match := _MEMBER_LINE.fullmatch(line)) else line for line in lines if line]
 
 
-def _voc_entry(root: Path, image_id: str, report: ProblemReport, verify: bool) -> dict:
-    path = root / "Annotations" / f"{image_id}.xml"
-    if not path.is_file():
-        message = "is listed in the split but missing in Annotations/"
-        raise Problem(f"{image_id}.xml", "missing_annotation", message)
-    stated, objects = parse_voc_xml(path.read_bytes(), path.name, report)
-    images = (root / "JPEGImages" / f"{image_id}{suffix}" for suffix in _IMAGE_SUFFIXES)
-    image_path = next((image for image in images if image.is_file()), None)
-    if image_path is None:
-        message = "is listed in the split but missing in JPEGImages/"
-        raise Problem(f"{image_id}.jpg", "missing_image", message)
-    size = _usable_size(image_path, verify)
-    if stated not in (None, size):
-        seen = f"{image_path.name} has {size[0]} x {size[1]} pixels"
-        raise Problem(path.name, "size_mismatch", f"says {stated[0]} x {stated[1]} but {seen}")
-    clipped = report.keep(lambda item: _clipped(item, size, path.name, report), objects)
-    return _entry(image_path, image_id, size, clipped)
-
-
 def parse_voc_xml(
     data: bytes, source: str, report: ProblemReport
-) -> tuple[tuple[int, int] | None, list[dict]]:
+) -> tuple[tuple[int | None, int | None], list[dict]]:
     """Parse one annotation; broken objects are reported under the name `source` and left out.
 
-    Returns ((width, height) or None where the file states no usable size, annotations with unclipped boxes).
+    Returns ((width, height), each None where the file states none, and annotations with unclipped boxes).
     Raises Problem if the XML is broken or carries a DTD (entity bombs need one), never anything else.
     """
     try:
         root = defusedxml.ElementTree.fromstring(data, forbid_dtd=True)
     except DefusedXmlException as error:
-        message = f"{source} is refused: it declares a DTD or entities, which no annotation needs"
-        raise Problem(source, "broken_xml", message) from error
+        says = f"{source} is refused: it declares a DTD or entities, which no annotation needs"
+        raise Problem(source, "broken_xml", says) from error
     except (ParseError, ValueError, LookupError) as error:
         raise Problem(source, "broken_xml", f"{source} is not well-formed XML ({error})") from error
     objects = report.keep(lambda node: _voc_object(node, source), root.findall("object"))
     width, height = _number(root, "size/width") or 0, _number(root, "size/height") or 0
-    return ((int(width), int(height)) if min(width, height) >= 1 else None), objects
+    return ((int(width), int(height)) if min(width, height) >= 1 else (None, None)), objects
 
 
 def _voc_object(node: Element, source: str) -> dict:
@@ -108,8 +101,8 @@ def _voc_object(node: Element, source: str) -> dict:
     if xmin >= xmax or ymin >= ymax:
         written = f"({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})"
         raise Problem(source, "zero_area", f"{name} box {written} has zero area")
-    difficult = (_number(node, "difficult") or 0) > 0
-    return _annotation(name, (xmin - 1, ymin - 1, xmax, ymax), difficult=difficult)
+    flags = {"difficult": int((_number(node, "difficult") or 0) > 0), "iscrowd": 0}
+    return {"bbox": (xmin - 1, ymin - 1, xmax, ymax), "category": name, **flags}
 
 
 def _number(node: Element, path: str) -> float | None:
@@ -143,25 +136,21 @@ def read_coco(
         seen.add(image["id"])
         if not path.is_file():
             raise Problem(name, "missing_image", f"is listed in {json_path.name} but missing")
-        size = _usable_size(path, verify)
-        stated = (image.get("width", size[0]), image.get("height", size[1]))
-        if stated != size:
-            says = f"{json_path.name} says {stated[0]} x {stated[1]}"
-            raise Problem(name, "size_mismatch", f"has {size[0]} x {size[1]} pixels but {says}")
-        return _entry(path, image["id"], size, [])
+        stated = image.get("width"), image.get("height")
+        return _image_entry(path, image["id"], stated, json_path.name, verify)
 
     entries = {e["image_id"]: e for e in report.keep(entry_of, sorted(images, key=itemgetter("id")))}
 
     def add_object(annotation: dict) -> None:
         image_id, label = annotation["image_id"], annotation.get("id", "without id")
         if image_id not in seen:
-            message = f"annotation {label} names the unknown image {image_id}"
-            raise Problem(json_path.name, "missing_image", message)
+            says = f"annotation {label} names the unknown image {image_id}"
+            raise Problem(json_path.name, "missing_image", says)
         if image_id in entries:  # else its image is broken, which is reported already
             entry = entries[image_id]
-            source, size = Path(entry["file_name"]).name, (entry["width"], entry["height"])
+            source = Path(entry["file_name"]).name
             found = _coco_object(annotation, f"annotation {label}", source, names)
-            entry["annotations"].append(_clipped(found, size, source, report))
+            entry["annotations"].append(_clipped(found, entry, source, report))
 
     report.keep(add_object, annotations)
     return list(entries.values()), names
@@ -189,16 +178,16 @@ def _coco_lists(json_path: Path) -> list[list[dict]]:
 def _coco_object(annotation: dict, label: str, source: str, names: dict[int, str]) -> dict:
     name = names.get(annotation["category_id"])
     if name is None:
-        message = f"{label} has the unknown category {annotation['category_id']}"
-        raise Problem(source, "unknown_class", message)
+        says = f"{label} has the unknown category {annotation['category_id']}"
+        raise Problem(source, "unknown_class", says)
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
         raise Problem(source, "bad_coordinates", f"{label} has no bbox of four finite numbers")
     x, y, width, height = map(float, box)
     if width <= 0 or height <= 0:
         raise Problem(source, "zero_area", f"{label}, a {name} box {box}, has zero area")
-    flags = {key: bool(annotation.get(key, 0)) for key in ("difficult", "iscrowd")}
-    found = _annotation(name, (x, y, x + width, y + height), **flags)
+    flags = {key: int(bool(annotation.get(key, 0))) for key in ("difficult", "iscrowd")}
+    found = {"bbox": (x, y, x + width, y + height), "category": name, **flags}
     area = annotation.get("area")  # of the segmentation
     return {**found, "area": float(area)} if _is_finite(area) else found
 
@@ -207,32 +196,29 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _annotation(name: str, box: tuple[float, ...], difficult: bool = False, iscrowd: bool = False) -> dict:
-    flags = {"difficult": int(difficult), "iscrowd": int(iscrowd)}
-    return {"bbox": box, "category": name, **flags}
+def _image_entry(
+    path: Path, image_id: str | int, stated: tuple[int | None, int | None], source: str, verify: bool
+) -> dict:
+    """The entry of an image without annotations; not `verify`: only its header is read.
 
-
-def _entry(path: Path, image_id: str | int, size: tuple[int, int], annotations: list[dict]) -> dict:
-    width, height = size
-    image = {"file_name": str(path), "image_id": image_id, "height": height, "width": width}
-    return {**image, "annotations": annotations}
-
-
-def _usable_size(path: Path, verify: bool) -> tuple[int, int]:
-    """(width, height) of an image, of its header alone if not `verify`. Raises Problem if it is broken."""
+    stated: (width, height) as `source` says, None for what it does not say.
+    Raises Problem for an image that is broken or of another size.
+    """
     try:
-        return read_image(path).shape[1::-1] if verify else image_size(path)
+        width, height = read_image(path).shape[1::-1] if verify else image_size(path)
     except ImageError as error:
         raise Problem(path.name, "broken_image", str(error)) from error
+    if stated[0] not in (None, width) or stated[1] not in (None, height):
+        says = f"has {width} x {height} pixels but {source} says {stated[0]} x {stated[1]}"
+        raise Problem(path.name, "size_mismatch", says)
+    image = {"file_name": str(path), "image_id": image_id, "height": height, "width": width}
+    return {**image, "annotations": []}
 
 
-def _clipped(annotation: dict, size: tuple[int, int], source: str, report: ProblemReport) -> dict:
-    """The annotation with its box clipped to the image of `size` (width, height).
-
-    A box that is cut is reported; raises Problem where nothing is left of it.
-    """
-    (width, height), box, name = size, annotation["bbox"], annotation["category"]
-    x0, y0, x1, y1 = box
+def _clipped(annotation: dict, entry: dict, source: str, report: ProblemReport) -> dict:
+    """With the box clipped to the image. One that is cut is reported; Problem where nothing is left of it."""
+    box, name, size = annotation["bbox"], annotation["category"], (entry["width"], entry["height"])
+    (x0, y0, x1, y1), (width, height) = box, size
     clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
         raise Problem(source, "box_outside", f"{name} box {box} is outside the image, {size}")

@@ -7,7 +7,6 @@ both providers: Detectron2 registers some of them by itself, and its dicts lack 
 import os
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +30,8 @@ _KNOWN_FORMS = (
 
 
 class _Found(NamedTuple):
-    """What was read of one data set.
-
-    classes: in the order that its format gives them; None: none given. ids: COCO's own, {id: class}.
-    metadata: what Detectron2's evaluators look for.
+    """What was read of one data set. classes: in the order of its format, None where it gives none. ids:
+    COCO's own, {id: class}. metadata: what Detectron2's evaluators look for.
     """
 
     entries: list[dict]
@@ -52,20 +49,18 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
 
     Classes are cfg.DATASETS.CLASSES if given, else those of the training sets (of the test sets if there are
     no training sets): VOC's 20 for voc_20xx, the categories of a COCO json by id, the sorted names found in
-    the annotations for voc_root_*. Test sets use the training classes.
-    The metadata of a name holds thing_classes, data_problems (its ProblemReport) and what Detectron2's own
-    evaluators look for (dirname, split, year; json_file, thing_dataset_id_to_contiguous_id).
+    the annotations for voc_root_*. The metadata of a name holds thing_classes, data_problems (its
+    ProblemReport) and what Detectron2's own evaluators look for.
 
-    Returns {name: its ProblemReport}.
-    Raises UserError for a missing folder, split or json, for an unknown name, for training sets whose classes
-    differ, for a set without any usable image, and for any problem under DATASETS.ON_ERROR "fatal".
+    Returns {name: its ProblemReport}. Raises UserError for a missing folder, split or json, an unknown name,
+    training sets whose classes differ, a set without any usable image, and, under DATASETS.ON_ERROR "fatal",
+    any problem.
     """
-    train, test = list(cfg.DATASETS.TRAIN), list(cfg.DATASETS.TEST)
     readers = locate_datasets(cfg)
     reports = {name: ProblemReport(name) for name in readers}
     decode_up_to = DECODE_UP_TO[cfg.DATASETS.VERIFY_IMAGES]
     found = {name: read(reports[name], decode_up_to) for name, read in readers.items()}
-    shared = {name: found[name] for name in train or test}
+    shared = {name: found[name] for name in cfg.DATASETS.TRAIN or cfg.DATASETS.TEST}
     classes = distinct(list(cfg.DATASETS.CLASSES) or _shared_classes(shared))
     for name, (entries, _, ids, metadata) in found.items():
         dicts = [dataset_dict(entry, classes, reports[name]) for entry in entries]
@@ -90,8 +85,8 @@ def dataset_dict(entry: dict, classes: list[str], report: ProblemReport) -> dict
         found = {**annotation, "bbox_mode": BoxMode.XYXY_ABS}
         name = found.pop("category")
         if name not in classes:
-            message = f"an object is of the class {name!r}, which is not known"
-            raise Problem(Path(entry["file_name"]).name, "unknown_class", message)
+            says = f"an object is of the class {name!r}, which is not known"
+            raise Problem(Path(entry["file_name"]).name, "unknown_class", says)
         return {**found, "category_id": classes.index(name)}
 
     return {**entry, "annotations": report.keep(with_index, entry["annotations"])}
@@ -145,27 +140,22 @@ def _locate_voc(name: str, root: Path, split: str, setting: str, year: int | Non
     remedy = f"name a split that is there ({there}) or point {setting} to other data"
     _require(path.is_file(), name, str(path), remedy)
     metadata = {"dirname": str(root), "split": split, "year": year or 2012, "evaluator_type": "pascal_voc"}
-    return partial(_read_voc, root, split, None if year is None else VOC_CLASSES, metadata)
+    classes = None if year is None else VOC_CLASSES
+    return lambda report, up_to: _Found(read_voc_split(root, split, report, up_to), classes, None, metadata)
 
 
 def _locate_coco(name: str, json_file: Path, images: Path, json_setting: str, images_setting: str):
     _require(json_file.is_file(), name, str(json_file), f"set {json_setting} to the right place")
     _require(images.is_dir(), name, f"the folder {images}", f"set {images_setting} to the right place")
-    return partial(_read_coco, json_file, images)
+    metadata = {"json_file": str(json_file), "image_root": str(images), "evaluator_type": "coco"}
+
+    def read(report: ProblemReport, decode_up_to: int) -> _Found:
+        entries, ids = read_coco(json_file, images, report, decode_up_to)
+        return _Found(entries, list(ids.values()), ids, metadata)
+
+    return read
 
 
 def _require(is_there: bool, name: str, needed: str, remedy: str) -> None:
     if not is_there:
         raise UserError(f"The data set {name} needs {needed}, which is missing: {remedy}.")
-
-
-def _read_voc(
-    root: Path, split: str, classes: list[str] | None, metadata: dict, report: ProblemReport, up_to: int
-) -> _Found:
-    return _Found(read_voc_split(root, split, report, up_to), classes, None, metadata)
-
-
-def _read_coco(json_file: Path, images: Path, report: ProblemReport, decode_up_to: int) -> _Found:
-    entries, ids = read_coco(json_file, images, report, decode_up_to)
-    metadata = {"json_file": str(json_file), "image_root": str(images), "evaluator_type": "coco"}
-    return _Found(entries, list(ids.values()), ids, metadata)

@@ -2,20 +2,20 @@
 
 Image i of a split is a pure function of (seed, split, i, size): the same bytes every time.
 
-    <out>/Annotations/*.xml  ImageSets/Main/{train,val}.txt  JPEGImages/*.jpg  shapes.json  samples.png
+    <out>/Annotations/*.xml  ImageSets/Main/{train,val}.txt  JPEGImages/*.jpg  shapes.json
 """
 
 import json
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from dfm_d2.data.files import write_atomically, write_text_atomically
+from dfm_d2.data.files import write_text_atomically
 from dfm_d2.detection.data.readers import split_members
 from dfm_d2.errors import UserError
 
@@ -30,11 +30,11 @@ _COUNT_DECAY = 0.85  # P(k objects) ~ 0.85^k: 4.2 on average
 
 FORMAT_VERSION = 1  # raise it when the same parameters would give other images
 _MIN_SIZE = 32  # below this, 5% of the side is not even two pixels
-_SAMPLE_ROWS, _SAMPLE_COLUMNS = 4, 6
+# Shapes are turned by up to this angle, in radians; a circle and a ring look the same turned.
+_TURNS = {"cross": 0.35, "square": 0.35, "star": np.pi, "triangle": np.pi}
 
 
-@dataclass
-class Scene:
+class Scene(NamedTuple):
     """pixels uint8 (H, W, 3) RGB; an object: class index, visible box xyxy (int, half-open), hidden share."""
 
     pixels: np.ndarray
@@ -60,12 +60,10 @@ def draw_scene(seed: int, split: str, index: int, size: int) -> Scene:
         for _ in range(_TRIES):
             label = int(rng.integers(len(SHAPE_CLASSES)))
             mask = _shape_mask(rng, SHAPE_CLASSES[label], size)
-            trial = np.where(mask > 0.5, len(labels), owner)
-            if all(_is_visible(trial == i, area) for i, area in enumerate([*areas, (mask > 0.5).sum()])):
-                canvas = _paint(rng, canvas, mask)
-                owner = trial
+            trial, trial_areas = np.where(mask > 0.5, len(labels), owner), [*areas, (mask > 0.5).sum()]
+            if all(_is_visible(trial == i, area) for i, area in enumerate(trial_areas)):
+                canvas, owner, areas = _paint(rng, canvas, mask), trial, trial_areas
                 labels.append(label)
-                areas.append((mask > 0.5).sum())
                 break
     boxes = [_extent(owner == i) for i in range(len(labels))]
     hidden = [1.0 - float((owner == i).sum() / area) for i, area in enumerate(areas)]
@@ -92,7 +90,11 @@ def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     stretch = rng.uniform(0.75, 1.0)
     sides = np.array([longest, longest * stretch] if rng.random() < 0.5 else [longest * stretch, longest])
     sides = np.clip(sides * size, MIN_SIDE * size, MAX_SIDE * size - 1)  # a soft edge adds up to one pixel
-    contours = [_rotate(contour, rng, name) for contour in _outlines(name)]
+    contours = _OUTLINES[name]
+    if name in _TURNS:
+        angle = rng.uniform(-_TURNS[name], _TURNS[name])
+        cosine, sine = np.cos(angle), np.sin(angle)
+        contours = [contour @ np.array([[cosine, sine], [-sine, cosine]]) for contour in contours]
     low, high = contours[0].min(axis=0), contours[0].max(axis=0)
     corner = rng.uniform(0.0, size - sides)
     mask = np.zeros((size * _SUPERSAMPLE, size * _SUPERSAMPLE), np.uint8)
@@ -101,37 +103,23 @@ def _shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     return cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255.0
 
 
-def _outlines(name: str) -> list[np.ndarray]:
-    """Closed contours, (P, 2) around the origin, the outer one first."""
-    if name in ("circle", "ring"):
-        outer = _polygon(64, [1.0])
-        return [outer, outer * 0.55] if name == "ring" else [outer]
-    if name == "square":
-        return [_polygon(4, [1.0], turn=np.pi / 4)]
-    if name == "triangle":
-        return [_polygon(3, [1.0], turn=-np.pi / 2)]
-    if name == "star":
-        return [_polygon(10, [1.0, 0.45], turn=-np.pi / 2)]
-    arm = 0.33
-    quarter = np.array([[arm, -1.0], [arm, -arm], [1.0, -arm]])
-    turn = np.array([[0, 1], [-1, 0]])
-    return [np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])]
-
-
 def _polygon(corners: int, radii: list[float], turn: float = 0.0) -> np.ndarray:
     """Corners on circles of the given radii, in turn, (corners, 2)."""
-    angles = turn + 2 * np.pi * np.arange(corners) / corners
-    radius = np.resize(radii, corners)
+    angles, radius = turn + 2 * np.pi * np.arange(corners) / corners, np.resize(radii, corners)
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 
 
-def _rotate(contour: np.ndarray, rng: np.random.Generator, name: str) -> np.ndarray:
-    # A ring is two contours and looks the same turned: its holes must not turn apart.
-    if name in ("circle", "ring"):
-        return contour
-    angle = rng.uniform(-np.pi, np.pi) if name in ("triangle", "star") else rng.uniform(-0.35, 0.35)
-    cosine, sine = np.cos(angle), np.sin(angle)
-    return contour @ np.array([[cosine, sine], [-sine, cosine]])
+# Closed contours, (P, 2) around the origin, the outer one first.
+_CIRCLE, _ARM, _QUARTER_TURN = _polygon(64, [1.0]), 0.33, np.array([[0, 1], [-1, 0]])
+_QUARTER = np.array([[_ARM, -1.0], [_ARM, -_ARM], [1.0, -_ARM]])
+_OUTLINES = {
+    "circle": [_CIRCLE],
+    "cross": [np.concatenate([_QUARTER @ np.linalg.matrix_power(_QUARTER_TURN, k) for k in range(4)])],
+    "ring": [_CIRCLE, _CIRCLE * 0.55],
+    "square": [_polygon(4, [1.0], turn=np.pi / 4)],
+    "star": [_polygon(10, [1.0, 0.45], turn=-np.pi / 2)],
+    "triangle": [_polygon(3, [1.0], turn=-np.pi / 2)],
+}
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -140,8 +128,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> np
     colour = rng.uniform(0, 255, 3)
     while np.abs(colour - below).max() < 70:  # it must be possible to see it
         colour = rng.uniform(0, 255, 3)
-    fill = np.broadcast_to(colour.astype(np.float32), canvas.shape)
-    kind = rng.random()
+    fill, kind = np.broadcast_to(colour.astype(np.float32), canvas.shape), rng.random()
     if kind < 0.35:  # hatched with a darker or lighter tone of the same colour
         fill = fill * (1.0 + rng.choice([-0.35, 0.3]) * (_stripes(rng, len(mask)) > 0))[..., None]
     elif kind < 0.6:  # shaded
@@ -163,8 +150,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _ramp(rng: np.random.Generator, size: int) -> np.ndarray:
     """A linear gradient in a random direction, (size, size), within [-1, 1] up to a factor sqrt(2)."""
-    angle = rng.uniform(0, 2 * np.pi)
-    axis = np.linspace(-1, 1, size)
+    angle, axis = rng.uniform(0, 2 * np.pi), np.linspace(-1, 1, size)
     return np.cos(angle) * axis[None, :] + np.sin(angle) * axis[:, None]
 
 
@@ -184,12 +170,7 @@ def _camera(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 def write_shapes(out: str | Path, num_train: int, num_val: int, size: int, seed: int) -> bool:
     """Write the set to the folder `out`, or do nothing if exactly this set is there already.
 
-    Args:
-        out: folder, made if needed. An interrupted run is taken up again.
-        num_train, num_val: number of images of each split.
-        size: side of the square images in pixels, at least 32.
-        seed: any non-negative integer.
-
+    out: made if needed; an interrupted run is taken up again. size: side of the square images, at least 32.
     Returns True if it wrote, False if the set was complete.
     Raises UserError for bad numbers, and if `out` holds anything else.
     """
@@ -198,37 +179,26 @@ def write_shapes(out: str | Path, num_train: int, num_val: int, size: int, seed:
             f"Cannot generate {num_train} + {num_val} images of {size} px with seed {seed}: "
             f"give at least 1 image a split, {_MIN_SIZE} px or more and a seed of 0 or more."
         )
-    out = Path(out)
-    splits = {"train": num_train, "val": num_val}
+    out, splits = Path(out), {"train": num_train, "val": num_val}
     parameters = {"format": FORMAT_VERSION, "splits": splits, "size": size, "seed": seed}
-    if _is_complete(out, parameters):
+    names = {split: [f"{split}_{index:06d}" for index in range(number)] for split, number in splits.items()}
+    if _is_complete(out, parameters, names):
         return False
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+    for folder in ("Annotations", "JPEGImages"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     _write_state(out, parameters, complete=False)
-    samples = []
     with tqdm(total=num_train + num_val, desc="shapes", unit="image", mininterval=1.0) as bar:
-        for split, number in splits.items():
-            names = _names(split, number)
-            for index, name in enumerate(names):
+        for split in splits:
+            for index, name in enumerate(names[split]):
                 scene = draw_scene(seed, split, index, size)
                 # Plain writes: shapes.json says "complete" only after the last, and a rerun writes all again.
                 image, annotation = _files(out, name)
                 Image.fromarray(scene.pixels).save(image, quality=95)
                 annotation.write_text(_scene_xml(name, scene), encoding="utf-8")
-                if split == "val" and len(samples) < _SAMPLE_ROWS * _SAMPLE_COLUMNS:
-                    samples.append(scene)
                 bar.update()
-            write_text_atomically(_split_file(out, split), "\n".join(names) + "\n")
-    grid = _draw_samples(samples, size)
-    write_atomically(out / "samples.png", lambda file: grid.save(file, format="PNG"))
+            write_text_atomically(_split_file(out, split), "\n".join(names[split]) + "\n")
     _write_state(out, parameters, complete=True)
     return True
-
-
-def _names(split: str, number: int) -> list[str]:
-    """File stems, which are the image ids, of a split."""
-    return [f"{split}_{index:06d}" for index in range(number)]
 
 
 def _files(out: Path, name: str) -> tuple[Path, Path]:
@@ -244,31 +214,28 @@ def _write_state(out: Path, parameters: dict, complete: bool) -> None:
     write_text_atomically(out / "shapes.json", state + "\n")
 
 
-def _is_complete(out: Path, parameters: dict) -> bool:
+def _is_complete(out: Path, parameters: dict, names: dict[str, list[str]]) -> bool:
     """True if `out` holds exactly this set; False if it may be (re)written. Raises UserError if neither."""
-    state_path = out / "shapes.json"
     if not out.exists() or not any(out.iterdir()):
         return False
-    if not state_path.is_file():
+    if not (out / "shapes.json").is_file():
         raise UserError(
             f"{out} has files but no shapes.json, so it is not a shapes set: choose another folder."
         )
     try:
-        state = json.loads(state_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{state_path} is not json ({error}): remove the folder {out}.") from error
-    complete = state.pop("complete", False) if isinstance(state, dict) else False
-    if state != parameters:
+        state = json.loads((out / "shapes.json").read_text(encoding="utf-8"))
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or {**parameters, "complete": state.get("complete", False)} != state:
         raise UserError(
             f"{out} holds a shapes set with other parameters ({json.dumps(state)}): "
             "remove the folder or choose another."
         )
-    names = {split: _names(split, number) for split, number in parameters["splits"].items()}
-    return (
-        bool(complete)
-        and all(_split_file(out, split).is_file() for split in names)
-        and all(split_members(out, split) == names[split] for split in names)
-        and all(path.is_file() for split in names for name in names[split] for path in _files(out, name))
+    return state["complete"] and all(
+        _split_file(out, split).is_file()
+        and split_members(out, split) == stems
+        and all(path.is_file() for name in stems for path in _files(out, name))
+        for split, stems in names.items()
     )
 
 
@@ -286,17 +253,3 @@ def _scene_xml(name: str, scene: Scene) -> str:
         f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>\n"
         f"{objects}</annotation>\n"
     )
-
-
-def _draw_samples(samples: list[Scene], size: int) -> Image.Image:
-    """A grid of images with their boxes."""
-    cell = size + 4
-    grid = Image.new("RGB", (_SAMPLE_COLUMNS * cell, -(-len(samples) // _SAMPLE_COLUMNS) * cell), "white")
-    for number, scene in enumerate(samples):
-        picture = Image.fromarray(scene.pixels)
-        draw = ImageDraw.Draw(picture)
-        for label, (x0, y0, x1, y1) in zip(scene.labels, scene.boxes_xyxy):
-            draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline="red")
-            draw.text((x0 + 2, y0), SHAPE_CLASSES[label], fill="yellow", stroke_width=1, stroke_fill="black")
-        grid.paste(picture, (number % _SAMPLE_COLUMNS * cell, number // _SAMPLE_COLUMNS * cell))
-    return grid

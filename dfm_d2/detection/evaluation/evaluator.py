@@ -1,48 +1,45 @@
 """DetectionEvaluator: COCO AP and VOC AP of any registered data set, and the files to check them by."""
 
+import contextlib
+import io
 import json
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 from dfm_d2.data.files import write_text_atomically
-from dfm_d2.detection.evaluation.coco_ap import coco_average_precisions, coco_ground_truth
 from dfm_d2.detection.evaluation.voc_ap import average_precisions, match_detections
 from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, DatasetEvaluator, MetadataCatalog, comm
 
 logger = logging.getLogger(__name__)
 
-# The key of each VOC AP in the results, and its index in what average_precisions returns.
-_VOC_KEYS = {"voc07": ("VOC07_AP50", 0), "voc": ("VOC_AP50", 1)}
+_COCO_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
+_VOC_KEYS = ("VOC07_AP50", "VOC_AP50")  # what average_precisions returns
 
 
 class DetectionEvaluator(DatasetEvaluator):
     """Collects detections and computes their AP; an evaluator for Detectron2's inference_on_dataset."""
 
-    def __init__(
-        self,
-        dataset_name: str,
-        output_dir: str | Path | None = None,
-        ap_kinds: Sequence[str] = ("coco", "voc07", "voc"),
-    ) -> None:
+    def __init__(self, dataset_name: str, output_dir: str | Path | None = None) -> None:
         """
-        Args:
-            dataset_name: a registered data set.
-            output_dir: folder for coco_instances_results.json (detections) and instances_gt.json
-                (ground truth), both in COCO's format; None writes nothing.
-            ap_kinds: what to compute, of "coco", "voc07" (11 points), "voc" (area).
+        dataset_name: a registered data set. output_dir: folder for coco_instances_results.json (detections)
+        and instances_gt.json (ground truth), both in COCO's format; None writes nothing.
         """
-        self._name, self._kinds = dataset_name, tuple(ap_kinds)
+        self._name = dataset_name
         self._output_dir = None if output_dir is None else Path(output_dir)
-        metadata = MetadataCatalog.get(dataset_name)
-        self._dicts = DatasetCatalog.get(dataset_name)
-        ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
-        self._categories = make_categories(metadata.thing_classes, ids)
+        self._dicts, metadata = DatasetCatalog.get(dataset_name), MetadataCatalog.get(dataset_name)
+        # COCO categories in the order of the class indices, with the data set's own ids where it has them.
+        ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None) or {}
+        own, free = {index: key for key, index in ids.items()}, max(ids, default=-1) + 1
+        classes = enumerate(metadata.thing_classes)
+        self._categories = [{"id": own.get(k, free + k), "name": name} for k, name in classes]
         self._image_ids = {entry["image_id"] for entry in self._dicts}
         self._detections: list[dict] = []
 
@@ -69,26 +66,20 @@ class DetectionEvaluator(DatasetEvaluator):
                 f"{len(self._categories)} classes: MODEL.DFM.NUM_CLASSES and the data set disagree."
             )
         finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
-        if not finite.all():
-            logger.warning(
-                "image %r: %d detections that are not finite are left out", image_id, (~finite).sum()
-            )
+        if lost := (~finite).sum():
+            logger.warning("image %r: %d detections that are not finite are left out", image_id, lost)
         boxes[:, 2:] -= boxes[:, :2]
+        rows = zip(boxes[finite].tolist(), scores[finite].tolist(), classes[finite].tolist())
         return [
-            {
-                "image_id": image_id,
-                "category_id": self._categories[label]["id"],
-                "bbox": box.tolist(),
-                "score": float(score),
-            }
-            for box, score, label in zip(boxes[finite], scores[finite], classes[finite])
+            {"image_id": image_id, "category_id": self._categories[k]["id"], "bbox": box, "score": score}
+            for box, score, k in rows
         ]
 
     def evaluate(self) -> OrderedDict:
         """{"bbox": {metric: percent}} on the main process, an empty dict on the others.
 
-        Metrics: AP, AP50, AP75, APs, APm, APl, AP-<class>, AP50-<class> ("coco"); VOC07_AP50 and
-        VOC07_AP50-<class> ("voc07"); VOC_AP50 and VOC_AP50-<class> ("voc"). NaN for what has no ground truth.
+        Metrics: AP, AP50, AP75, APs, APm, APl, AP-<class>, AP50-<class> of pycocotools; VOC07_AP50 (11
+        points), VOC_AP50 (area), and both of each class. NaN for what has no ground truth.
         """
         comm.synchronize()
         gathered = comm.gather(self._detections, dst=0)
@@ -101,11 +92,9 @@ class DetectionEvaluator(DatasetEvaluator):
             write_text_atomically(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
         if not detections:
             logger.warning("data set %s: the model made no detection at all", self._name)
-        results = coco_average_precisions(ground_truth, detections) if "coco" in self._kinds else {}
-        voc_kinds = [kind for kind in _VOC_KEYS if kind in self._kinds]
-        precisions = _voc_precisions(self._dicts, self._categories, detections) if voc_kinds else {}
-        for kind in voc_kinds:
-            key, index = _VOC_KEYS[kind]
+        results = coco_average_precisions(ground_truth, detections)
+        precisions = _voc_precisions(self._dicts, self._categories, detections)
+        for index, key in enumerate(_VOC_KEYS):
             column = {name: 100 * values[index] for name, values in precisions.items()}
             known = [value for value in column.values() if not np.isnan(value)]
             results[key] = float(np.mean(known)) if known else float("nan")
@@ -113,19 +102,80 @@ class DetectionEvaluator(DatasetEvaluator):
         return OrderedDict(bbox=results)
 
 
-def make_categories(classes: Sequence[str], ids: dict[int, int] | None) -> list[dict]:
-    """COCO categories in the order of the class indices, with the data set's own ids where it has them."""
-    own = {index: key for key, index in (ids or {}).items()}
-    free = max(own.values(), default=-1) + 1
-    return [{"id": own.get(index, free + index), "name": name} for index, name in enumerate(classes)]
+def coco_ground_truth(dicts: list[dict], categories: list[dict]) -> dict:
+    """COCO json of the dicts of a data set and its categories, [{"id", "name"}] by class index.
+
+    Difficult objects become `iscrowd`, the one flag by which COCO tools ignore an object: a detection that
+    lies in it counts neither for nor against. (pycocotools overwrites `ignore`; so outside tools that read
+    this json find our numbers.)
+    """
+    images, annotations = [], []
+    for entry in dicts:
+        image = {key: entry[key] for key in ("file_name", "height", "width")}
+        images.append({**image, "id": entry["image_id"]})
+        for target in entry["annotations"]:
+            x0, y0, x1, y1 = target["bbox"]
+            annotation = {
+                "id": len(annotations) + 1,  # from 1: COCOeval takes id 0 for "no match"
+                "image_id": entry["image_id"],
+                "category_id": categories[target["category_id"]]["id"],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": target.get("area", (x1 - x0) * (y1 - y0)),
+                "iscrowd": int(_is_ignored(target)),
+            }
+            annotations.append(annotation)
+    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+
+def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
+    """AP, AP50, AP75, APs, APm, APl and AP-<class>, AP50-<class>, in percent, by pycocotools.
+
+    ground_truth: COCO json. detections: COCO results, [{"image_id", "category_id", "bbox" XYWH, "score"}].
+    NaN where there is no ground truth; 0 everywhere else if there are no detections.
+    """
+
+    def indexed(annotations: list[dict]) -> COCO:
+        coco = COCO()
+        coco.dataset = {**ground_truth, "annotations": annotations}
+        coco.createIndex()
+        return coco
+
+    # As COCO.loadRes, which fails on an empty list and writes into the entries that it gets.
+    found = [
+        {**item, "id": number, "area": item["bbox"][2] * item["bbox"][3], "iscrowd": 0}
+        for number, item in enumerate(detections, start=1)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        evaluation = COCOeval(indexed(ground_truth["annotations"]), indexed(found), iouType="bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    results = {key: _percent(value) for key, value in zip(_COCO_KEYS, evaluation.stats)}
+    # precision: (IoU thresholds, recalls, classes, areas, detection limits); area 0 is "all", limit -1 is 100
+    precision = evaluation.eval["precision"]
+    for category in ground_truth["categories"]:
+        # COCOeval keeps classes in the order of their ids, which need not be ours.
+        of_class = precision[:, :, evaluation.params.catIds.index(category["id"]), 0, -1]
+        for key, part in (("AP", of_class), ("AP50", of_class[:1])):
+            measured = part[part > -1]
+            results[f"{key}-{category['name']}"] = _percent(measured.mean() if measured.size else -1.0)
+    return results
+
+
+def _is_ignored(target: dict) -> bool:
+    return bool(target.get("difficult", 0) or target.get("iscrowd", 0))
+
+
+def _percent(value: float) -> float:
+    """COCOeval says -1 where there is nothing to measure."""
+    return float(value) * 100 if value > -1 else float("nan")
 
 
 def _voc_precisions(
     dicts: list[dict], categories: list[dict], detections: list[dict]
 ) -> dict[str, tuple[float, float]]:
     """{class: (11-point AP, area AP)} in [0, 1]; difficult and crowd objects are ignored."""
-    results = {}
-    of_category = defaultdict(list)
+    results, of_category = {}, defaultdict(list)
     for item in detections:
         of_category[item["category_id"]].append(item)
     for label, category in enumerate(categories):
@@ -133,9 +183,8 @@ def _voc_precisions(
         for entry in dicts:
             targets = [target for target in entry["annotations"] if target["category_id"] == label]
             if targets:
-                ignored = [bool(a.get("difficult", 0) or a.get("iscrowd", 0)) for a in targets]
                 boxes = np.array([target["bbox"] for target in targets], dtype=np.float64)
-                truths[entry["image_id"]] = boxes, np.array(ignored)
+                truths[entry["image_id"]] = boxes, np.array(list(map(_is_ignored, targets)))
         found = of_category[category["id"]]
         boxes = np.array([item["bbox"] for item in found], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -149,11 +198,10 @@ def _voc_precisions(
 def format_table(results: dict[str, dict[str, float]]) -> str:
     """A text table of {"bbox": metrics}: a row per class, then their mean; "-" where is no ground truth."""
     metrics = results["bbox"]
-    columns = [key for key in ("AP", "AP50", *(key for key, _ in _VOC_KEYS.values())) if key in metrics]
-    prefix = f"{columns[0]}-"
-    names = [key[len(prefix) :] for key in metrics if key.startswith(prefix)]
+    columns = ["AP", "AP50", *_VOC_KEYS]
+    names = [key.removeprefix("AP-") for key in metrics if key.startswith("AP-")]
     rows = [[name, *(metrics[f"{column}-{name}"] for column in columns)] for name in names]
     rows.append(["mean", *(metrics[column] for column in columns)])
     shown = [[row[0], *("-" if np.isnan(value) else f"{value:.1f}" for value in row[1:])] for row in rows]
-    alignment = ["left"] + ["right"] * len(columns)
-    return tabulate(shown, headers=["class", *columns], colalign=alignment, disable_numparse=True)
+    align = ["left"] + ["right"] * len(columns)
+    return tabulate(shown, headers=["class", *columns], colalign=align, disable_numparse=True)

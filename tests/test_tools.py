@@ -1,0 +1,101 @@
+"""tools/demo.py writes where it is asked to; tools/analyze_model.py counts as by hand; help is fast."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tool_loader import ROOT, load_tool
+
+from dfm_d2.detection.analysis import analyze
+
+TOOLS = "analyze_model", "demo", "detect", "export_model", "make_shapes", "visualize_flow"
+SMALL = (
+    "SOLVER.MAX_ITER 2 SOLVER.WARMUP_ITERS 1 SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu "
+    "MODEL.FPN.OUT_CHANNELS 16 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 10 "
+    "MODEL.DFM.HEAD.HIDDEN_DIM 16 MODEL.DFM.HEAD.NUM_HEADS 2 "
+    "MODEL.DFM.HEAD.FEEDFORWARD_DIM 16 MODEL.DFM.SAMPLER.STEPS 2"
+).split()
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """tools/demo.py as a module, with a few images."""
+    monkeypatch.setattr(load_tool("demo"), "NUMBERS", "--train 4 --val 2 --size 96".split())
+    return load_tool("demo")
+
+
+def test_it_trains_and_draws_in_the_folder_that_is_asked_for(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path / "default")
+    out, shapes = tmp_path / "x", tmp_path / "shapes"
+    words = ["OUTPUT_DIR", str(out), "DATASETS.VOC_ROOT", str(shapes)]
+    assert demo.main([*SMALL, *words]) == 0
+    assert not (tmp_path / "default").exists() and (shapes / "JPEGImages").is_dir()
+    pictures = {"predictions.png", "flow.png", "curves.png"}
+    assert pictures | {"model_final.pth", "config.yaml"} <= {path.name for path in out.iterdir()}
+    written = capsys.readouterr().out.split("written:")[1]
+    assert f"  {out / 'model_final.pth'}\n" in written and f"  {out / 'curves.png'}\n" in written
+
+
+def test_a_key_that_is_not_there_is_one_error_message(demo, tmp_path, capsys):
+    assert demo.main(["OUTPUT_DIR", str(tmp_path / "x"), "SOLVER.NOTHING", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "SOLVER.NOTHING" in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+HELP = """
+import os.path, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+for tool in sys.argv[1:]:
+    sys.argv = [tool, "--help"]
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as done:
+        assert not done.code, tool
+    assert "torch" not in sys.modules, tool
+"""
+
+
+def test_help_needs_no_torch():
+    command = [sys.executable, "-c", HELP, *(str(ROOT / "tools" / f"{name}.py") for name in TOOLS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: {name}.py" in done.stdout for name in TOOLS)
+
+
+def test_a_detector_by_hand(make_model):
+    model = make_model(SAMPLER__STEPS=3, HEAD__INTERACTION="grid_linear").eval()
+    costs = {cost.part: cost for cost in analyze(model, torch.zeros(3, 64, 96))}
+    # N = 12, C = 16, P = 3, S = 2, hidden 32; the layers of dfm_d2/detection/head.py. Class logits of a step
+    # that is not the last are not used, and so not computed by a graph.
+    n, c, cells, hidden = 12, 16, 9, 32
+    assert costs["RoIAlign"].multiply_adds == 3 * n * cells * (2 * 2 * 4) * c
+    attention = n * c * 3 * c + 2 * n * n * c + n * c * c
+    boxes = n * (4 * c + c * c)
+    interaction = n * (cells * c * c + c * 2 * c)
+    time = c * 2 * c + 2 * c * c + c * 2 * c
+    feedforward_and_towers = n * (2 * c * hidden + c * c + c * 4)
+    linear = attention + boxes + interaction + time + feedforward_and_towers
+    norms = 6 * 5 * n * c
+    assert costs["predictor 0"].multiply_adds == linear + norms
+    # The parts add up.
+    total = costs.pop("total")
+    assert list(costs) == ["backbone", "FPN", "RoIAlign", "predictor 0", "predictor 1", "predictor 2"]
+    assert sum(cost.parameters for cost in costs.values()) == total.parameters
+    assert total.parameters == sum(p.numel() for p in model.parameters())
+    assert sum(cost.activations for cost in costs.values()) == total.activations
+    # What is outside of the parts: normalising pixels, moving boxes.
+    assert sum(cost.multiply_adds for cost in costs.values()) == pytest.approx(total.multiply_adds, rel=0.01)
+
+
+def test_the_tool_prints_both_twins(capsys):
+    tool, config = load_tool("analyze_model"), str(ROOT / "configs" / "shapes_flow_r18.yaml")
+    words = ["--config-file", config, "--size", "64", "64"]
+    words += "MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.SAMPLER.STEPS 2".split()
+    assert tool.main(words) == 0
+    out = capsys.readouterr().out
+    assert "FlowDetector, 2 steps, N = 40" in out and "CascadeDetector, 1 steps, N = 40" in out
+    assert out.count("predictor 1") == 2 and out.count("total") == 2
+    assert tool.main(["--config-file", config, "MODEL.NOTHING", "1"]) == 2
+    assert "MODEL.NOTHING" in capsys.readouterr().err
