@@ -12,15 +12,7 @@ from torch import nn
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
-from dfm_d2.engine.weights import (
-    MSRA,
-    TORCHVISION,
-    check_pixels,
-    convert_torchvision_resnet,
-    find_torchvision_prefix,
-    load_numpy_pickle,
-    load_tensors,
-)
+from dfm_d2.engine.weights import check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
 from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManager, PeriodicCheckpointer
 
@@ -126,21 +118,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """{"model": {name: tensor or array}, ...} of a file; nothing in it is run."""
-        content = load_numpy_pickle(filename) if filename.endswith(".pkl") else load_tensors(filename)
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{filename} does not hold a dict of weights but a {type(content).__name__}."
-            )
-        if filename.endswith(".pkl") and not ("model" in content and "__author__" in content):
-            content = _from_caffe2(content)
-        elif "model" not in content:
-            content = {"model": content.get("state_dict", content)}
-        source = _source_of(content)
+        """As ``read_weights`` has it; UserError for pixels of others than the config makes."""
+        content, source = read_weights(filename)
         if source is not None and self.cfg is not None:
             check_pixels(self.cfg, source, filename)
-        if find_torchvision_prefix(content["model"]) is not None:
-            content = {"model": convert_torchvision_resnet(content["model"]), "matching_heuristics": True}
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -191,25 +172,21 @@ class SafeCheckpointer(DetectionCheckpointer):
         Those of TRAINING_ONLY may be there or not: checkpoints of one update mode load in another.
         """
         model = self.model.state_dict()
-        for name, value in model.items():
-            if name not in saved and name.startswith(TRAINING_ONLY):
+        for name in (*model, *saved):
+            if name in model and name in saved:
+                found, wanted = (tuple(state[name].shape) for state in (saved, model))
+                if found == wanted:
+                    continue
+                problem = f"{name} with the shape {found}, this run's model {wanted}"
+            elif name.startswith(TRAINING_ONLY):
                 continue
-            if name not in saved:
+            elif name in model:
                 raise CheckpointError(
                     f"{self._path} has no {name}: it is of another model configuration than this run's."
                 )
-            if tuple(saved[name].shape) != tuple(value.shape):
-                raise CheckpointError(
-                    f"{self._path} has {name} with the shape {tuple(saved[name].shape)}, this run's model "
-                    f"{tuple(value.shape)}: use the config that it was trained with."
-                )
-        # A predictor too many is no harmless rest: the others were trained on the intervals between them.
-        unknown = next((n for n in saved if n not in model and not n.startswith(TRAINING_ONLY)), None)
-        if unknown is not None:
-            raise CheckpointError(
-                f"{self._path} has {unknown}, which this run's model does not have: use the config that it "
-                "was trained with."
-            )
+            else:  # a predictor too many is no harmless rest: the others were trained on intervals beside it
+                problem = f"{name}, which this run's model does not have"
+            raise CheckpointError(f"{self._path} has {problem}: use the config that it was trained with.")
 
 
 class CheckpointHook(PeriodicCheckpointer):
@@ -272,20 +249,3 @@ def _fetch(path: str) -> str:
             f"There is no weight file {path}: set MODEL.WEIGHTS to a local .pth or .pkl file."
         )
     return local
-
-
-def _from_caffe2(content: dict[str, Any]) -> dict[str, Any]:
-    """A Caffe2 model, such as MSRA's ImageNet ResNets, in the form of a checkpoint."""
-    blobs = content.get("blobs", content)
-    weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _source_of(content: Mapping[str, Any]) -> str | None:
-    """Whose pixels the weights want: msra, torchvision, or None where they are our own or not known."""
-    author = str(content.get("__author__", ""))
-    if author == "Caffe2" or author == "Detectron2 Model Zoo":
-        return MSRA
-    if author == "torchvision" or find_torchvision_prefix(content["model"]) is not None:
-        return TORCHVISION
-    return None

@@ -19,7 +19,6 @@ from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import SafeCheckpointer
-from dfm_d2.engine.ema import ModelEMA
 from dfm_d2.framework import EvalHook, HookBase, inference_on_dataset
 from dfm_d2.local_update import BlockOptimizer, predictor_index
 from dfm_d2.local_update.processes import mean_over_processes
@@ -46,7 +45,7 @@ class BestCheckpointHook(HookBase):
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, metric: str):
-        """``metric``: a flat name, such as ``bbox/AP50`` or ``bbox_ema/AP50``."""
+        """``metric``: a flat name, such as ``bbox/AP50``."""
         self.checkpointer = checkpointer
         self.metric = metric
         self.record = Path(checkpointer.save_dir) / f"{BEST}.json"
@@ -86,13 +85,9 @@ class BestCheckpointHook(HookBase):
 class GatherHook(HookBase):
     """Brings the processes to one state before an evaluation or a checkpoint looks at it."""
 
-    def __init__(self, periods: Sequence[int], ema: ModelEMA | None = None):
-        """
-        periods: of those, in iterations; 0: never. After the last iteration in any case.
-        ema: averaged weights, which are treated as the weights are.
-        """
+    def __init__(self, periods: Sequence[int]):
+        """``periods``: of those, in iterations; 0: never. After the last iteration in any case."""
         self.periods = [period for period in periods if period > 0]
-        self.ema = ema
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -105,13 +100,10 @@ class GatherHook(HookBase):
 
     def _average_statistics(self) -> None:
         """Of batch norms: each process has seen its own images; what is evaluated must be what is saved."""
-        for name, module in self.trainer.model.named_modules():
-            if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
-                continue
-            for key in ("running_mean", "running_var"):
-                averages = [] if self.ema is None else [self.ema.weights[f"{name}.{key}"]]
-                for tensor in (getattr(module, key), *averages):
-                    tensor.copy_(mean_over_processes(tensor))
+        for module in self.trainer.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                for statistic in (module.running_mean, module.running_var):
+                    statistic.copy_(mean_over_processes(statistic))
 
     def _gather_predictors(self, optimizer: BlockOptimizer) -> None:
         """Parameters go to all of the row, the state of their optimizers to the first process."""
@@ -121,9 +113,7 @@ class GatherHook(HookBase):
                 continue
             owner = grid.owner(predictor_index(block))
             for name, parameter in named:
-                averages = [] if self.ema is None else [self.ema.weights[name]]
-                for tensor in (parameter.data, *averages):
-                    dist.broadcast(tensor, grid.first + owner, group=grid.row)
+                dist.broadcast(parameter.data, grid.first + owner, group=grid.row)
                 if owner == grid.member and name in state:
                     owned[name] = {k: x.cpu() if torch.is_tensor(x) else x for k, x in state[name].items()}
         if grid.first != 0:  # the first process writes, of the first row

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,29 +16,29 @@ from dfm_d2.framework import default_argument_parser
 from dfm_d2.local_update.errors import NonFiniteLossError
 from dfm_d2.local_update.processes import TIMEOUT
 
-Main = Callable[[argparse.Namespace], object]
+Run = Callable[[], object]
 
 
-def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
-    """Run ``main(args)`` in ``num_gpus`` x ``num_machines`` processes, or in those that torchrun started.
+def run_processes(run: Run, args: argparse.Namespace, on_gpu: bool) -> int:
+    """Call ``run()`` in ``num_gpus`` x ``num_machines`` processes, or in those that torchrun started.
 
+    run: picklable, as other processes are given it.
     on_gpu: one GPU a process; otherwise processes on the CPU, which share its cores.
-    Returns the exit status of a command: 0 done, 2 something that the user can put right, 1 else.
+    Returns the exit status of a command: 0 done, 2 something that the user can put right, 1 else. Raises
+    UserError for numbers of processes that cannot be.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _joined(main, args, on_gpu, int(os.environ.get("LOCAL_RANK", 0)), None)
-    try:
-        _check(args, on_gpu)
-    except UserError as error:
-        return report(error)
+        return _run_here(run, on_gpu, {}, int(os.environ.get("LOCAL_RANK", 0)))
+    _check(args, on_gpu)
     world = args.num_gpus * args.num_machines
     if world <= 1:
-        return _guarded(main, args)
-    url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
+        return _run_here(run)
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.num_gpus, 1))
+    url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
+    place = {"init_method": url, "world_size": world, "rank": args.machine_rank * args.num_gpus}
     context = mp.start_processes(
-        _worker, (main, args, on_gpu, url), nprocs=args.num_gpus, join=False, start_method="spawn"
+        _worker, (run, on_gpu, place), nprocs=args.num_gpus, join=False, start_method="spawn"
     )
     return _wait(context)
 
@@ -73,36 +74,33 @@ def _local_url(url: str) -> str:
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
-def _worker(local_rank: int, main: Main, args: argparse.Namespace, on_gpu: bool, url: str) -> None:
-    sys.exit(_joined(main, args, on_gpu, local_rank, url))
+def _worker(local_rank: int, run: Run, on_gpu: bool, place: dict[str, Any]) -> None:
+    place["rank"] += local_rank
+    sys.exit(_run_here(run, on_gpu, place, local_rank))
 
 
-def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int, url: str | None) -> int:
-    """Run ``main`` as one process of the group. url: None where torchrun's environment says all."""
-    place = {}
-    if url is not None:
-        rank = args.machine_rank * args.num_gpus + local_rank
-        place = {"init_method": url, "world_size": args.num_gpus * args.num_machines, "rank": rank}
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
+def _run_here(
+    run: Run, on_gpu: bool = False, place: dict[str, Any] | None = None, local_rank: int = 0
+) -> int:
+    """Exit status of ``run`` in this process; its errors that say all there is to say become one line.
+
+    place: where it meets the other processes; empty: torchrun's environment says; None: there are no others.
+    """
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
-    except (RuntimeError, ValueError, dist.DistError) as error:
-        where = url or "the address of torchrun"
-        return report(UserError(f"the processes could not meet at {where}: {error}"))
-    status = _guarded(main, args)
-    if status == 0:  # the others of a failed one are stopped, not waited for
-        dist.destroy_process_group()
-    return status
-
-
-def _guarded(main: Main, args: argparse.Namespace) -> int:
-    """Exit status of ``main``; its errors that say all there is to say become one line."""
-    try:
-        main(args)
+        if place is not None:
+            if on_gpu:
+                torch.cuda.set_device(local_rank)
+            try:
+                dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
+            except (RuntimeError, ValueError, dist.DistError) as error:
+                where = place.get("init_method", "the address of torchrun")
+                raise UserError(f"the processes could not meet at {where}: {error}") from error
+        run()
     except (UserError, NonFiniteLossError) as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         return report(error, f" (process {rank})" if rank else "")
+    if place is not None:  # where one failed the others are stopped, not waited for
+        dist.destroy_process_group()
     return 0
 
 

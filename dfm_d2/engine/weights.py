@@ -18,6 +18,7 @@ from dfm_d2.framework import CfgNode
 # How the weights were trained: the pixels that they want.
 MSRA = "msra"
 TORCHVISION = "torchvision"
+_SOURCES = {"Caffe2": MSRA, "Detectron2 Model Zoo": MSRA, "torchvision": TORCHVISION}
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
@@ -92,15 +93,6 @@ def load_tensors(path: str) -> Any:
         raise CheckpointError(f"{path} is damaged ({first_line}): take an earlier checkpoint.") from error
 
 
-def find_torchvision_prefix(state: Mapping[str, Any]) -> str | None:
-    """The prefix under which ``state`` holds a torchvision ResNet ("" or such as "backbone."), or None."""
-    for key in state:
-        prefix = key.removesuffix("layer1.0.conv1.weight")
-        if prefix != key and f"{prefix}conv1.weight" in state:
-            return prefix
-    return None
-
-
 # Names of a torchvision ResNet, and what Detectron2 calls them; applied one after the other.
 _DETECTRON2_NAMES = (
     (r"^conv1\.", "stem.conv1."),
@@ -112,17 +104,36 @@ _DETECTRON2_NAMES = (
 )
 
 
-def convert_torchvision_resnet(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A torchvision ResNet's state dict under Detectron2's names, without a prefix.
+def read_weights(path: str) -> tuple[dict[str, Any], str | None]:
+    """{"model": {name: tensor or array}, ...} of a file, nothing in which is run, and whose weights they are.
+
+    That is MSRA or TORCHVISION, for ``check_pixels``, or None where they are our own or not known.
+    """
+    content = load_numpy_pickle(path) if path.endswith(".pkl") else load_tensors(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a dict of weights but a {type(content).__name__}.")
+    if path.endswith(".pkl") and not ("model" in content and "__author__" in content):  # of Caffe2
+        blobs = content.get("blobs", content)
+        weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+        content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    elif "model" not in content:
+        content = {"model": content.get("state_dict", content)}
+    source = _SOURCES.get(str(content.get("__author__", "")))
+    if converted := convert_torchvision_resnet(content["model"]):
+        return {"model": converted, "matching_heuristics": True}, source or TORCHVISION
+    return content, source
+
+
+def convert_torchvision_resnet(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A torchvision ResNet's state dict under Detectron2's names, without a prefix; empty if it is none.
 
     ``layer1.0.conv2.weight`` becomes ``res2.0.conv2.weight``, ``bn2`` its ``norm``, ``downsample`` its
-    ``shortcut``; the classifier and the batch counters are left out. Raises ValueError if it is no ResNet.
+    ``shortcut``; the classifier and the batch counters are left out.
     """
-    prefix = find_torchvision_prefix(state)
-    if prefix is None:
-        raise ValueError("Not the state dict of a torchvision ResNet: it has no layer1.0.conv1.weight.")
+    starts = (key.removesuffix("layer1.0.conv1.weight") for key in state)
+    prefix = next((p for p in starts if p not in state and f"{p}conv1.weight" in state), None)
     converted = {}
-    for key, value in state.items():
+    for key, value in state.items() if prefix is not None else ():
         name = key.removeprefix(prefix)
         for pattern, replacement in _DETECTRON2_NAMES:
             name = re.sub(pattern, replacement, name)

@@ -19,10 +19,10 @@ from dfm_d2.framework import PROVIDER
 
 def test_a_round_trip_and_what_it_says_about_itself(tmp_path):
     model, twin, cfg = ToyModel(), ToyModel(), toy_config()
-    SafeCheckpointer(model, str(tmp_path), class_names=["a", "b"], cfg=cfg).save("one", iteration=4)
+    SafeCheckpointer(model, str(tmp_path), class_names=["a", "b"], cfg=cfg).save("one", iteration=4, ema={})
     extra = SafeCheckpointer(twin, str(tmp_path), class_names=["a", "b"]).resume_or_load("ignored")
     torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert extra["iteration"] == 4
+    assert extra["iteration"] == 4 and "ema" in extra  # which earlier versions saved
     about = {"version": __version__, "provider": PROVIDER, "class_names": ["a", "b"], "config": cfg.dump()}
     assert extra["dfm_d2"] == about
     assert (tmp_path / "last_checkpoint").read_text() == "one.pth"

@@ -54,6 +54,7 @@ BAD_DETECTORS = {
     "TEST.AP ('coco','voc12')": "choose among coco, voc07, voc.",
     "SOLVER.CLIP_GRADIENTS.ENABLED True": "SOLVER.CLIP_GRADIENTS",
     "D.HEAD.INTERACTION cross_attention": "it lost to both others and was removed",
+    "SOLVER.EMA_DECAY 0.99": "this option was removed: averaged weights were no better",
     "D.ENDPOINT_NOISE 0.1": "this option was removed: MODEL.DFM.ON_POLICY trains on the states of inference.",
     "D.FROM_NOISE 1.0": "this option was removed: MODEL.DFM.ON_POLICY",
     "D.SAMPLER.ENSEMBLE_STEPS True": "this option was removed: MODEL.DFM.SAMPLER.NOISE_PASSES merges",

@@ -1,4 +1,4 @@
-"""The trainer's errors and state, the averaged weights, the best checkpoint, progress and metrics.json."""
+"""The trainer's errors and state, the best checkpoint, progress and metrics.json."""
 
 import json
 import logging
@@ -11,7 +11,6 @@ from tiny_model import tiny_cfg
 from toy_model import ToyModel, make_toy, make_trainer
 
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.ema import EMAHook, ModelEMA
 from dfm_d2.engine.hooks import BestCheckpointHook, FinalEvalHook, ProgressBar, evaluation_bar, loss_by_block
 from dfm_d2.engine.metrics import cut_back, flatten, read_metrics
 from dfm_d2.engine.precision import inference_autocast, resolve_amp_dtype
@@ -79,38 +78,6 @@ def test_all_generators_come_back():
     assert drawn == (random.random(), np.random.randn(), torch.rand(1))
 
 
-def test_ema_follows_its_equation():
-    model = make_toy()
-    ema, weight = ModelEMA(model, decay=0.25), model.backbone.fpn.weight
-    expected = weight.detach().clone()
-    for n in range(6):
-        with torch.no_grad():
-            weight.add_(1.0)
-        ema.update()
-        ratio = min(0.25, (1 + n) / (10 + n))
-        expected = ratio * expected + (1 - ratio) * weight.detach()
-        torch.testing.assert_close(ema.weights["backbone.fpn.weight"], expected)
-    own = weight.detach().clone()
-    with ema.applied():
-        assert torch.equal(weight, ema.weights["backbone.fpn.weight"])
-    assert torch.equal(weight, own)
-
-
-def test_ema_restores_the_weights_after_an_error_and_from_a_state():
-    model = make_toy()
-    ema = ModelEMA(model, 0.9)
-    own = model.backbone.fpn.weight.detach().clone()
-    ema.weights["backbone.fpn.weight"] += 1.0
-    with pytest.raises(KeyError), ema.applied():
-        raise KeyError("evaluation failed")
-    assert torch.equal(model.backbone.fpn.weight, own)
-    twin = ModelEMA(model, 0.9)
-    twin.load_state_dict(ema.state_dict())
-    assert torch.equal(twin.weights["backbone.fpn.weight"], own + 1.0)
-    with pytest.raises(ValueError, match="do not have predictors.3.0.weight"):
-        ModelEMA(ToyModel(num_predictors=4), 0.9).load_state_dict(ema.state_dict())
-
-
 def run_with_scores(folder, scores, start=0, metric="bbox/AP50"):
     """Train four iterations a score; the evaluation after each four finds the next score."""
     model, found = ToyModel(), iter(scores)
@@ -170,7 +137,7 @@ def test_metrics_are_flat_and_without_nan():
 @pytest.mark.parametrize("use_bar", [True, False])
 def test_progress_tells_the_loss_of_each_predictor(use_bar, caplog, capsys):
     trainer = make_trainer(make_toy())
-    trainer.register_hooks([EMAHook(ModelEMA(trainer.model, 0.9)), ProgressBar(2, use_bar)])
+    trainer.register_hooks([ProgressBar(2, use_bar)])
     with caplog.at_level("INFO", logger="dfm_d2.engine.hooks"):
         trainer.train(0, 5)
     lines = [record.message for record in caplog.records if record.name == "dfm_d2.engine.hooks"]

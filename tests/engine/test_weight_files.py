@@ -16,7 +16,6 @@ from dfm_d2.engine.weights import (
     TORCHVISION,
     check_pixels,
     convert_torchvision_resnet,
-    find_torchvision_prefix,
     load_numpy_pickle,
 )
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
@@ -86,7 +85,6 @@ def test_a_damaged_pickle_is_named(tmp_path, content):
 def test_torchvision_names_become_detectron2s(depth, prefix):
     resnet = getattr(torchvision.models, f"resnet{depth}")()
     state = {prefix + name: value for name, value in resnet.state_dict().items()}
-    assert find_torchvision_prefix(state) == prefix
     converted = convert_torchvision_resnet(state)
     wanted = {
         name.removeprefix("backbone.bottom_up."): tuple(value.shape)
@@ -153,5 +151,4 @@ def test_the_wrong_pixels_are_an_error(tmp_path):
 
 
 def test_only_a_resnet_is_converted():
-    with pytest.raises(ValueError, match="Not the state dict of a torchvision ResNet"):
-        convert_torchvision_resnet({"conv1.weight": torch.zeros(1)})
+    assert not convert_torchvision_resnet({"conv1.weight": torch.zeros(1)})

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dfm_d2.detection.task import DETECTION
-from dfm_d2.engine.setup import run_task, run_tool
+from dfm_d2.engine.setup import run_tool
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -42,21 +42,21 @@ def words(shapes: Path, out: Path, *arguments: str) -> list[str]:
 
 def train(shapes: Path, out: Path, *arguments: str, fault: tuple[str, int] | None = None) -> int:
     """The exit status of train_net; what several processes print is in out/process<rank>.txt."""
-    main = functools.partial(run_process, out=out, fault=fault)
-    return run_tool(DETECTION, main, words(shapes, out, *arguments))
+    loader = functools.partial(spoil, *fault) if fault else DETECTION.train_loader
+    register = functools.partial(print_apart, out)
+    task = dataclasses.replace(DETECTION, register=register, train_loader=loader)
+    return run_tool(task, words(shapes, out, *arguments))
 
 
-def run_process(args, out: Path, fault: tuple[str, int] | None) -> None:
-    """The part of one process."""
+def print_apart(out: Path, cfg) -> None:
+    """Register the data sets; of several processes each prints into a file of its own."""
     if dist.is_initialized():
         torch.set_num_threads(1)
-        out.mkdir(exist_ok=True)
         printed = os.open(out / f"process{dist.get_rank()}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         (out / f"process{dist.get_rank()}.pid").write_text(str(os.getpid()))
-    loader = functools.partial(spoil, *fault) if fault else DETECTION.train_loader
-    run_task(dataclasses.replace(DETECTION, train_loader=loader), args)
+    DETECTION.register(cfg)
 
 
 def spoil(kind: str, iteration: int, cfg, position: int):
