@@ -64,13 +64,14 @@ KEYS = (
     # ---- evaluation
     # Images in a batch of evaluation.
     Key("TEST.BATCH_SIZE", 1, least=1),
-    # Keep the checkpoint that is best by this metric, for example "bbox/AP50"; empty: do not.
-    Key("TEST.BEST_METRIC", ""),
     Key("TEST.EVAL_PERIOD", least=0),
 )
 
 # Of earlier config files: {key: (its default, what replaced it)}.
-REMOVED = {"SOLVER.EMA_DECAY": (0.0, "averaged weights were no better at the end of a schedule")}
+REMOVED = {
+    "SOLVER.EMA_DECAY": (0.0, "averaged weights were no better at the end of a schedule"),
+    "TEST.BEST_METRIC": ("", "SOLVER.CHECKPOINTS_TO_KEEP 0 keeps all, metrics.json says which is best"),
+}
 
 
 def problems(cfg) -> Iterator[str]:

@@ -4,43 +4,40 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dfm_d2.engine.run import evaluate_only, train
+from dfm_d2.engine.setup import setup_run, uses_gpu
+from dfm_d2.engine.task import Task
 from dfm_d2.errors import UserError, report
-from dfm_d2.framework import default_argument_parser
+from dfm_d2.framework import comm, default_argument_parser
 from dfm_d2.local_update.errors import NonFiniteLossError
 from dfm_d2.local_update.processes import TIMEOUT
 
-Run = Callable[[], object]
 
+def run_processes(task: Task, cfg, args: argparse.Namespace) -> int:
+    """Train or evaluate in ``num_gpus`` x ``num_machines`` processes, or in those that torchrun started.
 
-def run_processes(run: Run, args: argparse.Namespace, on_gpu: bool) -> int:
-    """Call ``run()`` in ``num_gpus`` x ``num_machines`` processes, or in those that torchrun started.
-
-    run: picklable, as other processes are given it.
-    on_gpu: one GPU a process; otherwise processes on the CPU, which share its cores.
+    One GPU a process where the config computes on GPUs; else they share the cores of the CPU.
     Returns the exit status of a command: 0 done, 2 something that the user can put right, 1 else. Raises
     UserError for numbers of processes that cannot be.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _run_here(run, on_gpu, {}, int(os.environ.get("LOCAL_RANK", 0)))
-    _check(args, on_gpu)
+        return _run_process(int(os.environ.get("LOCAL_RANK", 0)), task, cfg, args, {})
+    _check(args, uses_gpu(cfg))
     world = args.num_gpus * args.num_machines
     if world <= 1:
-        return _run_here(run)
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        return _run_process(0, task, cfg, args)
+    if not uses_gpu(cfg) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.num_gpus, 1))
     url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
     place = {"init_method": url, "world_size": world, "rank": args.machine_rank * args.num_gpus}
-    context = mp.start_processes(
-        _worker, (run, on_gpu, place), nprocs=args.num_gpus, join=False, start_method="spawn"
-    )
-    return _wait(context)
+    arguments = (task, cfg, args, place)
+    return _wait(mp.start_processes(_worker, arguments, args.num_gpus, join=False, start_method="spawn"))
 
 
 def _check(args: argparse.Namespace, on_gpu: bool) -> None:
@@ -74,34 +71,44 @@ def _local_url(url: str) -> str:
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
-def _worker(local_rank: int, run: Run, on_gpu: bool, place: dict[str, Any]) -> None:
+def _worker(local_rank: int, task: Task, cfg, args: argparse.Namespace, place: dict[str, Any]) -> None:
     place["rank"] += local_rank
-    sys.exit(_run_here(run, on_gpu, place, local_rank))
+    sys.exit(_run_process(local_rank, task, cfg, args, place))
 
 
-def _run_here(
-    run: Run, on_gpu: bool = False, place: dict[str, Any] | None = None, local_rank: int = 0
+def _run_process(
+    local_rank: int, task: Task, cfg, args: argparse.Namespace, place: dict[str, Any] | None = None
 ) -> int:
-    """Exit status of ``run`` in this process; its errors that say all there is to say become one line.
+    """One process of a run. Its exit status; errors that say all there is to say become one line.
 
-    place: where it meets the other processes; empty: torchrun's environment says; None: there are no others.
+    place: where it meets the others; empty: torchrun's environment says; None: there are no others.
     """
     try:
         if place is not None:
-            if on_gpu:
-                torch.cuda.set_device(local_rank)
-            try:
-                dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
-            except (RuntimeError, ValueError, dist.DistError) as error:
-                where = place.get("init_method", "the address of torchrun")
-                raise UserError(f"the processes could not meet at {where}: {error}") from error
-        run()
+            _join(local_rank, uses_gpu(cfg), place)
+        classes = setup_run(task, cfg, args)
+        if args.eval_only:
+            evaluate_only(task, cfg, classes, args.resume)
+        else:
+            train(task, cfg, classes, args.resume)
+            if comm.is_main_process():
+                task.after_training(cfg, classes)
     except (UserError, NonFiniteLossError) as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         return report(error, f" (process {rank})" if rank else "")
     if place is not None:  # where one failed the others are stopped, not waited for
         dist.destroy_process_group()
     return 0
+
+
+def _join(local_rank: int, on_gpu: bool, place: dict[str, Any]) -> None:
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        where = place.get("init_method", "the address of torchrun")
+        raise UserError(f"the processes could not meet at {where}: {error}") from error
 
 
 def _wait(context: mp.ProcessContext) -> int:

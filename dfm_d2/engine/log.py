@@ -4,6 +4,7 @@ Detectron2's setup_logger adds handlers for good, so that a second run in the sa
 test) would write its lines twice, and into the first one's folder.
 """
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -46,6 +47,10 @@ class _FileHandler(logging.FileHandler):
         elif not self._said:
             self._said = True
             print(f"warning: {self.baseFilename} takes no more: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the rest of what it takes no more
+            super().close()
 
 
 def start_log(folder: str, is_main: bool) -> None:

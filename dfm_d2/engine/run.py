@@ -10,7 +10,7 @@ from torch import nn
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.hooks import BestCheckpointHook, FinalEvalHook, GatherHook, ProgressBar, evaluation_bar
+from dfm_d2.engine.hooks import FinalEvalHook, GatherHook, ProgressLine
 from dfm_d2.engine.metrics import METRICS_FILE, append_metrics, cut_back, flatten
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
@@ -87,11 +87,9 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
             JSONWriter(str(folder / METRICS_FILE), window_size=solver.LOG_PERIOD),
             TensorboardXWriter(str(folder), window_size=solver.LOG_PERIOD, purge_step=start),
         ]
-        best = cfg.TEST.BEST_METRIC
         trainer.register_hooks(
             [
-                BestCheckpointHook(checkpointer, best) if best else None,
-                ProgressBar(solver.LOG_PERIOD),
+                ProgressLine(solver.LOG_PERIOD),
                 PeriodicWriter(writers, solver.LOG_PERIOD),
                 CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers),
             ]
@@ -122,8 +120,8 @@ def evaluate(task: Task, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"
         task.before_evaluation(cfg, model)
         evaluator = task.evaluator(cfg, name, Path(cfg.OUTPUT_DIR) / folder)
-        with evaluation_bar(task.test_loader(cfg, name), name) as loader, inference_autocast(cfg):
-            found = inference_on_dataset(model, loader, evaluator)
+        with inference_autocast(cfg):
+            found = inference_on_dataset(model, task.test_loader(cfg, name), evaluator)
         if comm.is_main_process():
             print(f"\n{name}\n{task.summary(found)}", flush=True)
         results |= {name: found} if results else found

@@ -5,9 +5,7 @@ Torch is imported once the config and what it names have been looked at: a mista
 
 import argparse
 import logging
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dfm_d2 import __version__
 from dfm_d2.engine import config
@@ -30,23 +28,9 @@ def run_tool(task: Task, words: list[str] | None = None) -> int:
         check_run(task, cfg, args)
         from dfm_d2.engine.launch import run_processes
 
-        return run_processes(partial(run_task, task, cfg, args), args, uses_gpu(cfg))
+        return run_processes(task, cfg, args)
     except UserError as error:
         return report(error)
-
-
-def run_task(task: Task, cfg, args: argparse.Namespace) -> dict[str, Any]:
-    """Train and evaluate, or evaluate only, in each process. Returns the results. Raises UserError."""
-    from dfm_d2.engine.run import evaluate_only, train
-    from dfm_d2.framework import comm
-
-    classes = setup_run(task, cfg, args)
-    if args.eval_only:
-        return evaluate_only(task, cfg, classes, args.resume)
-    results = train(task, cfg, classes, args.resume)
-    if comm.is_main_process():
-        task.after_training(cfg, classes)
-    return results
 
 
 def load_config(task: Task, config_file: str, opts: list[str]):

@@ -19,13 +19,7 @@ from dfm_d2.local_update.errors import NonFiniteLossError
 from dfm_d2.local_update.hand_over import HandOver, Leaves
 from dfm_d2.local_update.processes import ProcessGrid
 from dfm_d2.local_update.ranks import RanksUpdate
-from dfm_d2.local_update.updates import (
-    JointUpdate,
-    SequentialUpdate,
-    Update,
-    attached_losses,
-    build_update,
-)
+from dfm_d2.local_update.updates import JointUpdate, SequentialUpdate, Update, attached_losses, build_update
 
 __all__ = [
     "SHARED_BLOCK",

@@ -69,25 +69,19 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def step_block(self, block: str) -> None:
         """Clip and step one block, and free its gradients; errors as in ``step``."""
-        self._step_blocks([block])
+        self.step([block])
         for parameter in self.blocks[block]:
             parameter.grad = None
 
-    def step(self, closure: None = None) -> None:
+    def step(self, only: Sequence[str] | None = None) -> None:
         """Clip and step every block that has a gradient; its norm before clipping is then in ``norms``.
 
-        The end of an iteration: the fp16 scale is updated here. Raises NonFiniteLossError, with nothing
-        stepped, for a norm that is not finite; under fp16 the step of its block is skipped instead. A closure
-        is a ValueError.
+        only: these blocks; None: all, at the end of an iteration, where the fp16 scale is updated.
+        Raises NonFiniteLossError, with nothing stepped, for a norm that is not finite; under fp16 the step of
+        its block is skipped instead.
         """
-        if closure is not None:
-            raise ValueError("BlockOptimizer takes no closure: a block's loss is evaluated once.")
-        has_gradient = {b: any(p.grad is not None for p in self.blocks[b]) for b in self._inner}
-        self._step_blocks([block for block in self._inner if has_gradient[block]])
-        if self.scaler is not None:
-            self.scaler.update()
-
-    def _step_blocks(self, blocks: Sequence[str]) -> None:
+        with_gradient = [b for b in self._inner if any(p.grad is not None for p in self.blocks[b])]
+        blocks = with_gradient if only is None else only
         for block in blocks:
             self.reduce_block(block)
         norms = {}
@@ -107,6 +101,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             else:
                 self.scaler.step(self._inner[block])
         self.norms.update(norms)
+        if self.scaler is not None and only is None:
+            self.scaler.update()
 
     def state_by_name(self) -> dict[str, dict[str, Any]]:
         """{parameter name: {key: value}} of the blocks that this process steps."""

@@ -1,6 +1,8 @@
 """Generated images, and processes that need not import everything anew."""
 
 import multiprocessing
+import runpy
+from pathlib import Path
 
 import pytest
 import torch.multiprocessing
@@ -32,6 +34,20 @@ def shapes(tmp_path_factory):
 def inputs(make_input):
     """A batch, one image of which has no object."""
     return [make_input("a"), make_input("b", boxes=((1.0, 1.0, 9.0, 30.0),)), make_input("c", boxes=())]
+
+
+@pytest.fixture
+def detectron2():
+    """Skips the test where Detectron2 is absent; fails it where DFM_REQUIRE_D2=1 demands it."""
+    providers = Path(__file__).parents[1] / "framework/providers.py"
+    return runpy.run_path(str(providers))["detectron2_provider"]()
+
+
+@pytest.fixture(params=["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])
+def provider(request):
+    if request.param == "detectron2":
+        request.getfixturevalue("detectron2")
+    return request.param
 
 
 @pytest.fixture

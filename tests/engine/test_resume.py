@@ -106,7 +106,7 @@ def test_train_net_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
     """The real command on generated images, killed at random moments."""
     options = (
         "SOLVER.MAX_ITER=24 SOLVER.IMS_PER_BATCH=2 SOLVER.CHECKPOINT_PERIOD=4 TEST.EVAL_PERIOD=8 "
-        "TEST.BEST_METRIC=bbox/AP50 SOLVER.OPTIMIZER=adamw"
+        "SOLVER.OPTIMIZER=adamw"
     ).split()
     start = time.monotonic()
     run(command(shapes, tmp_path / "straight", "--resume", *options))

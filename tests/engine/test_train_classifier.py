@@ -76,12 +76,8 @@ def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
         assert "was trained with MODEL.META_ARCHITECTURE FlowClassifier" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("provider", ["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])
 def test_killed_and_resumed_equals_uninterrupted(provider, tmp_path):
     """Killed right after a checkpoint, within an epoch: the same metrics and weights, bit for bit."""
-    if provider == "detectron2":
-        pytest.importorskip("detectron2")
-
     options = [*TINY, "SOLVER.MAX_ITER", "9", "DATASETS.HOLD_OUT", "0.1", "SOLVER.CHECKPOINT_PERIOD", "4"]
     options += ["TEST.EVAL_PERIOD", "3"]
     driver = [sys.executable, str(Path(__file__).parent / "killed_classifier.py"), str(tmp_path)]
