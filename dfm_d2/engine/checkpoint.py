@@ -61,29 +61,27 @@ class SafeCheckpointer(DetectionCheckpointer):
         *,
         cfg: CfgNode | None = None,
         class_names: Sequence[str] = (),
-        save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
         """
         cfg: the run's config, saved and compared with that of what is loaded; None compares nothing.
         class_names: of the data set, in order; saved and compared, too.
         """
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        super().__init__(model, save_dir, **checkpointables)
         self.cfg = cfg
         self.class_names = list(class_names)
         self._whole = False
         self._path = ""
 
-    def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
-        """Write ``<save_dir>/<name>.pth`` and then, if ``tag``, make it the one that --resume takes.
+    def save(self, name: str, **extra: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` and then make it the one that --resume takes.
 
         A crash at any moment leaves the file that was there before; ``last_checkpoint`` names a whole one.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data: dict[str, Any] = {"model": self.model.state_dict()}
-        data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
-        data |= extra
+        parts = {"model": self.model, **self.checkpointables}
+        data: dict[str, Any] = {key: part.state_dict() for key, part in parts.items()} | extra
         data[ABOUT] = {
             "version": __version__,
             "provider": PROVIDER,
@@ -92,8 +90,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         }
         path = Path(self.save_dir) / f"{name}.pth"
         write_atomically(path, lambda file: torch.save(data, file))
-        if tag:
-            self.tag_last_checkpoint(path.name)
+        self.tag_last_checkpoint(path.name)
         _logger.info("Saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -152,10 +149,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         if saved and self.class_names and saved != self.class_names:
             raise CheckpointError(
                 f"{self._path} was trained for the classes {', '.join(saved)}, but the data set has "
-                f"{', '.join(self.class_names)}: use its data set, or set "
-                "DATASETS.CLASSES to its classes, in its order."
+                f"{', '.join(self.class_names)}: use its data set, or set DATASETS.CLASSES to its classes in "
+                "its order."
             )
-        texts = about.get("config"), "" if self.cfg is None else self.cfg.dump()
+        texts = about.get("config"), self.cfg and self.cfg.dump()
         configs = [yaml.safe_load(text or "{}") for text in texts]
         for key in (*MEANING, *FORMER):
             then, now = (_lookup(config, key) for config in configs)
@@ -181,9 +178,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             elif name.startswith(TRAINING_ONLY):
                 continue
             elif name in model:
-                raise CheckpointError(
-                    f"{self._path} has no {name}: it is of another model configuration than this run's."
-                )
+                problem = f"no {name}, which this run's model has"
             else:  # a predictor too many is no harmless rest: the others were trained on intervals beside it
                 problem = f"{name}, which this run's model does not have"
             raise CheckpointError(f"{self._path} has {problem}: use the config that it was trained with.")

@@ -40,16 +40,13 @@ class GatherHook(HookBase):
         """Gather if it is time to: all processes at the same time."""
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
-            self._average_statistics()
+            for module in self.trainer.model.modules():
+                # Each process has seen its own images; what is evaluated must be what is saved.
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                    for statistic in (module.running_mean, module.running_var):
+                        statistic.copy_(mean_over_processes(statistic))
             if self.trainer.optimizer.grid.members > 1:
                 self._gather_predictors(self.trainer.optimizer)
-
-    def _average_statistics(self) -> None:
-        """Of batch norms: each process has seen its own images; what is evaluated must be what is saved."""
-        for module in self.trainer.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                for statistic in (module.running_mean, module.running_var):
-                    statistic.copy_(mean_over_processes(statistic))
 
     def _gather_predictors(self, optimizer: BlockOptimizer) -> None:
         """Parameters go to all of the row, the state of their optimizers to the first process."""

@@ -15,8 +15,7 @@ from dfm_d2.engine.setup import setup_run, uses_gpu
 from dfm_d2.engine.task import Task
 from dfm_d2.errors import UserError, report
 from dfm_d2.framework import comm, default_argument_parser
-from dfm_d2.local_update.errors import NonFiniteLossError
-from dfm_d2.local_update.processes import TIMEOUT
+from dfm_d2.local_update.processes import TIMEOUT, NonFiniteLossError
 
 
 def run_processes(task: Task, cfg, args: argparse.Namespace) -> int:
@@ -34,9 +33,8 @@ def run_processes(task: Task, cfg, args: argparse.Namespace) -> int:
         return _run_process(0, task, cfg, args)
     if not uses_gpu(cfg) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.num_gpus, 1))
-    url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
-    place = {"init_method": url, "world_size": world, "rank": args.machine_rank * args.num_gpus}
-    arguments = (task, cfg, args, place)
+    rank, meeting = args.machine_rank * args.num_gpus, _meeting_point(args)
+    arguments = (task, cfg, args, {"init_method": meeting, "world_size": world, "rank": rank})
     return _wait(mp.start_processes(_worker, arguments, args.num_gpus, join=False, start_method="spawn"))
 
 
@@ -51,21 +49,16 @@ def _check(args: argparse.Namespace, on_gpu: bool) -> None:
             f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs: give as "
             "many as there are, or MODEL.DEVICE cpu for processes on the CPU."
         )
-    if args.num_machines > 1 and args.dist_url in ("", "auto", _default_url()):
+
+
+def _meeting_point(args: argparse.Namespace) -> str:
+    # The parser's default is one port a user: two runs of one user would meet each other.
+    if args.dist_url not in ("", "auto", default_argument_parser().get_default("dist_url")):
+        return args.dist_url
+    if args.num_machines > 1:
         raise UserError(
             "--num-machines needs --dist-url: the address of machine 0, such as tcp://10.0.0.1:29500."
         )
-
-
-def _default_url() -> str:
-    return default_argument_parser().get_default("dist_url")
-
-
-def _local_url(url: str) -> str:
-    """The meeting point of processes of one machine."""
-    # The parser's default is one port a user: two runs of one user would meet each other.
-    if url not in ("", "auto", _default_url()):
-        return url
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"

@@ -46,8 +46,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
         model = task.build_model(task.without_pretrained(cfg) if continues else cfg)
     trainer = build_trainer(task, cfg, model)
     gather = GatherHook((cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD))
-    several = comm.get_world_size() > 1
-    trainer.register_hooks([IterationTimer(), LRScheduler(), gather if several else None])
+    trainer.register_hooks([IterationTimer(), LRScheduler(), gather if comm.get_world_size() > 1 else None])
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names, trainer=trainer)
     if continues:
         checkpointer.load(checkpointer.get_checkpoint_file())
@@ -71,7 +70,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
             cut_back(folder / METRICS_FILE, start)
     if start >= solver.MAX_ITER:
         _logger.info("Trained to iteration %d already (SOLVER.MAX_ITER): evaluating only", start)
-        return _evaluate_and_record(task, cfg, model, start)
+        return evaluate_only(task, cfg, class_names, resume)
     results: dict[str, Any] = {}
 
     def evaluate_and_keep() -> dict[str, float]:
@@ -87,13 +86,9 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
             JSONWriter(str(folder / METRICS_FILE), window_size=solver.LOG_PERIOD),
             TensorboardXWriter(str(folder), window_size=solver.LOG_PERIOD, purge_step=start),
         ]
-        trainer.register_hooks(
-            [
-                ProgressLine(solver.LOG_PERIOD),
-                PeriodicWriter(writers, solver.LOG_PERIOD),
-                CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers),
-            ]
-        )
+        saving = CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers)
+        lines = ProgressLine(solver.LOG_PERIOD), PeriodicWriter(writers, solver.LOG_PERIOD)
+        trainer.register_hooks([*lines, saving])
     model.train()
     trainer.train(start, solver.MAX_ITER)
     return results
@@ -101,7 +96,11 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
 
 def evaluate_only(task: Task, cfg: CfgNode, class_names: list[str], resume: bool = False) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS`` (or, with resume, the last checkpoint) and add a line to metrics.json."""
-    return _evaluate_and_record(task, cfg, *_load_trained(task, cfg, class_names, resume))
+    model, iteration = _load_trained(task, cfg, class_names, resume)
+    results = evaluate(task, cfg, model)
+    if comm.is_main_process():
+        append_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE, iteration, results)
+    return results
 
 
 def load_for_inference(task: Task, cfg: CfgNode, class_names: list[str]) -> nn.Module:
@@ -184,10 +183,3 @@ def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool
     if not path:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
     return model, checkpointer.load(path).get("iteration", -1) + 1
-
-
-def _evaluate_and_record(task: Task, cfg: CfgNode, model: nn.Module, iteration: int) -> dict[str, Any]:
-    results = evaluate(task, cfg, model)
-    if comm.is_main_process():
-        append_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE, iteration, results)
-    return results

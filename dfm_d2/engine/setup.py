@@ -5,6 +5,7 @@ Torch is imported once the config and what it names have been looked at: a mista
 
 import argparse
 import logging
+from itertools import chain
 from pathlib import Path
 
 from dfm_d2 import __version__
@@ -18,10 +19,7 @@ _logger = logging.getLogger(__name__)
 
 
 def run_tool(task: Task, words: list[str] | None = None) -> int:
-    """Train and evaluate as the arguments of a command line (None: this one's) say.
-
-    Returns the exit status, as ``run_processes``.
-    """
+    """Train and evaluate as a command line (None: this one) says. Returns the status of ``run_processes``."""
     args = default_argument_parser().parse_args(words)
     try:
         cfg = load_config(task, args.config_file, args.opts)
@@ -53,11 +51,9 @@ def load_config(task: Task, config_file: str, opts: list[str]):
 
 def validate_config(task: Task, cfg) -> None:
     """UserError for the first value that cannot work: the message names the key and the choices."""
-    for message in problems_of(cfg, (*config.KEYS, *task.keys)):
+    each = problems_of(cfg, (*config.KEYS, *task.keys))
+    for message in chain(each, config.problems(cfg), task.problems(cfg)):  # the others expect allowed values
         raise UserError(message)
-    for problems in (config.problems, task.problems):  # which expect allowed values
-        for message in problems(cfg):
-            raise UserError(message)
 
 
 def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
@@ -100,11 +96,8 @@ def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         start_log(cfg.OUTPUT_DIR, comm.is_main_process())
     _logger.info("dfm_d2 %s, torch %s, framework: %s", __version__, torch.__version__, PROVIDER)
-    _logger.info(
-        "device %s, %d threads (OMP_NUM_THREADS sets them; a resume is bit for bit with the same number)",
-        cfg.MODEL.DEVICE,
-        torch.get_num_threads(),
-    )
+    said = "device %s, %d threads (OMP_NUM_THREADS sets them; a resume is bit for bit with the same number)"
+    _logger.info(said, cfg.MODEL.DEVICE, torch.get_num_threads())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     with input_errors():

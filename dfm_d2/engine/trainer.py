@@ -142,15 +142,12 @@ class LocalUpdateTrainer(TrainerBase):
 
     def _of_these_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state with the schedule of this run's parameter groups: another update mode has others."""
-        hooks = dict(state_dict.get("hooks", {}))
-        schedule = hooks.get("LRScheduler")
-        if schedule is not None:
-            groups = self.optimizer.param_groups
-            rates = {"base_lrs": [group.get("initial_lr", group["lr"]) for group in groups]}
-            if "_last_lr" in schedule:
-                rates["_last_lr"] = [group["lr"] for group in groups]
+        hooks, groups = dict(state_dict.get("hooks", {})), self.optimizer.param_groups
+        if schedule := hooks.get("LRScheduler"):
+            first = [group.get("initial_lr", group["lr"]) for group in groups]
+            rates = {"base_lrs": first, "_last_lr": [group["lr"] for group in groups]}
             hooks["LRScheduler"] = {**schedule, **rates}
-        return {**state_dict, "hooks": hooks} if hooks else state_dict
+        return {**state_dict, "hooks": hooks}
 
 
 def get_rng_state() -> dict[str, Any]:

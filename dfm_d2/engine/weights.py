@@ -7,11 +7,13 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dfm_d2.engine.keys import get_key
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
 from dfm_d2.framework import CfgNode
 
@@ -19,6 +21,7 @@ from dfm_d2.framework import CfgNode
 MSRA = "msra"
 TORCHVISION = "torchvision"
 _SOURCES = {"Caffe2": MSRA, "Detectron2 Model Zoo": MSRA, "torchvision": TORCHVISION}
+_STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
@@ -61,10 +64,8 @@ def load_numpy_pickle(path: str) -> Any:
 
     Raises UnsafeFileError, having run nothing, if it names anything else; CheckpointError if it is damaged.
     """
-    with open(path, "rb") as file:
-        content = file.read()
     try:
-        return NumpyUnpickler(io.BytesIO(content), encoding="latin1").load()
+        return NumpyUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{path} is not a plain file of numpy arrays ({error}): it was not loaded and nothing in it was "
@@ -142,29 +143,33 @@ def convert_torchvision_resnet(state: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def check_pixels(cfg: CfgNode, source: str, path: str) -> None:
-    """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them.
+# MSRA's ResNets saw BGR pixels minus the mean and stride in the first 1x1 convolution; torchvision's saw RGB
+# pixels normalised by ImageNet's mean and deviation (here times 255) and stride in the 3x3.
+_PIXELS = {
+    MSRA: {
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        _STRIDE: True,
+    },
+    TORCHVISION: {
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        _STRIDE: False,
+    },
+}
 
-    MSRA's ResNets saw BGR pixels minus the mean and stride in the first 1x1 convolution; torchvision's
-    saw RGB pixels normalised by ImageNet's mean and deviation (here times 255) and stride in the 3x3.
-    """
-    resnets, mean = cfg.MODEL.RESNETS, (123.675, 116.28, 103.53)
-    if source == MSRA and resnets.NUM_GROUPS > 1:
+
+def check_pixels(cfg: CfgNode, source: str, path: str) -> None:
+    """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them."""
+    if source == MSRA and cfg.MODEL.RESNETS.NUM_GROUPS > 1:
         return  # ResNeXt of the same zoo: other pixels for each model
-    if source == MSRA:
-        order, mean, std, stride_in_1x1 = "BGR", mean[::-1], (1.0, 1.0, 1.0), True
-    else:
-        order, std, stride_in_1x1 = "RGB", (58.395, 57.12, 57.375), False
     wrong = []
-    if cfg.INPUT.FORMAT != order:
-        wrong.append(f"INPUT.FORMAT {order}")
-    for key, found, wanted in (
-        ("MODEL.PIXEL_MEAN", cfg.MODEL.PIXEL_MEAN, mean),
-        ("MODEL.PIXEL_STD", cfg.MODEL.PIXEL_STD, std),
-    ):
-        if not np.allclose(found, wanted, atol=0.05):
-            wrong.append(f"{key} {list(wanted)}")
-    if resnets.DEPTH >= 50 and resnets.STRIDE_IN_1X1 != stride_in_1x1:
-        wrong.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {stride_in_1x1}")
+    for key, wanted in _PIXELS[source].items():
+        found = get_key(cfg, key)
+        fits = np.allclose(found, wanted, atol=0.05) if isinstance(wanted, list) else found == wanted
+        if not fits and (key != _STRIDE or cfg.MODEL.RESNETS.DEPTH >= 50):
+            wrong.append(f"{key} {wanted}")
     if wrong:
         raise UserError(f"{path} holds {source} weights, which need {', '.join(wrong)}: set them.")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_d2.local_update.blocks import NamedParameters, check_blocks
-from dfm_d2.local_update.errors import check_finite
-from dfm_d2.local_update.processes import GradientReducer, ProcessGrid
+from dfm_d2.local_update.processes import GradientReducer, ProcessGrid, check_finite
 
 _logger = logging.getLogger(__name__)
 
@@ -161,12 +160,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                 "it was trained with another model configuration."
             )
         if missing:
-            _logger.warning(
-                "%d parameters were not trained when the checkpoint was written, for example %s: their "
-                "optimizer state starts anew",
-                len(missing),
-                missing[0],
-            )
+            said = "%d parameters were not trained before, for example %s: their optimizer state starts anew"
+            _logger.warning(said, len(missing), missing[0])
         for parameter, name in self._names.items():
             for key, value in state.get(name, {}).items():
                 if torch.is_tensor(value) and value.dim() > 0 and value.shape != parameter.shape:

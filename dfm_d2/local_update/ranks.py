@@ -8,6 +8,7 @@ images. Shapes: L levels, B images of the row, C channels.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,10 +61,7 @@ class RankLeaves(Leaves):
     def __init__(self, grid: ProcessGrid, counts: Sequence[int]):
         super().__init__()
         self.grid = grid
-        self._rows = []
-        for count in counts:
-            start = self._rows[-1].stop if self._rows else 0
-            self._rows.append(slice(start, start + count))
+        self._rows = [slice(end - count, end) for count, end in zip(counts, accumulate(counts))]
         self._sent: list[dist.Work] = []
 
     def own(self, prepared: Any) -> Any:

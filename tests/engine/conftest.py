@@ -11,16 +11,9 @@ from dfm_d2.detection.data.shapes import write_shapes
 
 # What a training imports, some of it late: a module that is not there is left out without a word.
 PRELOADED = (
-    "dfm_d2.registry",
-    "dfm_d2.engine.run",
-    "dfm_d2.detection.data.loader",
-    "dfm_d2.detection.evaluation.evaluator",
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "torchvision",
-    "scipy.optimize",
-    "pycocotools.cocoeval",
-)
+    "dfm_d2.registry dfm_d2.engine.launch dfm_d2.detection.data.loader dfm_d2.detection.evaluation.evaluator "
+    "torch._dynamo torch.utils.tensorboard torchvision scipy.optimize pycocotools.cocoeval"
+).split()
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +50,7 @@ def server(monkeypatch):
     Those that dfm_d2 starts, too: it would spawn them, each with ten seconds of imports.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(PRELOADED)
     start = torch.multiprocessing.start_processes
 
     def forked(*arguments, start_method, **options):
