@@ -145,7 +145,7 @@ def test_a_config_file_of_an_earlier_version_means_the_same(task, tmp_path):
     assert "BLOCKS" in old["MODEL"]["CLASSIFIER"]["SAMPLER"] and "NUM_HEADS" in old["MODEL"]["DFM"]["HEAD"]
     assert ("CLASSIFIER" in new["MODEL"]) != ("HEAD" in new["MODEL"]["DFM"])
     (tmp_path / "again.yaml").write_text(cfg.dump())
-    assert load_config(task, str(tmp_path / "again.yaml"), []).dump() == cfg.dump()
+    assert yaml.safe_load(load_config(task, str(tmp_path / "again.yaml"), []).dump()) == new
 
 
 def test_a_removed_option_of_an_old_file_is_one_message(tmp_path):
