@@ -6,29 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # A package may import itself and packages further down (earlier in this list).
-ORDER = [
-    "dfm_kernels",
-    "errors",
-    "framework",
-    "flow",
-    "local_update",
-    "data",
-    "engine",
-    "export",
-    "visualize",
-    "detection",
-    "classification",
-    "config",
-    "registry",
-    "command_line",
-    "tools",
-    "benchmarks",
-]
+ORDER = (
+    "dfm_kernels errors framework flow local_update data engine export visualize detection classification "
+    "config registry command_line tools benchmarks"
+).split()
 # Packages that never know each other, whatever their order.
 APART = [{"detection", "classification"}, {"export", "visualize"}]
 # Pure torch: they see explicit arguments, never a config or a framework. local_update stands alone.
 MAY_KNOW = {"dfm_kernels": set(), "local_update": set(), "flow": {"dfm_kernels"}}
 CONFIG_MODULES = ("yacs", "fvcore.common.config", "omegaconf")
+# Functions that import what a text names.
+CALLS = ("import_module", "__import__", "find_spec")
 
 
 def _package_of(path: Path) -> str:
@@ -38,97 +26,81 @@ def _package_of(path: Path) -> str:
     return parts[0] if parts[0] != "dfm_d2" else parts[1].removesuffix(".py")
 
 
-def _files() -> list[Path]:
+def _nodes() -> list[tuple[Path, ast.AST]]:
+    """The syntax of each file of ours, node by node."""
     folders = [ROOT / name for name in ("dfm_d2", "kernels", "tools", "benchmarks")]
-    return [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return [(path, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
 
 
-def _imported_modules(path: Path) -> list[str]:
-    """Full names of the modules that a file imports, anywhere in it; `from a import b` counts as a.b."""
-    modules = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{_at(path, node)}: write imports in full, from dfm_d2"
-            modules += [f"{node.module}.{alias.name}" for alias in node.names]
-    return modules
+NODES = _nodes()
 
 
 def _at(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
-def _imported_packages(path: Path) -> set[str]:
-    packages = set()
-    for module in _imported_modules(path):
-        parts = module.split(".")
-        if parts[0] in ("dfm_kernels", "tools", "benchmarks"):
-            packages.add(parts[0])
-        elif parts[0] == "dfm_d2" and len(parts) > 1 and parts[1] != "__version__":
-            packages.add(parts[1])
-    return packages
+def _imports() -> list[tuple[str, Path, str]]:
+    """(place, file, full name) of each module that is imported, anywhere in a file, also by a call.
+
+    `from a import b` counts as a.b.
+    """
+    found = []
+    for path, node in NODES:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{_at(path, node)}: write imports in full, from dfm_d2"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(CALLS):
+            strings = (part for argument in node.args for part in ast.walk(argument))
+            names = [str(s.value) for s in strings if isinstance(s, ast.Constant)]
+        found += [(_at(path, node), path, name) for name in names]
+    return found
+
+
+IMPORTS = _imports()
 
 
 def test_imports_only_go_down():
     wrong = []
-    for path in _files():
-        package, imported = _package_of(path), _imported_packages(path)
-        if path == ROOT / "dfm_d2" / "__init__.py":
-            wrong += [f"dfm_d2/__init__.py imports {other}" for other in imported]
+    for place, path, module in IMPORTS:
+        top, *below = module.split(".")
+        if top not in ("dfm_d2", "dfm_kernels", "tools", "benchmarks") or below[:1] == ["__version__"]:
             continue
-        for other in sorted({package, *imported} - set(ORDER)):
-            wrong.append(f"{other} has no place in ORDER")
-        above = ORDER[ORDER.index(package) + 1 :]
-        apart = {other for pair in APART if package in pair for other in pair - {package}}
-        allowed = MAY_KNOW.get(package, set(ORDER) - set(above) - apart) | {package}
-        for other in sorted(imported - allowed):
-            wrong.append(f"{path.relative_to(ROOT)} imports {other}")
+        package, other = _package_of(path), below[0] if top == "dfm_d2" and below else top
+        assert {package, other} <= {*ORDER, "__init__"}, f"{place}: {package} or {other} is not in ORDER"
+        below_it = ORDER[: ORDER.index(package)] if package in ORDER else []
+        apart = {name for pair in APART if package in pair for name in pair}
+        if other not in MAY_KNOW.get(package, set(below_it) - apart) | {package}:
+            wrong.append(f"{place} imports {other}")
     assert not wrong
 
 
 def test_no_config_gets_into_pure_packages():
-    wrong = []
-    for path in _files():
-        if _package_of(path) not in MAY_KNOW:
-            continue
-        wrong += [module for module in _imported_modules(path) if module.startswith(CONFIG_MODULES)]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if (isinstance(node, ast.arg) and node.arg == "cfg") or (
-                isinstance(node, ast.Name) and node.id in ("cfg", "CfgNode")
-            ):
-                wrong.append(f"{_at(path, node)}: pass the values themselves")
+    wrong = [place for place, path, name in IMPORTS if _is_pure(path) and name.startswith(CONFIG_MODULES)]
+    for path, node in NODES:
+        name = getattr(node, "arg", None) if isinstance(node, ast.arg) else getattr(node, "id", None)
+        if _is_pure(path) and name in ("cfg", "CfgNode"):
+            wrong.append(f"{_at(path, node)}: pass the values themselves")
     assert not wrong
+
+
+def _is_pure(path: Path) -> bool:
+    return _package_of(path) in MAY_KNOW
 
 
 def test_only_one_file_imports_detectron2():
-    provider = ROOT / "dfm_d2" / "framework" / "_detectron2.py"
-    wrong = [
-        f"{path.relative_to(ROOT)}: {module}"
-        for path in _files()
-        if path != provider
-        for module in _imported_modules(path)
-        if module.split(".")[0] == "detectron2"
-    ]
-    assert not wrong
+    files = {path for _, path, module in IMPORTS if module.split(".")[0] == "detectron2"}
+    assert files == {ROOT / "dfm_d2/framework/_providers.py"}
 
 
 def test_nobody_touches_sys_modules():
-    wrong = [
-        _at(path, node)
-        for path in _files()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr == "modules" and ast.unparse(node.value) == "sys"
-    ]
-    assert not wrong
+    attributes = [(path, node) for path, node in NODES if isinstance(node, ast.Attribute)]
+    assert not [_at(path, node) for path, node in attributes if ast.unparse(node) == "sys.modules"]
 
 
 def test_framework_is_used_through_its_closed_list():
-    wrong = [
-        f"{path.relative_to(ROOT)}: {module}"
-        for path in _files()
-        if _package_of(path) != "framework"
-        for module in _imported_modules(path)
-        if module.startswith("dfm_d2.framework._")
-    ]
-    assert not wrong
+    users = [entry for entry in IMPORTS if _package_of(entry[1]) != "framework"]
+    assert not [place for place, _, module in users if module.startswith("dfm_d2.framework._")]

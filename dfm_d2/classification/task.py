@@ -6,7 +6,10 @@ from dfm_d2.engine.task import Imported, Task
 _REGISTRATION = "dfm_d2.classification.data.registration"
 _LOADER = "dfm_d2.classification.data.loader"
 _EVALUATION = "dfm_d2.classification.evaluation"
-_evaluator = Imported(_EVALUATION, "ClassificationEvaluator")
+
+
+def _evaluator(cfg, name, folder):
+    return Imported(_EVALUATION, "ClassificationEvaluator")(name, folder)
 
 
 def _without_pretrained(cfg):
@@ -30,7 +33,7 @@ CLASSIFICATION = Task(
     register=Imported(_REGISTRATION, "register_class_sets"),
     train_loader=Imported(_LOADER, "build_class_train_loader"),
     test_loader=Imported(_LOADER, "build_class_test_loader"),
-    evaluator=lambda cfg, name, folder: _evaluator(name, folder),
+    evaluator=_evaluator,
     summary=Imported(_EVALUATION, "class_summary"),
     before_evaluation=Imported("dfm_d2.classification.calibration", "calibrate"),
     after_training=Imported("dfm_d2.classification.training_pictures", "write_class_pictures"),

@@ -6,7 +6,11 @@ from dfm_d2.engine.task import Imported, Task
 _REGISTRATION = "dfm_d2.detection.data.registration"
 _LOADER = "dfm_d2.detection.data.loader"
 _EVALUATOR = "dfm_d2.detection.evaluation.evaluator"
-_evaluator = Imported(_EVALUATOR, "DetectionEvaluator")
+
+
+def _evaluator(cfg, name, folder):
+    return Imported(_EVALUATOR, "DetectionEvaluator")(name, folder)
+
 
 DETECTION = Task(
     keys=config.KEYS,
@@ -18,6 +22,6 @@ DETECTION = Task(
     register=Imported(_REGISTRATION, "register_datasets"),
     train_loader=Imported(_LOADER, "build_train_loader"),
     test_loader=Imported(_LOADER, "build_test_loader"),
-    evaluator=lambda cfg, name, folder: _evaluator(name, folder),
+    evaluator=_evaluator,
     summary=Imported(_EVALUATOR, "format_table"),
 )

@@ -12,15 +12,7 @@ from torch import nn
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
-from dfm_d2.engine.weights import (
-    MSRA,
-    TORCHVISION,
-    check_pixels,
-    convert_torchvision_resnet,
-    find_torchvision_prefix,
-    load_numpy_pickle,
-    load_tensors,
-)
+from dfm_d2.engine.weights import check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
 from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManager, PeriodicCheckpointer
 
@@ -69,29 +61,27 @@ class SafeCheckpointer(DetectionCheckpointer):
         *,
         cfg: CfgNode | None = None,
         class_names: Sequence[str] = (),
-        save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
         """
         cfg: the run's config, saved and compared with that of what is loaded; None compares nothing.
         class_names: of the data set, in order; saved and compared, too.
         """
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        super().__init__(model, save_dir, **checkpointables)
         self.cfg = cfg
         self.class_names = list(class_names)
         self._whole = False
         self._path = ""
 
-    def save(self, name: str, *, tag: bool = True, **extra: Any) -> None:
-        """Write ``<save_dir>/<name>.pth`` and then, if ``tag``, make it the one that --resume takes.
+    def save(self, name: str, **extra: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` and then make it the one that --resume takes.
 
         A crash at any moment leaves the file that was there before; ``last_checkpoint`` names a whole one.
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data: dict[str, Any] = {"model": self.model.state_dict()}
-        data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
-        data |= extra
+        parts = {"model": self.model, **self.checkpointables}
+        data: dict[str, Any] = {key: part.state_dict() for key, part in parts.items()} | extra
         data[ABOUT] = {
             "version": __version__,
             "provider": PROVIDER,
@@ -100,8 +90,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         }
         path = Path(self.save_dir) / f"{name}.pth"
         write_atomically(path, lambda file: torch.save(data, file))
-        if tag:
-            self.tag_last_checkpoint(path.name)
+        self.tag_last_checkpoint(path.name)
         _logger.info("Saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -126,21 +115,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """{"model": {name: tensor or array}, ...} of a file; nothing in it is run."""
-        content = load_numpy_pickle(filename) if filename.endswith(".pkl") else load_tensors(filename)
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{filename} does not hold a dict of weights but a {type(content).__name__}."
-            )
-        if filename.endswith(".pkl") and not ("model" in content and "__author__" in content):
-            content = _from_caffe2(content)
-        elif "model" not in content:
-            content = {"model": content.get("state_dict", content)}
-        source = _source_of(content)
+        """As ``read_weights`` has it; UserError for pixels of others than the config makes."""
+        content, source = read_weights(filename)
         if source is not None and self.cfg is not None:
             check_pixels(self.cfg, source, filename)
-        if find_torchvision_prefix(content["model"]) is not None:
-            content = {"model": convert_torchvision_resnet(content["model"]), "matching_heuristics": True}
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -171,10 +149,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         if saved and self.class_names and saved != self.class_names:
             raise CheckpointError(
                 f"{self._path} was trained for the classes {', '.join(saved)}, but the data set has "
-                f"{', '.join(self.class_names)}: use its data set, or set "
-                "DATASETS.CLASSES to its classes, in its order."
+                f"{', '.join(self.class_names)}: use its data set, or set DATASETS.CLASSES to its classes in "
+                "its order."
             )
-        texts = about.get("config"), "" if self.cfg is None else self.cfg.dump()
+        texts = about.get("config"), self.cfg and self.cfg.dump()
         configs = [yaml.safe_load(text or "{}") for text in texts]
         for key in (*MEANING, *FORMER):
             then, now = (_lookup(config, key) for config in configs)
@@ -191,25 +169,19 @@ class SafeCheckpointer(DetectionCheckpointer):
         Those of TRAINING_ONLY may be there or not: checkpoints of one update mode load in another.
         """
         model = self.model.state_dict()
-        for name, value in model.items():
-            if name not in saved and name.startswith(TRAINING_ONLY):
+        for name in (*model, *saved):
+            if name in model and name in saved:
+                found, wanted = (tuple(state[name].shape) for state in (saved, model))
+                if found == wanted:
+                    continue
+                problem = f"{name} with the shape {found}, this run's model {wanted}"
+            elif name.startswith(TRAINING_ONLY):
                 continue
-            if name not in saved:
-                raise CheckpointError(
-                    f"{self._path} has no {name}: it is of another model configuration than this run's."
-                )
-            if tuple(saved[name].shape) != tuple(value.shape):
-                raise CheckpointError(
-                    f"{self._path} has {name} with the shape {tuple(saved[name].shape)}, this run's model "
-                    f"{tuple(value.shape)}: use the config that it was trained with."
-                )
-        # A predictor too many is no harmless rest: the others were trained on the intervals between them.
-        unknown = next((n for n in saved if n not in model and not n.startswith(TRAINING_ONLY)), None)
-        if unknown is not None:
-            raise CheckpointError(
-                f"{self._path} has {unknown}, which this run's model does not have: use the config that it "
-                "was trained with."
-            )
+            elif name in model:
+                problem = f"no {name}, which this run's model has"
+            else:  # a predictor too many is no harmless rest: the others were trained on intervals beside it
+                problem = f"{name}, which this run's model does not have"
+            raise CheckpointError(f"{self._path} has {problem}: use the config that it was trained with.")
 
 
 class CheckpointHook(PeriodicCheckpointer):
@@ -272,20 +244,3 @@ def _fetch(path: str) -> str:
             f"There is no weight file {path}: set MODEL.WEIGHTS to a local .pth or .pkl file."
         )
     return local
-
-
-def _from_caffe2(content: dict[str, Any]) -> dict[str, Any]:
-    """A Caffe2 model, such as MSRA's ImageNet ResNets, in the form of a checkpoint."""
-    blobs = content.get("blobs", content)
-    weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _source_of(content: Mapping[str, Any]) -> str | None:
-    """Whose pixels the weights want: msra, torchvision, or None where they are our own or not known."""
-    author = str(content.get("__author__", ""))
-    if author == "Caffe2" or author == "Detectron2 Model Zoo":
-        return MSRA
-    if author == "torchvision" or find_torchvision_prefix(content["model"]) is not None:
-        return TORCHVISION
-    return None

@@ -49,8 +49,6 @@ KEYS = (
     Key("SOLVER.BLOCK_CLIP_NORM", 1.0, least=0),
     # "auto": bfloat16 where the processor or GPU computes in it, else float32. With SOLVER.AMP.ENABLED only.
     Key("SOLVER.AMP.DTYPE", "auto", choices=("auto", "bfloat16", "float16")),
-    # Exponential moving average of the weights, evaluated and saved beside the weights; 0 is off.
-    Key("SOLVER.EMA_DECAY", 0.0, least=0, below=1),
     # A line of progress and of metrics.json every so many iterations, each the median since the last one.
     Key("SOLVER.LOG_PERIOD", 20, least=1),
     # How many of the periodic checkpoints stay on the disk; 0: all.
@@ -66,10 +64,14 @@ KEYS = (
     # ---- evaluation
     # Images in a batch of evaluation.
     Key("TEST.BATCH_SIZE", 1, least=1),
-    # Keep the checkpoint that is best by this metric, for example "bbox/AP50"; empty: do not.
-    Key("TEST.BEST_METRIC", ""),
     Key("TEST.EVAL_PERIOD", least=0),
 )
+
+# Of earlier config files: {key: (its default, what replaced it)}.
+REMOVED = {
+    "SOLVER.EMA_DECAY": (0.0, "averaged weights were no better at the end of a schedule"),
+    "TEST.BEST_METRIC": ("", "SOLVER.CHECKPOINTS_TO_KEEP 0 keeps all, metrics.json says which is best"),
+}
 
 
 def problems(cfg) -> Iterator[str]:

@@ -4,42 +4,38 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dfm_d2.engine.run import evaluate_only, train
+from dfm_d2.engine.setup import setup_run, uses_gpu
+from dfm_d2.engine.task import Task
 from dfm_d2.errors import UserError, report
-from dfm_d2.framework import default_argument_parser
-from dfm_d2.local_update.errors import NonFiniteLossError
-from dfm_d2.local_update.processes import TIMEOUT
-
-Main = Callable[[argparse.Namespace], object]
+from dfm_d2.framework import comm, default_argument_parser
+from dfm_d2.local_update.processes import TIMEOUT, NonFiniteLossError
 
 
-def run_processes(main: Main, args: argparse.Namespace, on_gpu: bool) -> int:
-    """Run ``main(args)`` in ``num_gpus`` x ``num_machines`` processes, or in those that torchrun started.
+def run_processes(task: Task, cfg, args: argparse.Namespace) -> int:
+    """Train or evaluate in ``num_gpus`` x ``num_machines`` processes, or in those that torchrun started.
 
-    on_gpu: one GPU a process; otherwise processes on the CPU, which share its cores.
-    Returns the exit status of a command: 0 done, 2 something that the user can put right, 1 else.
+    One GPU a process where the config computes on GPUs; else they share the cores of the CPU.
+    Returns the exit status of a command: 0 done, 2 something that the user can put right, 1 else. Raises
+    UserError for numbers of processes that cannot be.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _joined(main, args, on_gpu, int(os.environ.get("LOCAL_RANK", 0)), None)
-    try:
-        _check(args, on_gpu)
-    except UserError as error:
-        return report(error)
+        return _run_process(int(os.environ.get("LOCAL_RANK", 0)), task, cfg, args, {})
+    _check(args, uses_gpu(cfg))
     world = args.num_gpus * args.num_machines
     if world <= 1:
-        return _guarded(main, args)
-    url = args.dist_url if args.num_machines > 1 else _local_url(args.dist_url)
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        return _run_process(0, task, cfg, args)
+    if not uses_gpu(cfg) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.num_gpus, 1))
-    context = mp.start_processes(
-        _worker, (main, args, on_gpu, url), nprocs=args.num_gpus, join=False, start_method="spawn"
-    )
-    return _wait(context)
+    rank, meeting = args.machine_rank * args.num_gpus, _meeting_point(args)
+    arguments = (task, cfg, args, {"init_method": meeting, "world_size": world, "rank": rank})
+    return _wait(mp.start_processes(_worker, arguments, args.num_gpus, join=False, start_method="spawn"))
 
 
 def _check(args: argparse.Namespace, on_gpu: bool) -> None:
@@ -53,57 +49,59 @@ def _check(args: argparse.Namespace, on_gpu: bool) -> None:
             f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs: give as "
             "many as there are, or MODEL.DEVICE cpu for processes on the CPU."
         )
-    if args.num_machines > 1 and args.dist_url in ("", "auto", _default_url()):
+
+
+def _meeting_point(args: argparse.Namespace) -> str:
+    # The parser's default is one port a user: two runs of one user would meet each other.
+    if args.dist_url not in ("", "auto", default_argument_parser().get_default("dist_url")):
+        return args.dist_url
+    if args.num_machines > 1:
         raise UserError(
             "--num-machines needs --dist-url: the address of machine 0, such as tcp://10.0.0.1:29500."
         )
-
-
-def _default_url() -> str:
-    return default_argument_parser().get_default("dist_url")
-
-
-def _local_url(url: str) -> str:
-    """The meeting point of processes of one machine."""
-    # The parser's default is one port a user: two runs of one user would meet each other.
-    if url not in ("", "auto", _default_url()):
-        return url
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
-def _worker(local_rank: int, main: Main, args: argparse.Namespace, on_gpu: bool, url: str) -> None:
-    sys.exit(_joined(main, args, on_gpu, local_rank, url))
+def _worker(local_rank: int, task: Task, cfg, args: argparse.Namespace, place: dict[str, Any]) -> None:
+    place["rank"] += local_rank
+    sys.exit(_run_process(local_rank, task, cfg, args, place))
 
 
-def _joined(main: Main, args: argparse.Namespace, on_gpu: bool, local_rank: int, url: str | None) -> int:
-    """Run ``main`` as one process of the group. url: None where torchrun's environment says all."""
-    place = {}
-    if url is not None:
-        rank = args.machine_rank * args.num_gpus + local_rank
-        place = {"init_method": url, "world_size": args.num_gpus * args.num_machines, "rank": rank}
+def _run_process(
+    local_rank: int, task: Task, cfg, args: argparse.Namespace, place: dict[str, Any] | None = None
+) -> int:
+    """One process of a run. Its exit status; errors that say all there is to say become one line.
+
+    place: where it meets the others; empty: torchrun's environment says; None: there are no others.
+    """
+    try:
+        if place is not None:
+            _join(local_rank, uses_gpu(cfg), place)
+        classes = setup_run(task, cfg, args)
+        if args.eval_only:
+            evaluate_only(task, cfg, classes, args.resume)
+        else:
+            train(task, cfg, classes, args.resume)
+            if comm.is_main_process():
+                task.after_training(cfg, classes)
+    except (UserError, NonFiniteLossError) as error:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return report(error, f" (process {rank})" if rank else "")
+    if place is not None:  # where one failed the others are stopped, not waited for
+        dist.destroy_process_group()
+    return 0
+
+
+def _join(local_rank: int, on_gpu: bool, place: dict[str, Any]) -> None:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **place)
     except (RuntimeError, ValueError, dist.DistError) as error:
-        where = url or "the address of torchrun"
-        return report(UserError(f"the processes could not meet at {where}: {error}"))
-    status = _guarded(main, args)
-    if status == 0:  # the others of a failed one are stopped, not waited for
-        dist.destroy_process_group()
-    return status
-
-
-def _guarded(main: Main, args: argparse.Namespace) -> int:
-    """Exit status of ``main``; its errors that say all there is to say become one line."""
-    try:
-        main(args)
-    except (UserError, NonFiniteLossError) as error:
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        return report(error, f" (process {rank})" if rank else "")
-    return 0
+        where = place.get("init_method", "the address of torchrun")
+        raise UserError(f"the processes could not meet at {where}: {error}") from error
 
 
 def _wait(context: mp.ProcessContext) -> int:

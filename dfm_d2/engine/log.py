@@ -4,9 +4,12 @@ Detectron2's setup_logger adds handlers for good, so that a second run in the sa
 test) would write its lines twice, and into the first one's folder.
 """
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 LOGGERS = ("dfm_d2", "detectron2", "fvcore")
 
@@ -24,15 +27,11 @@ class _Formatter(logging.Formatter):
         return line if record.levelno < logging.WARNING else f"{record.levelname} {line}"
 
 
-class _StdoutHandler(logging.StreamHandler):
-    """Writes to what ``sys.stdout`` is now, not to what it was when the handler was made."""
+class _StdoutHandler(logging.Handler):
+    """Writes to what ``sys.stdout`` is now, above a progress bar."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self):
-        return sys.stdout
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
 
 
 class _FileHandler(logging.FileHandler):
@@ -46,6 +45,10 @@ class _FileHandler(logging.FileHandler):
         elif not self._said:
             self._said = True
             print(f"warning: {self.baseFilename} takes no more: {sys.exc_info()[1]}", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the rest of what it takes no more
+            super().close()
 
 
 def start_log(folder: str, is_main: bool) -> None:

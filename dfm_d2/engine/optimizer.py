@@ -11,13 +11,7 @@ from dfm_d2.local_update import BlockOptimizer, ProcessGrid, check_blocks
 _logger = logging.getLogger(__name__)
 
 # Parameters of these are not weight-decayed by SOLVER.WEIGHT_DECAY but by SOLVER.WEIGHT_DECAY_NORM.
-NORM_TYPES = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
+NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
 def build_block_optimizer(

@@ -1,18 +1,17 @@
 """Training and evaluation of a config: every part of the engine put together."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.ema import EMAHook, ModelEMA
-from dfm_d2.engine.hooks import BestCheckpointHook, FinalEvalHook, GatherHook, ProgressBar, evaluation_bar
+from dfm_d2.engine.hooks import FinalEvalHook, GatherHook, Progress
 from dfm_d2.engine.metrics import METRICS_FILE, append_metrics, cut_back, flatten
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
@@ -42,22 +41,14 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     resume: continue from the last checkpoint of ``OUTPUT_DIR`` if there is one. A run that is at its end
     already is only evaluated. Raises UserError for weights that are missing or do not fit.
     """
-    folder, solver = Path(cfg.OUTPUT_DIR), cfg.SOLVER
+    folder, solver, start = Path(cfg.OUTPUT_DIR), cfg.SOLVER, 0
     continues = resume and (folder / LAST).exists()
     with input_errors():
         model = task.build_model(task.without_pretrained(cfg) if continues else cfg)
-    ema = ModelEMA(model, solver.EMA_DECAY) if solver.EMA_DECAY > 0 else None
     trainer = build_trainer(task, cfg, model)
-    gather = GatherHook((cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD), ema)
-    trainer.register_hooks(
-        [
-            IterationTimer(),
-            LRScheduler(),
-            EMAHook(ema) if ema is not None else None,
-            gather if comm.get_world_size() > 1 else None,
-        ]
-    )
-    checkpointer = build_checkpointer(cfg, model, class_names, ema, trainer=trainer)
+    gather = GatherHook((cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD))
+    trainer.register_hooks([IterationTimer(), LRScheduler(), gather if comm.get_world_size() > 1 else None])
+    checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names, trainer=trainer)
     if continues:
         checkpointer.load(checkpointer.get_checkpoint_file())
         start = trainer.iter + 1
@@ -65,8 +56,11 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
         if resume:
             _logger.info("%s has no checkpoint yet: training from the start", folder)
         task.check_start(cfg)
-        _load_weights(cfg, model, checkpointer)
-        start = 0
+        kept = getattr(model, "set_by_config", ())
+        own = {name: value.clone() for name, value in model.named_buffers() if name in kept}
+        checkpointer.load(cfg.MODEL.WEIGHTS, [])
+        model.load_state_dict(own, strict=False)
+        broadcast_model(model)
     comm.synchronize()  # the main process must not touch what another still reads
     if comm.is_main_process():
         with output_errors():
@@ -75,16 +69,14 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
             # Only now: a run that is refused must not replace the config of the checkpoints that are there.
             write_text_atomically(folder / "config.yaml", cfg.dump())
             cut_back(folder / METRICS_FILE, start)
-    if ema is not None and ema.updates == 0:
-        ema.restart()
     if start >= solver.MAX_ITER:
         _logger.info("Trained to iteration %d already (SOLVER.MAX_ITER): evaluating only", start)
-        return _evaluate_and_record(task, cfg, model, ema, start)
+        return evaluate_only(task, cfg, class_names, resume)
     results: dict[str, Any] = {}
 
     def evaluate_and_keep() -> dict[str, float]:
         results.clear()
-        results.update(evaluate(task, cfg, model, ema))
+        results.update(evaluate(task, cfg, model))
         model.train()
         return flatten(results)
 
@@ -95,14 +87,9 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
             JSONWriter(str(folder / METRICS_FILE), window_size=solver.LOG_PERIOD),
             TensorboardXWriter(str(folder), window_size=solver.LOG_PERIOD, purge_step=start),
         ]
-        trainer.register_hooks(
-            [
-                BestCheckpointHook(checkpointer, cfg.TEST.BEST_METRIC) if cfg.TEST.BEST_METRIC else None,
-                ProgressBar(solver.LOG_PERIOD),
-                PeriodicWriter(writers, solver.LOG_PERIOD),
-                CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers),
-            ]
-        )
+        saving = CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers)
+        lines = Progress(solver.LOG_PERIOD), PeriodicWriter(writers, solver.LOG_PERIOD)
+        trainer.register_hooks([*lines, saving])
     model.train()
     trainer.train(start, solver.MAX_ITER)
     return results
@@ -110,7 +97,11 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
 
 def evaluate_only(task: Task, cfg: CfgNode, class_names: list[str], resume: bool = False) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS`` (or, with resume, the last checkpoint) and add a line to metrics.json."""
-    return _evaluate_and_record(task, cfg, *_load_trained(task, cfg, class_names, resume))
+    model, iteration = _load_trained(task, cfg, class_names, resume)
+    results = evaluate(task, cfg, model)
+    if comm.is_main_process():
+        append_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE, iteration, results)
+    return results
 
 
 def load_for_inference(task: Task, cfg: CfgNode, class_names: list[str]) -> nn.Module:
@@ -118,22 +109,23 @@ def load_for_inference(task: Task, cfg: CfgNode, class_names: list[str]) -> nn.M
     return _load_trained(task, cfg, class_names, resume=False)[0].eval()
 
 
-def evaluate(task: Task, cfg: CfgNode, model: nn.Module, ema: ModelEMA | None = None) -> dict[str, Any]:
+def evaluate(task: Task, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     """Results on ``DATASETS.TEST``: those of the first set as {"bbox": {...}}, or of a classifier
-    {"accuracy": ...}, of others under their names.
+    {"accuracy": ...}, of others under their names. Prints a table of each.
 
-    The model computes in the precision of training (``SOLVER.AMP``). With ``ema`` the averaged weights are
-    evaluated too, as "bbox_ema" or "accuracy_ema". Prints a table of each.
+    The model computes in the precision of training (``SOLVER.AMP``).
     """
-    results: dict[str, Any] = OrderedDict()
-    for number, name in enumerate(cfg.DATASETS.TEST):
+    results: dict[str, Any] = {}
+    for name in cfg.DATASETS.TEST:
         folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"
-        found = _evaluate_set(task, cfg, model, name, folder)
-        if ema is not None:
-            with ema.applied():
-                averaged = _evaluate_set(task, cfg, model, name, f"{folder}_ema", " (averaged weights)")
-            found |= {f"{task}_ema": scores for task, scores in averaged.items()}
-        results |= found if number == 0 else {name: found}
+        task.before_evaluation(cfg, model)
+        evaluator = task.evaluator(cfg, name, Path(cfg.OUTPUT_DIR) / folder)
+        batches = tqdm(task.test_loader(cfg, name), desc=name, unit="batch", leave=False, disable=None)
+        with batches, inference_autocast(cfg):
+            found = inference_on_dataset(model, batches, evaluator)
+        if comm.is_main_process():
+            print(f"\n{name}\n{task.summary(found)}", flush=True)
+        results |= {name: found} if results else found
     return results
 
 
@@ -174,28 +166,6 @@ def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrai
     return trainer
 
 
-def build_checkpointer(
-    cfg: CfgNode,
-    model: nn.Module,
-    class_names: list[str],
-    ema: ModelEMA | None = None,
-    **checkpointables: Any,
-) -> SafeCheckpointer:
-    """The checkpointer of a run in ``OUTPUT_DIR``."""
-    if ema is not None:
-        checkpointables["ema"] = ema
-    return SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names, **checkpointables)
-
-
-def _load_weights(cfg: CfgNode, model: nn.Module, checkpointer: SafeCheckpointer) -> None:
-    """``MODEL.WEIGHTS``, if any, to start a training from; all processes then have those of the first."""
-    set_by_config = getattr(model, "set_by_config", ())
-    own = {name: value.clone() for name, value in model.named_buffers() if name in set_by_config}
-    checkpointer.load(cfg.MODEL.WEIGHTS, [])
-    model.load_state_dict(own, strict=False)
-    broadcast_model(model)
-
-
 def _set_aside(folder: Path) -> None:
     """Rename what an earlier run left, so that --resume cannot take that run's checkpoint for this one's."""
     for name in (METRICS_FILE, LAST):
@@ -205,40 +175,13 @@ def _set_aside(folder: Path) -> None:
             path.replace(path.with_name(f"{name}.previous"))
 
 
-def _load_trained(
-    task: Task, cfg: CfgNode, class_names: list[str], resume: bool
-) -> tuple[nn.Module, ModelEMA | None, int]:
-    """The model, its averaged weights if the config wants them, and the iterations that it has seen."""
+def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> tuple[nn.Module, int]:
+    """The model, and the iterations that it has seen."""
     with input_errors():
         model = task.build_model(task.without_pretrained(cfg))
-    ema = ModelEMA(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
-    checkpointer = build_checkpointer(cfg, model, class_names, ema)
+    checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names)
     continues = resume and checkpointer.has_checkpoint()
     path = checkpointer.get_checkpoint_file() if continues else cfg.MODEL.WEIGHTS
     if not path:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
-    extra = checkpointer.load(path)
-    if ema is not None and ema.updates == 0:
-        raise UserError(f"{path} has no averaged weights: set SOLVER.EMA_DECAY 0 to evaluate it.")
-    return model, ema, extra.get("iteration", -1) + 1
-
-
-def _evaluate_and_record(
-    task: Task, cfg: CfgNode, model: nn.Module, ema: ModelEMA | None, iteration: int
-) -> dict[str, Any]:
-    results = evaluate(task, cfg, model, ema)
-    if comm.is_main_process():
-        append_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE, iteration, results)
-    return results
-
-
-def _evaluate_set(
-    task: Task, cfg: CfgNode, model: nn.Module, name: str, folder: str, title: str = ""
-) -> dict[str, Any]:
-    task.before_evaluation(cfg, model)
-    evaluator = task.evaluator(cfg, name, Path(cfg.OUTPUT_DIR) / folder)
-    with evaluation_bar(task.test_loader(cfg, name), name + title) as loader, inference_autocast(cfg):
-        results = inference_on_dataset(model, loader, evaluator)
-    if comm.is_main_process():
-        print(f"\n{name}{title}\n{task.summary(results)}", flush=True)
-    return results
+    return model, checkpointer.load(path).get("iteration", -1) + 1

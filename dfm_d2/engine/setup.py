@@ -5,55 +5,30 @@ Torch is imported once the config and what it names have been looked at: a mista
 
 import argparse
 import logging
-from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from dfm_d2 import __version__
 from dfm_d2.engine import config
 from dfm_d2.engine.keys import add_keys, problems_of
 from dfm_d2.engine.task import Task
 from dfm_d2.errors import CheckpointError, UserError, input_errors, report
-from dfm_d2.framework import (
-    PROVIDER,
-    default_argument_parser,
-    merge_config_file,
-    merge_config_opts,
-)
+from dfm_d2.framework import PROVIDER, default_argument_parser, merge_config_file, merge_config_opts
 
 _logger = logging.getLogger(__name__)
 
 
-def run_tool(task: Task, main: Callable[[argparse.Namespace], Any], words: list[str] | None = None) -> int:
-    """Run ``main``, in each process, with the arguments of a command line (None: this one's).
-
-    main: a function of a module, which other processes can import, that calls ``run_task`` with the task.
-    Returns the exit status, as ``run_processes``.
-    """
+def run_tool(task: Task, words: list[str] | None = None) -> int:
+    """Train and evaluate as a command line (None: this one) says. Returns the status of ``run_processes``."""
     args = default_argument_parser().parse_args(words)
     try:
         cfg = load_config(task, args.config_file, args.opts)
         check_run(task, cfg, args)
+        from dfm_d2.engine.launch import run_processes
+
+        return run_processes(task, cfg, args)
     except UserError as error:
         return report(error)
-    from dfm_d2.engine.launch import run_processes
-
-    return run_processes(main, args, uses_gpu(cfg))
-
-
-def run_task(task: Task, args: argparse.Namespace) -> dict[str, Any]:
-    """Train and evaluate, or evaluate only, as the arguments say. Returns the results. Raises UserError."""
-    from dfm_d2.engine.run import evaluate_only, train
-    from dfm_d2.framework import comm
-
-    cfg = load_config(task, args.config_file, args.opts)
-    classes = setup_run(task, cfg, args)
-    if args.eval_only:
-        return evaluate_only(task, cfg, classes, args.resume)
-    results = train(task, cfg, classes, args.resume)
-    if comm.is_main_process():
-        task.after_training(cfg, classes)
-    return results
 
 
 def load_config(task: Task, config_file: str, opts: list[str]):
@@ -65,21 +40,20 @@ def load_config(task: Task, config_file: str, opts: list[str]):
 
     cfg = get_cfg()
     add_keys(cfg, (*config.KEYS, *task.keys))
+    removed = {**config.REMOVED, **task.removed}
     if config_file:
         with input_errors():
-            merge_config_file(cfg, config_file, task.removed)
-    merge_config_opts(cfg, opts, task.removed)
+            merge_config_file(cfg, config_file, removed)
+    merge_config_opts(cfg, opts, removed)
     task.complete(cfg)
     return cfg
 
 
 def validate_config(task: Task, cfg) -> None:
     """UserError for the first value that cannot work: the message names the key and the choices."""
-    for message in problems_of(cfg, (*config.KEYS, *task.keys)):
+    each = problems_of(cfg, (*config.KEYS, *task.keys))
+    for message in chain(each, config.problems(cfg), task.problems(cfg)):  # the others expect allowed values
         raise UserError(message)
-    for problems in (config.problems, task.problems):  # which expect allowed values
-        for message in problems(cfg):
-            raise UserError(message)
 
 
 def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
@@ -100,8 +74,8 @@ def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
 def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
     """Make ready what a training or an evaluation needs; ``cfg`` is completed in place, then frozen.
 
-    Returns the class names in the order of their indices. Raises UserError for bad values and
-    missing data.
+    Returns the class names in the order of their indices. Raises UserError for a device, a precision or a
+    backend that cannot be had, and for missing data.
     """
     import torch
     from dfm_kernels import BackendError, kernels, use_triton
@@ -110,7 +84,6 @@ def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
     from dfm_d2.engine.precision import resolve_amp_dtype
     from dfm_d2.framework import comm, seed_all_rng
 
-    validate_config(task, cfg)
     resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
     device = torch.device(cfg.MODEL.DEVICE)
     try:
@@ -123,11 +96,8 @@ def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         start_log(cfg.OUTPUT_DIR, comm.is_main_process())
     _logger.info("dfm_d2 %s, torch %s, framework: %s", __version__, torch.__version__, PROVIDER)
-    _logger.info(
-        "device %s, %d threads (OMP_NUM_THREADS sets them; a resume is bit for bit with the same number)",
-        cfg.MODEL.DEVICE,
-        torch.get_num_threads(),
-    )
+    said = "device %s, %d threads (OMP_NUM_THREADS sets them; a resume is bit for bit with the same number)"
+    _logger.info(said, cfg.MODEL.DEVICE, torch.get_num_threads())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     with input_errors():

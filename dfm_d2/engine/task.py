@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 Config = Any  # a CfgNode; Detectron2's comes with torch
 
 
+def _nothing(*_: Any) -> None:
+    """Where a task has nothing to do."""
+
+
+def _unchanged(cfg: Config) -> Config:
+    return cfg
+
+
 @dataclass(frozen=True)
 class Imported:
     """A function that is imported when it is called: a bad config is an error before torch is imported."""
@@ -28,7 +36,7 @@ class Imported:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The one thing that a vertical hands to the engine.
+    """The one thing that a vertical hands to the engine. It can be pickled: processes are given it.
 
     keys: config keys besides those of any training.
     problems: one error message for each value of a config that cannot work together with others.
@@ -55,11 +63,11 @@ class Task:
     evaluator: "Callable[[Config, str, Any], DatasetEvaluator]"
     summary: Callable[[Mapping[str, Any]], str]
     removed: Mapping[str, tuple[Any, str]]
-    complete: Callable[[Config], None] = lambda cfg: None
-    check_start: Callable[[Config], None] = lambda cfg: None
-    before_evaluation: "Callable[[Config, nn.Module], None]" = lambda cfg, model: None
-    after_training: Callable[[Config, Sequence[str]], None] = lambda cfg, class_names: None
-    without_pretrained: Callable[[Config], Config] = lambda cfg: cfg
+    complete: Callable[[Config], None] = _nothing
+    check_start: Callable[[Config], None] = _nothing
+    before_evaluation: "Callable[[Config, nn.Module], None]" = _nothing
+    after_training: Callable[[Config, Sequence[str]], None] = _nothing
+    without_pretrained: Callable[[Config], Config] = _unchanged
 
     def build_model(self, cfg: Config) -> "nn.Module":
         """The model of a config."""

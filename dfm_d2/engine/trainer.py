@@ -3,12 +3,11 @@
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dfm_d2.errors import UserError, input_errors, output_errors
 from dfm_d2.framework import TrainerBase
@@ -64,18 +63,27 @@ class LocalUpdateTrainer(TrainerBase):
         self.data_position = 0
         self.failed = False
         self._build_loader = build_loader
-        self._batches: Iterator[list[dict]] | None = None
         self._restored_rng: dict[str, Any] | None = None
         self._restored_history: dict[str, list[tuple[float, int]]] = {}
         self._metric_names: set[str] = set()
 
     @output_errors()
     def before_train(self) -> None:
-        """Put back the metric windows of the checkpoint, then the hooks' turn."""
+        """Put back the metric windows of the checkpoint, the hooks' turn, and open the stream of batches.
+
+        The generators of a checkpoint are put back last, because opening a stream draws from them.
+        """
+        self.failed = True  # until all is through: hooks that run after a failure must not evaluate
         for name, values in self._restored_history.items():
             for value, iteration in values:
                 self.storage.put_scalar(name, value, cur_iter=iteration)
         super().before_train()
+        with input_errors():
+            self._batches = iter(self._build_loader(self.data_position))
+        if self._restored_rng is not None:
+            set_rng_state(self._restored_rng)
+            self._restored_rng = None
+        self.failed = False
 
     # Hooks write files.
     after_step = output_errors()(TrainerBase.after_step)
@@ -84,10 +92,10 @@ class LocalUpdateTrainer(TrainerBase):
     def run_step(self) -> None:
         """One iteration. NonFiniteLossError names iteration and images and leaves the checkpoints intact."""
         assert self.model.training, "The model was left in eval mode."
-        self.failed = True  # until the step is through: hooks that run after a failure must not evaluate
+        self.failed = True
         start = time.perf_counter()
         with input_errors():
-            batch = next(self._open_stream())
+            batch = next(self._batches)
         data_time = time.perf_counter() - start
         prepared = self.model.prepare(batch, self.iter)
         try:
@@ -98,28 +106,13 @@ class LocalUpdateTrainer(TrainerBase):
             where = f" at iteration {self.iter}, image ids {ids}"
             raise NonFiniteLossError(error.values, where=where, advice=_ADVICE) from None
         self.data_position += self.images_per_step
-        self._write_metrics(metrics, data_time)
-        self.failed = False
-
-    def _open_stream(self) -> Iterator[list[dict]]:
-        """The stream of batches, opened at ``data_position`` at its first use.
-
-        The generators of a checkpoint are put back only now, because opening a stream draws from them.
-        """
-        if self._batches is None:
-            self._batches = iter(self._build_loader(self.data_position))
-            if self._restored_rng is not None:
-                set_rng_state(self._restored_rng)
-                self._restored_rng = None
-        return self._batches
-
-    def _write_metrics(self, metrics: dict[str, Tensor], data_time: float) -> None:
         values = mean_of_metrics(metrics)
         total = sum(value for key, value in values.items() if key.startswith("loss"))
         scalars = {"total_loss": total, **values}
         self.storage.put_scalars(**scalars)
         self._metric_names.update(scalars)
         self.storage.put_scalar("data_time", data_time)
+        self.failed = False
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks, optimizer, data position, the generators' states and the metric windows.
@@ -149,15 +142,12 @@ class LocalUpdateTrainer(TrainerBase):
 
     def _of_these_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state with the schedule of this run's parameter groups: another update mode has others."""
-        hooks = dict(state_dict.get("hooks", {}))
-        schedule = hooks.get("LRScheduler")
-        if schedule is not None:
-            groups = self.optimizer.param_groups
-            rates = {"base_lrs": [group.get("initial_lr", group["lr"]) for group in groups]}
-            if "_last_lr" in schedule:
-                rates["_last_lr"] = [group["lr"] for group in groups]
+        hooks, groups = dict(state_dict.get("hooks", {})), self.optimizer.param_groups
+        if schedule := hooks.get("LRScheduler"):
+            first = [group.get("initial_lr", group["lr"]) for group in groups]
+            rates = {"base_lrs": first, "_last_lr": [group["lr"] for group in groups]}
             hooks["LRScheduler"] = {**schedule, **rates}
-        return {**state_dict, "hooks": hooks} if hooks else state_dict
+        return {**state_dict, "hooks": hooks}
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -7,17 +7,21 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from dfm_d2.engine.keys import get_key
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
 from dfm_d2.framework import CfgNode
 
 # How the weights were trained: the pixels that they want.
 MSRA = "msra"
 TORCHVISION = "torchvision"
+_SOURCES = {"Caffe2": MSRA, "Detectron2 Model Zoo": MSRA, "torchvision": TORCHVISION}
+_STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 
 
 def _latin1_bytes(text: str, encoding: str) -> bytes:
@@ -60,10 +64,8 @@ def load_numpy_pickle(path: str) -> Any:
 
     Raises UnsafeFileError, having run nothing, if it names anything else; CheckpointError if it is damaged.
     """
-    with open(path, "rb") as file:
-        content = file.read()
     try:
-        return NumpyUnpickler(io.BytesIO(content), encoding="latin1").load()
+        return NumpyUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{path} is not a plain file of numpy arrays ({error}): it was not loaded and nothing in it was "
@@ -92,15 +94,6 @@ def load_tensors(path: str) -> Any:
         raise CheckpointError(f"{path} is damaged ({first_line}): take an earlier checkpoint.") from error
 
 
-def find_torchvision_prefix(state: Mapping[str, Any]) -> str | None:
-    """The prefix under which ``state`` holds a torchvision ResNet ("" or such as "backbone."), or None."""
-    for key in state:
-        prefix = key.removesuffix("layer1.0.conv1.weight")
-        if prefix != key and f"{prefix}conv1.weight" in state:
-            return prefix
-    return None
-
-
 # Names of a torchvision ResNet, and what Detectron2 calls them; applied one after the other.
 _DETECTRON2_NAMES = (
     (r"^conv1\.", "stem.conv1."),
@@ -112,17 +105,36 @@ _DETECTRON2_NAMES = (
 )
 
 
-def convert_torchvision_resnet(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A torchvision ResNet's state dict under Detectron2's names, without a prefix.
+def read_weights(path: str) -> tuple[dict[str, Any], str | None]:
+    """{"model": {name: tensor or array}, ...} of a file, nothing in which is run, and whose weights they are.
+
+    That is MSRA or TORCHVISION, for ``check_pixels``, or None where they are our own or not known.
+    """
+    content = load_numpy_pickle(path) if path.endswith(".pkl") else load_tensors(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a dict of weights but a {type(content).__name__}.")
+    if path.endswith(".pkl") and not ("model" in content and "__author__" in content):  # of Caffe2
+        blobs = content.get("blobs", content)
+        weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+        content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    elif "model" not in content:
+        content = {"model": content.get("state_dict", content)}
+    source = _SOURCES.get(str(content.get("__author__", "")))
+    if converted := convert_torchvision_resnet(content["model"]):
+        return {"model": converted, "matching_heuristics": True}, source or TORCHVISION
+    return content, source
+
+
+def convert_torchvision_resnet(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A torchvision ResNet's state dict under Detectron2's names, without a prefix; empty if it is none.
 
     ``layer1.0.conv2.weight`` becomes ``res2.0.conv2.weight``, ``bn2`` its ``norm``, ``downsample`` its
-    ``shortcut``; the classifier and the batch counters are left out. Raises ValueError if it is no ResNet.
+    ``shortcut``; the classifier and the batch counters are left out.
     """
-    prefix = find_torchvision_prefix(state)
-    if prefix is None:
-        raise ValueError("Not the state dict of a torchvision ResNet: it has no layer1.0.conv1.weight.")
+    starts = (key.removesuffix("layer1.0.conv1.weight") for key in state)
+    prefix = next((p for p in starts if p not in state and f"{p}conv1.weight" in state), None)
     converted = {}
-    for key, value in state.items():
+    for key, value in state.items() if prefix is not None else ():
         name = key.removeprefix(prefix)
         for pattern, replacement in _DETECTRON2_NAMES:
             name = re.sub(pattern, replacement, name)
@@ -131,29 +143,33 @@ def convert_torchvision_resnet(state: Mapping[str, torch.Tensor]) -> dict[str, t
     return converted
 
 
-def check_pixels(cfg: CfgNode, source: str, path: str) -> None:
-    """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them.
+# MSRA's ResNets saw BGR pixels minus the mean and stride in the first 1x1 convolution; torchvision's saw RGB
+# pixels normalised by ImageNet's mean and deviation (here times 255) and stride in the 3x3.
+_PIXELS = {
+    MSRA: {
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        _STRIDE: True,
+    },
+    TORCHVISION: {
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+        _STRIDE: False,
+    },
+}
 
-    MSRA's ResNets saw BGR pixels minus the mean and stride in the first 1x1 convolution; torchvision's
-    saw RGB pixels normalised by ImageNet's mean and deviation (here times 255) and stride in the 3x3.
-    """
-    resnets, mean = cfg.MODEL.RESNETS, (123.675, 116.28, 103.53)
-    if source == MSRA and resnets.NUM_GROUPS > 1:
+
+def check_pixels(cfg: CfgNode, source: str, path: str) -> None:
+    """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them."""
+    if source == MSRA and cfg.MODEL.RESNETS.NUM_GROUPS > 1:
         return  # ResNeXt of the same zoo: other pixels for each model
-    if source == MSRA:
-        order, mean, std, stride_in_1x1 = "BGR", mean[::-1], (1.0, 1.0, 1.0), True
-    else:
-        order, std, stride_in_1x1 = "RGB", (58.395, 57.12, 57.375), False
     wrong = []
-    if cfg.INPUT.FORMAT != order:
-        wrong.append(f"INPUT.FORMAT {order}")
-    for key, found, wanted in (
-        ("MODEL.PIXEL_MEAN", cfg.MODEL.PIXEL_MEAN, mean),
-        ("MODEL.PIXEL_STD", cfg.MODEL.PIXEL_STD, std),
-    ):
-        if not np.allclose(found, wanted, atol=0.05):
-            wrong.append(f"{key} {list(wanted)}")
-    if resnets.DEPTH >= 50 and resnets.STRIDE_IN_1X1 != stride_in_1x1:
-        wrong.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {stride_in_1x1}")
+    for key, wanted in _PIXELS[source].items():
+        found = get_key(cfg, key)
+        fits = np.allclose(found, wanted, atol=0.05) if isinstance(wanted, list) else found == wanted
+        if not fits and (key != _STRIDE or cfg.MODEL.RESNETS.DEPTH >= 50):
+            wrong.append(f"{key} {wanted}")
     if wrong:
         raise UserError(f"{path} holds {source} weights, which need {', '.join(wrong)}: set them.")

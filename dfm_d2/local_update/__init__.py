@@ -4,6 +4,7 @@ A model offers ``blocks``, ``prepare`` and ``block_losses`` (LocallyTrainable); 
 trains it block by block, ``JointUpdate().step`` by one backward, with the same gradients.
 """
 
+# ruff: noqa: F401
 from dfm_d2.local_update.activations import SavedActivations
 from dfm_d2.local_update.block_optimizer import BlockOptimizer
 from dfm_d2.local_update.blocks import (
@@ -15,36 +16,7 @@ from dfm_d2.local_update.blocks import (
     predictor_index,
     sum_losses,
 )
-from dfm_d2.local_update.errors import NonFiniteLossError
 from dfm_d2.local_update.hand_over import HandOver, Leaves
-from dfm_d2.local_update.processes import ProcessGrid
+from dfm_d2.local_update.processes import NonFiniteLossError, ProcessGrid
 from dfm_d2.local_update.ranks import RanksUpdate
-from dfm_d2.local_update.updates import (
-    JointUpdate,
-    SequentialUpdate,
-    Update,
-    attached_losses,
-    build_update,
-)
-
-__all__ = [
-    "SHARED_BLOCK",
-    "BlockLosses",
-    "BlockOptimizer",
-    "HandOver",
-    "JointUpdate",
-    "Leaves",
-    "LocallyTrainable",
-    "NonFiniteLossError",
-    "ProcessGrid",
-    "RanksUpdate",
-    "SavedActivations",
-    "SequentialUpdate",
-    "Update",
-    "attached_losses",
-    "build_update",
-    "check_blocks",
-    "predictor_block",
-    "predictor_index",
-    "sum_losses",
-]
+from dfm_d2.local_update.updates import JointUpdate, SequentialUpdate, Update, attached_losses, build_update

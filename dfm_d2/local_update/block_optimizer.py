@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_d2.local_update.blocks import NamedParameters, check_blocks
-from dfm_d2.local_update.errors import check_finite
-from dfm_d2.local_update.processes import GradientReducer, ProcessGrid
+from dfm_d2.local_update.processes import GradientReducer, ProcessGrid, check_finite
 
 _logger = logging.getLogger(__name__)
 
@@ -69,25 +68,19 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def step_block(self, block: str) -> None:
         """Clip and step one block, and free its gradients; errors as in ``step``."""
-        self._step_blocks([block])
+        self.step([block])
         for parameter in self.blocks[block]:
             parameter.grad = None
 
-    def step(self, closure: None = None) -> None:
+    def step(self, only: Sequence[str] | None = None) -> None:
         """Clip and step every block that has a gradient; its norm before clipping is then in ``norms``.
 
-        The end of an iteration: the fp16 scale is updated here. Raises NonFiniteLossError, with nothing
-        stepped, for a norm that is not finite; under fp16 the step of its block is skipped instead. A closure
-        is a ValueError.
+        only: these blocks; None: all, at the end of an iteration, where the fp16 scale is updated.
+        Raises NonFiniteLossError, with nothing stepped, for a norm that is not finite; under fp16 the step of
+        its block is skipped instead.
         """
-        if closure is not None:
-            raise ValueError("BlockOptimizer takes no closure: a block's loss is evaluated once.")
-        has_gradient = {b: any(p.grad is not None for p in self.blocks[b]) for b in self._inner}
-        self._step_blocks([block for block in self._inner if has_gradient[block]])
-        if self.scaler is not None:
-            self.scaler.update()
-
-    def _step_blocks(self, blocks: Sequence[str]) -> None:
+        with_gradient = [b for b in self._inner if any(p.grad is not None for p in self.blocks[b])]
+        blocks = with_gradient if only is None else only
         for block in blocks:
             self.reduce_block(block)
         norms = {}
@@ -107,6 +100,8 @@ class BlockOptimizer(torch.optim.Optimizer):
             else:
                 self.scaler.step(self._inner[block])
         self.norms.update(norms)
+        if self.scaler is not None and only is None:
+            self.scaler.update()
 
     def state_by_name(self) -> dict[str, dict[str, Any]]:
         """{parameter name: {key: value}} of the blocks that this process steps."""
@@ -165,12 +160,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                 "it was trained with another model configuration."
             )
         if missing:
-            _logger.warning(
-                "%d parameters were not trained when the checkpoint was written, for example %s: their "
-                "optimizer state starts anew",
-                len(missing),
-                missing[0],
-            )
+            said = "%d parameters were not trained before, for example %s: their optimizer state starts anew"
+            _logger.warning(said, len(missing), missing[0])
         for parameter, name in self._names.items():
             for key, value in state.get(name, {}).items():
                 if torch.is_tensor(value) and value.dim() > 0 and value.shape != parameter.shape:

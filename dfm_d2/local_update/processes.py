@@ -1,11 +1,12 @@
-"""The processes of one run, where there are several: what they exchange, and who owns which block.
+"""The processes of one run: what they exchange, the error that all raise, and who owns which block.
 
 No DistributedDataParallel: its reducer is armed once for each forward, and here each block has a backward of
 its own. W processes with B / W images each compute what one process computes with B, to rounding.
 """
 
 import datetime
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -80,6 +81,55 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list:
     if group is not None:
         dist.all_gather_object(found, value, group=group)
     return found
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or the gradient of a block is infinite or not a number.
+
+    Raised before any parameter of the iteration is stepped, or where blocks are stepped one by one before the
+    offending block is stepped: the blocks before it have been, in memory only.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, float],
+        raised_by: dist.ProcessGroup | None = None,
+        where: str = "",
+        advice: str = "",
+    ):
+        """
+        values: the offending entries by their key, such as ``{"loss_cls/predictor0": nan}``.
+        raised_by: the processes that all raise it, each knowing its own images; None: this alone.
+        where, advice: such as " at iteration 3", and what the user can do about it.
+        """
+        self.values = dict(values)
+        self.raised_by = raised_by
+        what = ", ".join(f"{key} = {value}" for key, value in values.items())
+        super().__init__(f"Not finite{where}: {what}. {advice}".rstrip())
+
+
+def check_finite(values: Mapping[str, Tensor], processes: dist.ProcessGroup | None = None) -> None:
+    """NonFiniteLossError naming those of some scalars that are not finite. One transfer from the device.
+
+    processes: all raise where one has such a value, or the others would wait for it; None: this alone.
+    """
+    if not values:
+        return
+    stacked = torch.stack([value.detach().double() for value in values.values()])
+    found = (~stacked.isfinite()).any().float()
+    if processes is not None:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=processes)
+    if not found:
+        return
+    bad = {key: value for key, value in zip(values, stacked.tolist()) if not math.isfinite(value)}
+    if processes is not None:
+        owners = zip(dist.get_process_group_ranks(processes), gather_objects(bad, processes))
+        bad = {
+            f"{key} of process {rank}" if rank else key: value
+            for rank, entries in owners
+            for key, value in entries.items()
+        }
+    raise NonFiniteLossError(bad, processes)
 
 
 def mean_of_metrics(metrics: dict[str, Tensor]) -> dict[str, float]:

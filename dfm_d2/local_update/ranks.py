@@ -6,14 +6,15 @@ on-policy the detached boxes go to the owner of the next one. Besides, a row exc
 images. Shapes: L levels, B images of the row, C channels.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dfm_d2.local_update.blocks import BlockLosses, predictor_index
 from dfm_d2.local_update.hand_over import HandOver, Leaves
@@ -60,10 +61,7 @@ class RankLeaves(Leaves):
     def __init__(self, grid: ProcessGrid, counts: Sequence[int]):
         super().__init__()
         self.grid = grid
-        self._rows = []
-        for count in counts:
-            start = self._rows[-1].stop if self._rows else 0
-            self._rows.append(slice(start, start + count))
+        self._rows = [slice(end - count, end) for count, end in zip(counts, accumulate(counts))]
         self._sent: list[dist.Work] = []
 
     def own(self, prepared: Any) -> Any:
@@ -74,13 +72,13 @@ class RankLeaves(Leaves):
         """The features `(B, C, H_l, W_l)` of all images of the row."""
         parts = []
         for member, rows in enumerate(self._rows):
-            shapes = [(rows.stop - rows.start, *feature.shape[1:]) for feature in features]
             if member == self.grid.member:
-                flat = torch.cat([feature.detach().reshape(-1) for feature in features])
+                part = [feature.detach() for feature in features]
             else:
-                flat = features[0].new_empty(sum(math.prod(shape) for shape in shapes))
+                part = [x.new_empty((rows.stop - rows.start, *x.shape[1:])) for x in features]
+            flat = _flatten_dense_tensors(part)
             dist.broadcast(flat, self.grid.first + member, group=self.grid.row)
-            parts.append(_unflatten(flat, shapes))
+            parts.append(_unflatten_dense_tensors(flat, part))
         whole = [torch.cat(level) for level in zip(*parts)]
         if features[0].is_contiguous():
             return whole
@@ -93,10 +91,10 @@ class RankLeaves(Leaves):
         gradients: list[Tensor | None] = []
         for member, rows in enumerate(self._rows):
             parts = [torch.zeros_like(x[rows]) if x.grad is None else x.grad[rows] for x in leaves]
-            flat = torch.cat([part.reshape(-1) for part in parts])
+            flat = _flatten_dense_tensors(parts)
             dist.reduce(flat, self.grid.first + member, group=self.grid.row)
             if member == self.grid.member:
-                gradients = _unflatten(flat, [part.shape for part in parts])
+                gradients = list(_unflatten_dense_tensors(flat, parts))
         return gradients
 
     def close(self) -> Iterator[BlockLosses]:
@@ -121,8 +119,3 @@ class RankLeaves(Leaves):
         if self.grid.owner(index) != self.grid.member:
             to = self.grid.first + self.grid.owner(index)
             self._sent.append(dist.isend(state.contiguous(), to, group=self.grid.row))
-
-
-def _unflatten(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    parts = flat.split([math.prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes)]

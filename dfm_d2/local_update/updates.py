@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dfm_d2.local_update.block_optimizer import BlockOptimizer
 from dfm_d2.local_update.blocks import BlockLosses, LocallyTrainable, sum_losses
-from dfm_d2.local_update.errors import check_finite
 from dfm_d2.local_update.hand_over import HandOver, Leaves
-from dfm_d2.local_update.processes import current_processes
+from dfm_d2.local_update.processes import check_finite, current_processes
 
 Autocast = Callable[[], AbstractContextManager]
 

@@ -1,6 +1,8 @@
 """Generated images, and processes that need not import everything anew."""
 
 import multiprocessing
+import runpy
+from pathlib import Path
 
 import pytest
 import torch.multiprocessing
@@ -9,16 +11,9 @@ from dfm_d2.detection.data.shapes import write_shapes
 
 # What a training imports, some of it late: a module that is not there is left out without a word.
 PRELOADED = (
-    "dfm_d2.registry",
-    "dfm_d2.engine.run",
-    "dfm_d2.detection.data.loader",
-    "dfm_d2.detection.evaluation.evaluator",
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "torchvision",
-    "scipy.optimize",
-    "pycocotools.cocoeval",
-)
+    "dfm_d2.registry dfm_d2.engine.launch dfm_d2.detection.data.loader dfm_d2.detection.evaluation.evaluator "
+    "torch._dynamo torch.utils.tensorboard torchvision scipy.optimize pycocotools.cocoeval"
+).split()
 
 
 @pytest.fixture(scope="session")
@@ -35,13 +30,27 @@ def inputs(make_input):
 
 
 @pytest.fixture
+def detectron2():
+    """Skips the test where Detectron2 is absent; fails it where DFM_REQUIRE_D2=1 demands it."""
+    providers = Path(__file__).parents[1] / "framework/providers.py"
+    return runpy.run_path(str(providers))["detectron2_provider"]()
+
+
+@pytest.fixture(params=["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])
+def provider(request):
+    if request.param == "detectron2":
+        request.getfixturevalue("detectron2")
+    return request.param
+
+
+@pytest.fixture
 def server(monkeypatch):
     """The context of a server that imports once and forks the processes of all tests.
 
     Those that dfm_d2 starts, too: it would spawn them, each with ten seconds of imports.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context.set_forkserver_preload(PRELOADED)
     start = torch.multiprocessing.start_processes
 
     def forked(*arguments, start_method, **options):

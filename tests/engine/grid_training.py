@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from tiny_model import tiny_cfg
 
-from dfm_d2.engine.ema import EMAHook, ModelEMA
 from dfm_d2.engine.hooks import GatherHook
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.trainer import LocalUpdateTrainer
@@ -66,16 +65,10 @@ def train(scenario: str, processes: int, members: int) -> dict:
     trainer = LocalUpdateTrainer(
         model, loader, optimizer, update, contextlib.nullcontext, images_per_step=BATCH
     )
-    ema = ModelEMA(model, 0.5)
-    trainer.register_hooks([EMAHook(ema), GatherHook((), ema)])
+    trainer.register_hooks([GatherHook(())])
     trainer.train(0, STEPS)
     metrics = {key: value for key, (value, _) in trainer.storage.latest().items() if "time" not in key}
-    return {
-        "model": model.state_dict(),
-        "ema": ema.weights,
-        "optimizer": optimizer.state_dict(),
-        "metrics": metrics,
-    }
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
 
 
 def train_in_process(rank: int, folder: Path, scenario: str, processes: int, members: int) -> None:

@@ -64,11 +64,6 @@ def test_a_parameter_in_two_blocks_or_in_none_is_an_error():
         build_block_optimizer(toy_config(), model)
 
 
-def test_a_closure_is_an_error():
-    with pytest.raises(ValueError, match="takes no closure"):
-        build_block_optimizer(toy_config(), make_toy()).step(lambda: 0.0)
-
-
 @pytest.mark.parametrize(("first", "second"), [("joint", "sequential"), ("sequential", "joint")])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_state_goes_from_mode_to_mode_by_name(first, second, kind):

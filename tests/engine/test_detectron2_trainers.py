@@ -1,6 +1,7 @@
 """Detectron2's own trainers train our detector, by the losses of the joint update."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from dfm_d2.config import add_dfm_config
 from dfm_d2.detection import register
 from dfm_d2.detection.data.shapes import write_shapes
 from dfm_d2.engine.optimizer import build_block_optimizer
-from dfm_d2.framework import PROVIDER, build_model
+from dfm_d2.framework import build_model
 
 pytestmark = [
     pytest.mark.d2,
-    pytest.mark.skipif(PROVIDER != "detectron2", reason="needs the real Detectron2 (make test-detectron2)"),
+    pytest.mark.usefixtures("detectron2"),
+    pytest.mark.skipif("builtin" in os.environ.get("DFM_FRAMEWORK", ""), reason="DFM_FRAMEWORK is builtin"),
 ]
 
 

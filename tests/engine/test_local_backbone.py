@@ -6,7 +6,6 @@ from tiny_model import tiny_cfg
 from toy_model import make_trainer, train_steps
 
 from dfm_d2.engine.checkpoint import SafeCheckpointer
-from dfm_d2.engine.ema import EMAHook, ModelEMA
 from dfm_d2.framework import LRScheduler, build_model
 from dfm_d2.local_update import HandOver, check_blocks, sum_losses
 
@@ -81,7 +80,7 @@ def test_inference_does_not_see_the_stages(make_model, make_input):
 
 
 def trainer_of(model, make_input, folder, optimizer: str):
-    """The trainer of train_net, with a schedule and averaged weights, and its checkpointer."""
+    """The trainer of train_net, with a schedule, and its checkpointer."""
 
     def loader(position):
         while True:
@@ -89,9 +88,8 @@ def trainer_of(model, make_input, folder, optimizer: str):
             position += 1
 
     trainer = make_trainer(model, loader, images_per_step=1, OPTIMIZER=optimizer, MOMENTUM=0.9)
-    ema = ModelEMA(model, 0.5)
-    trainer.register_hooks([LRScheduler(), EMAHook(ema)])
-    return trainer, SafeCheckpointer(model, str(folder), trainer=trainer, ema=ema), ema
+    trainer.register_hooks([LRScheduler()])
+    return trainer, SafeCheckpointer(model, str(folder), trainer=trainer)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -100,20 +98,16 @@ def trainer_of(model, make_input, folder, optimizer: str):
 )
 def test_a_run_of_one_mode_continues_in_another(make_model, make_input, tmp_path, first, second, optimizer):
     model, other = make_model(BACKBONE_UPDATE=first), make_model(seed=1, BACKBONE_UPDATE=second)
-    trainer, checkpointer, ema = trainer_of(model, make_input, tmp_path, optimizer)
+    trainer, checkpointer = trainer_of(model, make_input, tmp_path, optimizer)
     trainer.train(0, 2)
     trainer.iter = 1  # as a hook finds it after the last step
     checkpointer.save("model")
-    continued, checkpointer, other_ema = trainer_of(other, make_input, tmp_path, optimizer)
+    continued, checkpointer = trainer_of(other, make_input, tmp_path, optimizer)
     checkpointer.resume_or_load("")
     weights, loaded = model.state_dict(), other.state_dict()
     shared = weights.keys() & loaded.keys()
     assert len(shared) == min(len(weights), len(loaded))
-    for name in shared:
-        assert torch.equal(weights[name], loaded[name])
-        assert torch.equal(ema.weights[name], other_ema.weights[name])
-    for name in loaded.keys() - shared:
-        assert torch.equal(other_ema.weights[name], loaded[name])
+    assert all(torch.equal(weights[name], loaded[name]) for name in shared)
     rates = {group["lr"] for group in trainer.optimizer.param_groups}
     assert {group["lr"] for group in continued.optimizer.param_groups} == rates
     continued.train(2, 4)

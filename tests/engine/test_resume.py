@@ -106,7 +106,7 @@ def test_train_net_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
     """The real command on generated images, killed at random moments."""
     options = (
         "SOLVER.MAX_ITER=24 SOLVER.IMS_PER_BATCH=2 SOLVER.CHECKPOINT_PERIOD=4 TEST.EVAL_PERIOD=8 "
-        "SOLVER.EMA_DECAY=0.9 TEST.BEST_METRIC=bbox_ema/AP50 SOLVER.OPTIMIZER=adamw"
+        "SOLVER.OPTIMIZER=adamw"
     ).split()
     start = time.monotonic()
     run(command(shapes, tmp_path / "straight", "--resume", *options))
@@ -121,5 +121,5 @@ def test_train_net_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
     assert kills >= 1
     run(words)
     last = json.loads((tmp_path / "killed" / METRICS_FILE).read_text().splitlines()[-1])
-    assert {"bbox/AP50", "bbox/AP", "bbox_ema/AP50"} <= last.keys()
+    assert {"bbox/AP50", "bbox/AP"} <= last.keys()
     assert_same_run(tmp_path / "straight", tmp_path / "killed")

@@ -16,7 +16,6 @@ from dfm_d2.engine.weights import (
     TORCHVISION,
     check_pixels,
     convert_torchvision_resnet,
-    find_torchvision_prefix,
     load_numpy_pickle,
 )
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
@@ -58,56 +57,38 @@ def test_numpy_pickles_of_every_protocol(tmp_path, protocol):
     assert np.array_equal(loaded["d"]["fortran"], content["d"]["fortran"]) and loaded["b"] == 1.5
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"cos\nsystem\n(S'true'\ntR.",
-        b"cbuiltins\neval\n(S'1'\ntR.",
-        b"cnumpy\nload\n(S'x'\ntR.",
-        b"c_codecs\nencode\n(S'x'\nS'zlib'\ntR.",
-        b"ctorch\nload\n.",
-    ],
-)
-def test_a_pickle_that_names_anything_else_is_refused(tmp_path, content):
-    (tmp_path / "evil.pkl").write_bytes(content)
-    with pytest.raises(UnsafeFileError, match="evil.pkl is not a plain file of numpy arrays"):
-        load_numpy_pickle(str(tmp_path / "evil.pkl"))
+EVIL = [b"cos\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"cnumpy\nload\n(S'x'\ntR."]
+EVIL += [b"c_codecs\nencode\n(S'x'\nS'zlib'\ntR.", b"ctorch\nload\n."]
+DAMAGED = [b"", b"hello", pickle.dumps({"a": np.zeros(100)})[:60]]
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps({"a": np.zeros(100)})[:60]])
-def test_a_damaged_pickle_is_named(tmp_path, content):
-    (tmp_path / "torn.pkl").write_bytes(content)
-    with pytest.raises(CheckpointError, match="torn.pkl"):
-        load_numpy_pickle(str(tmp_path / "torn.pkl"))
+@pytest.mark.parametrize("content", EVIL + DAMAGED)
+def test_a_pickle_that_names_anything_else_or_is_damaged_is_refused(tmp_path, content):
+    (tmp_path / "bad.pkl").write_bytes(content)
+    with pytest.raises(CheckpointError, match="bad.pkl is") as caught:
+        load_numpy_pickle(str(tmp_path / "bad.pkl"))
+    assert isinstance(caught.value, UnsafeFileError) == ("not a plain file of numpy" in str(caught.value))
+    assert isinstance(caught.value, UnsafeFileError) or content in DAMAGED
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-@pytest.mark.parametrize("prefix", ["", "module.backbone."])
-def test_torchvision_names_become_detectron2s(depth, prefix):
-    resnet = getattr(torchvision.models, f"resnet{depth}")()
-    state = {prefix + name: value for name, value in resnet.state_dict().items()}
-    assert find_torchvision_prefix(state) == prefix
-    converted = convert_torchvision_resnet(state)
-    wanted = {
-        name.removeprefix("backbone.bottom_up."): tuple(value.shape)
-        for name, value in detector_of(config_for(TORCHVISION, depth)).state_dict().items()
-        if name.startswith("backbone.bottom_up.") and not name.endswith("num_batches_tracked")
-    }
-    assert {name: tuple(value.shape) for name, value in converted.items()} == wanted
-
-
-def test_a_torchvision_file_gives_the_same_features(tmp_path):
+@pytest.mark.parametrize(("depth", "prefix"), [(18, ""), (50, "module.backbone.")])
+def test_a_torchvision_file_gives_the_same_features(tmp_path, depth, prefix):
     torch.manual_seed(0)
-    resnet = torchvision.models.resnet18()
-    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
-    cfg = config_for(TORCHVISION, 18, "FrozenBN")
-    detector = detector_of(cfg)
-    SafeCheckpointer(detector, cfg=cfg).load(str(tmp_path / "resnet18.pth"), [])
+    resnet = getattr(torchvision.models, f"resnet{depth}")().eval()
+    for value in resnet.state_dict().values():
+        if value.dim() == 1:  # what norms have, lest one is another's
+            value.uniform_(0.5, 1.5)
+    state = {prefix + name: value for name, value in resnet.state_dict().items()}
+    torch.save(state, tmp_path / "resnet.pth")
+    cfg = config_for(TORCHVISION, depth, "FrozenBN")
+    detector = detector_of(cfg).eval()
+    SafeCheckpointer(detector, cfg=cfg).load(str(tmp_path / "resnet.pth"), [])
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        ours = detector.eval()["backbone"].bottom_up(images)["res5"]
-        theirs = nn.Sequential(*list(resnet.eval().children())[:-2])(images)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        ours = detector["backbone"].bottom_up(images)["res5"]
+        theirs = nn.Sequential(*list(resnet.children())[:-2])(images)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    assert not convert_torchvision_resnet({"conv1.weight": torch.zeros(1)})
 
 
 def caffe2_names() -> dict[str, np.ndarray]:
@@ -150,8 +131,3 @@ def test_the_wrong_pixels_are_an_error(tmp_path):
     for name, cfg in (("resnet18.pth", msras), ("R-50.pkl", config_for(TORCHVISION))):
         with pytest.raises(UserError, match=f"{name} holds (torchvision|msra) weights"):
             SafeCheckpointer(nn.Linear(1, 1), cfg=cfg).load(str(tmp_path / name), [])
-
-
-def test_only_a_resnet_is_converted():
-    with pytest.raises(ValueError, match="Not the state dict of a torchvision ResNet"):
-        convert_torchvision_resnet({"conv1.weight": torch.zeros(1)})

@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 
 from dfm_d2.detection.task import DETECTION
-from dfm_d2.engine.setup import run_task, run_tool
+from dfm_d2.engine.setup import run_tool
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 PREDICTOR_PARALLEL = ("MODEL.DFM.UPDATE=parallel", "MODEL.DFM.PREDICTOR_RANKS=2")
-# GroupNorm: batch norm's statistics are a process's own. SGD: AdamW amplifies rounding.
+# GroupNorm: batch norm's statistics are a process's own. SGD: AdamW amplifies rounding. The small rate: a
+# larger one carries what a convolution rounds otherwise with another number of images over ReLUs' kinks.
 TINY = (
     "SEED 1 SOLVER.IMS_PER_BATCH 4 SOLVER.LOG_PERIOD 1 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 8 "
     "MODEL.DFM.HEAD.FEEDFORWARD_DIM 32 TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0 SOLVER.OPTIMIZER sgd "
     "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR SOLVER.STEPS () "
-    "SOLVER.BASE_LR 0.001 SOLVER.WARMUP_ITERS 0 SOLVER.AMP.ENABLED False MODEL.RESNETS.NORM GN "
+    "SOLVER.BASE_LR 0.00001 SOLVER.WARMUP_ITERS 0 SOLVER.AMP.ENABLED False MODEL.RESNETS.NORM GN "
     "MODEL.FPN.NORM GN MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.STEM_OUT_CHANNELS 32 "
     "MODEL.RESNETS.WIDTH_PER_GROUP 32 MODEL.RESNETS.RES2_OUT_CHANNELS 32 MODEL.FPN.OUT_CHANNELS 32 "
     "MODEL.DFM.HEAD.HIDDEN_DIM 32"
@@ -42,21 +43,21 @@ def words(shapes: Path, out: Path, *arguments: str) -> list[str]:
 
 def train(shapes: Path, out: Path, *arguments: str, fault: tuple[str, int] | None = None) -> int:
     """The exit status of train_net; what several processes print is in out/process<rank>.txt."""
-    main = functools.partial(run_process, out=out, fault=fault)
-    return run_tool(DETECTION, main, words(shapes, out, *arguments))
+    loader = functools.partial(spoil, *fault) if fault else DETECTION.train_loader
+    register = functools.partial(print_apart, out)
+    task = dataclasses.replace(DETECTION, register=register, train_loader=loader)
+    return run_tool(task, words(shapes, out, *arguments))
 
 
-def run_process(args, out: Path, fault: tuple[str, int] | None) -> None:
-    """The part of one process."""
+def print_apart(out: Path, cfg) -> None:
+    """Register the data sets; of several processes each prints into a file of its own."""
     if dist.is_initialized():
         torch.set_num_threads(1)
-        out.mkdir(exist_ok=True)
         printed = os.open(out / f"process{dist.get_rank()}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         (out / f"process{dist.get_rank()}.pid").write_text(str(os.getpid()))
-    loader = functools.partial(spoil, *fault) if fault else DETECTION.train_loader
-    run_task(dataclasses.replace(DETECTION, train_loader=loader), args)
+    DETECTION.register(cfg)
 
 
 def spoil(kind: str, iteration: int, cfg, position: int):
@@ -77,14 +78,8 @@ def spoil(kind: str, iteration: int, cfg, position: int):
 
 def as_torchrun_starts(rank: int, shapes: Path, out: Path, port: int, *arguments: str) -> None:
     """One of two processes that somebody else started."""
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in place.items()})
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
     sys.exit(train(shapes, out, *arguments))
 
 
@@ -105,10 +100,9 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Roughly: a convolution rounds differently with another number of images, and a ReLU at its kink carries
-    that into the gradient. Biases begin at zero: a wrong share of the batch or place in the stream would
+    """To float32's rounding. Biases begin at zero: a wrong share of the batch or place in the stream would
     change all of them. grid_training.py compares in float64, to 1e-9."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).norm()
-        assert error <= 0.1 * value.norm() + 1e-8, f"{name}: {error / value.norm():.2e}"
+        assert error <= 1e-3 * value.norm() + 1e-12, f"{name}: {error / value.norm():.2e}"

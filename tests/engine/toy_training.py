@@ -7,7 +7,6 @@ import torch
 from toy_model import ToyModel, make_trainer, toy_loader
 
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.ema import EMAHook, ModelEMA
 from dfm_d2.engine.metrics import METRICS_FILE, cut_back
 from dfm_d2.framework import IterationTimer, JSONWriter, LRScheduler, PeriodicWriter, seed_all_rng
 
@@ -17,9 +16,9 @@ def train_toy(folder: Path, max_iter: int = 60, pause: float = 0.0, loader=toy_l
     torch.set_num_threads(1)
     seed_all_rng(7)
     model = ToyModel(noise=True)
-    trainer, ema = make_trainer(model, loader), ModelEMA(model, 0.9)
-    trainer.register_hooks([IterationTimer(), LRScheduler(), EMAHook(ema)])
-    checkpointer = SafeCheckpointer(model, str(folder), trainer=trainer, ema=ema)
+    trainer = make_trainer(model, loader)
+    trainer.register_hooks([IterationTimer(), LRScheduler()])
+    checkpointer = SafeCheckpointer(model, str(folder), trainer=trainer)
     start = 0
     if checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)

@@ -8,7 +8,7 @@ from tiny_model import spread, tiny_cfg
 from tool_loader import load_tool
 
 from dfm_d2.detection.data.shapes import SHAPE_CLASSES, write_shapes
-from dfm_d2.engine.run import build_checkpointer
+from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.framework import build_model
 
 
@@ -24,7 +24,8 @@ def run(tmp_path_factory):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("voc_root_train",), ("voc_root_val",)
     cfg.DATASETS.CLASSES = list(SHAPE_CLASSES)
     torch.manual_seed(0)
-    build_checkpointer(cfg, spread(build_model(cfg)), SHAPE_CLASSES).save("model_final")
+    model, options = spread(build_model(cfg)), {"cfg": cfg, "class_names": SHAPE_CLASSES}
+    SafeCheckpointer(model, str(folder), **options).save("model_final")
     (folder / "config.yaml").write_text(cfg.dump())
     return folder
 

@@ -5,7 +5,7 @@ import torch
 from tiny_model import spread, tiny_cfg
 
 from dfm_d2.detection import FlowPredictor
-from dfm_d2.engine.run import build_checkpointer
+from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.framework import build_model
 
 CLASSES = ("circle", "square", "star")
@@ -20,7 +20,8 @@ def trained(tmp_path_factory):
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 96, 160
     cfg.MODEL.DFM.NUM_CLASSES = 3
     torch.manual_seed(0)
-    build_checkpointer(cfg, spread(build_model(cfg)), CLASSES).save("model_final")
+    model = spread(build_model(cfg))
+    SafeCheckpointer(model, str(folder), cfg=cfg, class_names=CLASSES).save("model_final")
     cfg.MODEL.DFM.NUM_CLASSES = 0  # as in the configs: the checkpoint knows
     (folder / "config.yaml").write_text(cfg.dump())
     return str(folder / "config.yaml"), str(folder / "model_final.pth")
