@@ -15,7 +15,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from harness import printed, save_rows
+from harness import reported
 from runs import Key, Study, costs_of, op_of
 
 from dfm_d2.detection.task import DETECTION
@@ -103,7 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     for variant in args.variants or VARIANTS:
         rows = STUDY.rows(args, variant, partial(scores_of, variant, args.samplers))
-        print(save_rows(f"accuracy_{op_of(args)}", printed(rows)))
+        reported(rows, f"accuracy_{op_of(args)}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +25,7 @@ MIB = 2**20
 Line = Sequence[tuple[float, float, float, float]]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One measurement. p20, p50, p80: quantiles over repetitions (all equal for a single one)."""
 
     op: str
@@ -106,17 +105,15 @@ def save_rows(name: str, rows: Iterable[Row]) -> Path:
     """
     path, rows = RESULTS / f"{name}.csv", list(rows)
     again = {(row.op, row.provider) for row in rows}
-    rows = [old for old in load_rows(name) if (old.op, old.provider) not in again] + rows
+    kept = [old for old in load_rows(name) if (old.op, old.provider) not in again]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+        csv.writer(file).writerows([Row._fields, *kept, *rows])
     return path
 
 
-def printed(rows: Iterable[Row]) -> list[Row]:
-    """The rows, after the gist of each has been printed as soon as it is there."""
+def reported(rows: Iterable[Row], name: str = "") -> list[Row]:
+    """The rows, after each has been printed as soon as it is there; with a name, all are saved."""
     found = []
     for row in rows:
         print(
@@ -125,6 +122,8 @@ def printed(rows: Iterable[Row]) -> list[Row]:
             flush=True,
         )
         found.append(row)
+    if name:
+        print(save_rows(name, found))
     return found
 
 
@@ -147,21 +146,17 @@ def parsed(
         parser.error("torch sees no CUDA device: use --device cpu")
     for key, value in usual(args).items():
         value = f"{value}_{args.device}" if key == "name" else value
-        setattr(args, key, getattr(args, key) or value)
+        setattr(args, key, getattr(args, key, None) or value)
     return args
 
 
-def reported(args: argparse.Namespace, rows: Iterable[Row]) -> list[Row]:
-    """The rows, printed as soon as they are there and, with --save, saved."""
-    rows = printed(rows)
-    if args.save:
-        print(save_rows(args.name, rows))
-    return rows
-
-
-def line_of(rows: Iterable[Row]) -> Line:
-    """The points of rows whose x is a number, in its order."""
-    return sorted((float(row.x_value), row.p20, row.p50, row.p80) for row in rows)
+def lines_of(rows: Iterable[Row], name: Callable[[Row], str] = lambda row: row.provider) -> dict[str, Line]:
+    """The points of rows whose x is a number, in its order: a line for each name."""
+    rows = list(rows)
+    lines: dict[str, list] = {name(row): [] for row in rows}
+    for row in sorted(rows, key=lambda row: float(row.x_value)):
+        lines[name(row)].append((float(row.x_value), row.p20, row.p50, row.p80))
+    return lines
 
 
 def draw_panels(
@@ -177,10 +172,8 @@ def draw_panels(
     from dfm_d2.visualize.figures import plt, save_figure
 
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
-    size = (2.2 + 2.8 * len(panels), 3.8)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
+    options = {"layout": "constrained", "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.2 + 2.8 * len(panels), 3.8), **options)
     for axis, (question, (x_label, lines)) in zip(axes[0], panels.items()):
         for name, points in lines.items():
             index, (x, low, middle, high) = names.index(name), zip(*points)

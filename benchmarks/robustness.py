@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 from classification import STUDY, accuracy, batches, labels_of, probabilities, sampled, seen
-from harness import RESULTS, Line, Row, draw_panels, printed, save_rows
+from harness import RESULTS, Line, Row, draw_panels, lines_of, reported
 from PIL import Image
 from runs import Key, op_of
 
@@ -85,14 +85,10 @@ def panels_of(rows: list[Row]) -> dict[str, tuple[str, dict[str, Line]]]:
     panels = {}
     for kind, severities in SEVERITIES.items():
         levels = {("clean", "0"): 0} | {(kind, f"{s:g}"): level for level, s in enumerate(severities, 1)}
-        lines: dict[str, list] = {}
-        for row in rows:
-            if (row.x_name, row.x_value) in levels:
-                name = row.provider if row.mode == "eval" else f"{row.provider}, {row.mode}"
-                level = levels[row.x_name, row.x_value]
-                lines.setdefault(name, []).append((level, row.p20, row.p50, row.p80))
-        title = f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"
-        panels[title] = ("severity (0: clean)", lines)
+        places = [(row, levels.get((row.x_name, row.x_value))) for row in rows]
+        seen_at = [row._replace(x_value=str(level)) for row, level in places if level is not None]
+        lines = lines_of(seen_at, lambda row: f"{row.provider}, {row.mode}".removesuffix(", eval"))
+        panels[f"{kind}: {', '.join(f'{s:g}' for s in severities)}"] = ("severity (0: clean)", lines)
     return panels
 
 
@@ -101,7 +97,7 @@ def main() -> None:
     for variant in args.variants or ["flow", "backprop"]:
         rows += STUDY.rows(args, variant, partial(scores_of, variant), any_rate=True)
     name = f"robustness_{op_of(args)}"
-    print(save_rows(name, printed(rows)))
+    reported(rows, name)
     title = f"{op_of(args)}: corrupted test images"
     print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels_of(rows)))
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, silu
 
-from dfm_d2.classification.backbone import block_outputs, build_split_backbone
-from dfm_d2.classification.base import Classifier, block_name, classifier_arguments
+from dfm_d2.classification.base import Classifier, block_name
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
 from dfm_d2.errors import UserError
 from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
@@ -83,8 +82,7 @@ class EndpointLoss:
         if self.readout_weight > 0:
             logits = x_1_hat @ embeddings.T / self.temperature
             repeated = labels[:, None].expand(-1, x_1_hat.shape[1])
-            term = cross_entropy(logits.flatten(0, 1), repeated.flatten())
-            losses["readout"] = self.readout_weight * term
+            losses["readout"] = self.readout_weight * cross_entropy(logits.flatten(0, 1), repeated.flatten())
         return losses
 
 
@@ -121,12 +119,8 @@ class FlowClassifier(Classifier):
     ):
         super().__init__(temperature=criterion.temperature, **common)
         sampler.blocks_of(self.num_blocks)  # before training, not after it
-        self.label_space = label_space
-        self.criterion = criterion
-        self.sampler = sampler
-        self.noise_samples = noise_samples
-        self.time_power = time_power
-        self.shuffle_x_0 = shuffle_x_0
+        self.label_space, self.criterion, self.sampler = label_space, criterion, sampler
+        self.noise_samples, self.time_power, self.shuffle_x_0 = noise_samples, time_power, shuffle_x_0
         self.path = CondOTPath()
         embed_dim = label_space.weight.shape[1]
         self.block_predictors = nn.ModuleList(
@@ -137,15 +131,13 @@ class FlowClassifier(Classifier):
     @classmethod
     def from_config(cls, cfg) -> dict:
         c = cfg.MODEL.CLASSIFIER
-        common = classifier_arguments(cfg, build_split_backbone(cfg))
+        common = super().from_config(cfg)
+        settings = ClassSamplerSettings(**{name.lower(): value for name, value in c.SAMPLER.items()})
         return common | {
             "label_space": build_label_space(c, common["num_classes"]),
             "hidden_dim": c.HIDDEN_DIM,
-            "criterion": EndpointLoss(
-                readout_weight=c.LOSS.READOUT_WEIGHT,
-                temperature=c.LOSS.READOUT_TEMPERATURE,
-            ),
-            "sampler": ClassSampler(sampler_settings(c.SAMPLER), c.LOSS.READOUT_TEMPERATURE),
+            "criterion": EndpointLoss(c.LOSS.READOUT_WEIGHT, c.LOSS.READOUT_TEMPERATURE),
+            "sampler": ClassSampler(settings, c.LOSS.READOUT_TEMPERATURE),
             "noise_samples": c.NOISE_SAMPLES,
             "time_power": c.TIME_POWER,
             "shuffle_x_0": c.SHUFFLE_X0,
@@ -156,9 +148,7 @@ class FlowClassifier(Classifier):
         blocks = self.backbone_blocks()
         for name, parameter in self.block_predictors.named_parameters():
             blocks[block_name(int(name.split(".")[0]))].append((f"block_predictors.{name}", parameter))
-        learned = [
-            (f"label_space.{name}", parameter) for name, parameter in self.label_space.named_parameters()
-        ]
+        learned = [(f"label_space.{name}", p) for name, p in self.label_space.named_parameters()]
         return blocks | ({SHARED_BLOCK: learned} if learned else {})
 
     @torch.no_grad()
@@ -191,14 +181,12 @@ class FlowClassifier(Classifier):
 
     def _losses(self, index: int, pooled: Tensor, prepared: PreparedFlow) -> dict[str, Tensor]:
         """The local loss of a block, and the share of its points that it reads out right."""
-        sample = prepared.samples[index]
-        shape = len(prepared.labels), self.noise_samples
-        x_t, t = sample.x_t.unflatten(0, shape), sample.t.view(shape)
+        sample, shape = prepared.samples[index], (len(prepared.labels), self.noise_samples)
+        x_0, x_1, x_t = (x.unflatten(0, shape) for x in (sample.x_0, sample.x_1, sample.x_t))
+        t, target = sample.t.view(shape), x_1
         x_1_hat = self._endpoint(index, pooled, x_t, t)
-        target = sample.x_1.unflatten(0, shape)
         if self.shuffle_x_0:
-            wrong = (sample.x_1 - sample.x_0.unflatten(0, shape).roll(1, 0).flatten(0, 1)).unflatten(0, shape)
-            target = x_t + (1 - t)[..., None] * wrong
+            target = x_t + (1 - t)[..., None] * (x_1 - x_0.roll(1, 0))
         embeddings = self.label_space.embeddings.to(x_1_hat.dtype)
         losses = self.criterion(x_1_hat, target, embeddings, prepared.labels)
         name = block_name(index)
@@ -210,22 +198,18 @@ class FlowClassifier(Classifier):
         """The endpoint `(B, S, E)` of a block, from pooled `(B, C)`, `x_t` `(B, S, E)` and t `(B, S)`."""
         return at_least_float32(self.block_predictors[index](pooled, x_t, t)).to(x_t.dtype)
 
-    # --------------------------------------------------------------- inference
-
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
-        """Logits `(B, M, K)`, with aggregation "probability" `(B, M D, K)`."""
-        return self.flow_logits(block_outputs(self.backbone, images), image_ids)
-
-    def flow_logits(self, pooled: Sequence[Tensor], image_ids: Sequence[int | str]) -> Tensor:
-        """Those of the pooled outputs `(B, C_d)` of every block, which serve many samplers."""
-        ends = [trajectory.x for trajectory in self.trajectories(pooled, image_ids)]
-        return self.label_space.logits(torch.cat(ends, 1))
+        """Logits `(B, M, K)`."""
+        return self.label_space.logits(self.trajectory(self.backbone.block_outputs(images), image_ids).x)
 
     @torch.no_grad()
-    def trajectories(
+    def trajectory(
         self, pooled: Sequence[Tensor], image_ids: Sequence[int | str], keep: bool = False
-    ) -> list[Trajectory]:
-        """The flows of images by their blocks' pooled outputs, see block_outputs and ClassSampler.sample."""
+    ) -> Trajectory:
+        """The flow of images by the pooled outputs `(B, C_d)` of every block, which serve many samplers.
+
+        keep: its states and steps, too.
+        """
 
         def endpoint(index: int, x_t: Tensor, t: Tensor) -> Tensor:
             return self._endpoint(index, pooled[index], x_t, t)
@@ -234,34 +218,15 @@ class FlowClassifier(Classifier):
         return self.sampler.sample(endpoint, self.num_blocks, x_0, self.label_space, keep)
 
 
-def sampler_settings(sampler) -> ClassSamplerSettings:
-    """The settings of a node MODEL.CLASSIFIER.SAMPLER."""
-    return ClassSamplerSettings(
-        steps=sampler.STEPS,
-        samples=sampler.SAMPLES,
-        method=sampler.METHOD,
-        noise=sampler.NOISE,
-        blocks=tuple(sampler.BLOCKS),
-        aggregation=sampler.AGGREGATION,
-        weights=sampler.WEIGHTS,
-        seed=sampler.SEED,
-    )
-
-
 def build_label_space(classifier, num_classes: int) -> LabelSpace:
-    """The class embeddings of a node MODEL.CLASSIFIER.
-
-    Raises:
-        UserError: orthonormal embeddings of a dimension below K.
-    """
+    """The class embeddings of a node MODEL.CLASSIFIER. UserError for K orthonormal ones in less than K."""
     dim = classifier.EMBED_DIM or max(num_classes, 16)
-    if classifier.EMBEDDING == "orthonormal":
-        if dim < num_classes:
-            raise UserError(
-                f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
-                "dimensions or more: set it to 0, or EMBEDDING to learned."
-            )
-        return LabelSpace.orthonormal(num_classes, dim, radius=classifier.RADIUS)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(num_classes, dim, generator=generator)
-    return LabelSpace(start, learned=True, radius=classifier.RADIUS)
+    if classifier.EMBEDDING == "learned":
+        start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(0))
+        return LabelSpace(start, learned=True, radius=classifier.RADIUS)
+    if dim < num_classes:
+        raise UserError(
+            f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
+            "dimensions or more: set it to 0, or EMBEDDING to learned."
+        )
+    return LabelSpace.orthonormal(num_classes, dim, radius=classifier.RADIUS)

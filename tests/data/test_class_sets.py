@@ -184,7 +184,7 @@ def test_a_broken_image_is_named_and_replaced(folder, make_tar, class_cfg, packe
         ("set", {"train": ("digits_val",)}, r"Unknown data set 'digits_val'.*digits_{train,test}"),
         ("set", {"CLASSES": ["a", "a"]}, "names a class twice"),
         ("set", {"CLASSES": ["class1"]}, "root_train has no usable image"),
-        ("set", {"HOLD_OUT": 0.01}, "leaves no image to train on or none to fit"),
+        ("set", {"HOLD_OUT": 0.01}, "leaves no image to train on or none to set aside"),
     ],
 )
 def test_what_is_missing_is_named(folder, make_tar, class_cfg, root, keys, says):

@@ -9,7 +9,7 @@ from dfm_d2.local_update import SavedActivations
 
 BACKBONES = {"cnn": [], "vit": VIT, "learned": ["MODEL.CLASSIFIER.EMBEDDING", "learned"]}
 CASES = [("flow", name, update) for name in BACKBONES for update in ("sequential", "in backward", "parallel")]
-CASES += [(method, "cnn", "in backward") for method in ("forward_forward", "stochastic_forward_forward")]
+CASES += [("forward_forward", "cnn", "in backward")]
 
 
 @pytest.mark.parametrize(("method", "name", "update"), CASES)

@@ -1,13 +1,14 @@
-"""Classifiers: whose gradients go where, what inference depends on, embeddings and backbones."""
+"""Classifiers: whose gradients go where, what inference depends on, backbones, Forward-Forward."""
 
 import pytest
 import torch
-from tiny_classifier import TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
+from tiny_classifier import TIMM_CNN, VIT, class_inputs, make_classifier
 
+from dfm_d2.classification.baselines import unit_square
 from dfm_d2.classification.flow_classifier import EndpointLoss
-from dfm_d2.framework import build_model
 from dfm_d2.local_update import HandOver, check_blocks, sum_losses
 
+SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 COLOUR = ["MODEL.PIXEL_MEAN", "[120.0,120.0,120.0]", "MODEL.PIXEL_STD", "[60.0,60.0,60.0]"]
 BACKBONES = {
     "cnn": ([], 8, 1),
@@ -22,10 +23,13 @@ def stage_losses(model, inputs, iteration=7):
     return {item.blocks[0]: item.losses for item in items}
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_block_s_loss_has_gradients_in_its_own_block_only(name):
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*(("flow", name) for name in BACKBONES), ("forward_forward", "cnn"), ("forward_forward", "vit")],
+)
+def test_a_block_s_loss_has_gradients_in_its_own_block_only(method, name):
     opts, size, channels = BACKBONES[name]
-    model = make_classifier(*opts).train()
+    model = make_classifier(*opts, method=method).train()
     inputs = class_inputs(4, size, channels)
     check_blocks(model.blocks(), [(n, p) for n, p in model.named_parameters() if p.requires_grad])
     for index in range(model.num_blocks):
@@ -34,12 +38,9 @@ def test_a_block_s_loss_has_gradients_in_its_own_block_only(name):
         assert list(losses) == [f"block{d}" for d in range(model.num_blocks)]
         sum_losses(losses[f"block{index}"]).backward()
         for block, named in model.blocks().items():
-            touched = {n: p.grad is not None for n, p in named}
-            if block == f"block{index}":
-                # The output of a ViT's class token is not pooled, its parameters are.
-                assert all(touched.values()), [n for n, t in touched.items() if not t]
-            else:
-                assert not any(touched.values()), (block, [n for n, t in touched.items() if t])
+            # The output of a ViT's class token is not pooled, its parameters are touched.
+            expected = [n for n, _ in named] if block == f"block{index}" else []
+            assert [n for n, p in named if p.grad is not None] == expected, block
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -87,18 +88,17 @@ def test_blocks_that_answer_count_from_the_last_too():
     assert not torch.equal(probs("[-1]"), probs("[0]"))
 
 
-@pytest.mark.parametrize("aggregation", ["velocity", "probability"])
-def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(aggregation):
-    opts = ["MODEL.CLASSIFIER.SAMPLER.SAMPLES", "3", "MODEL.CLASSIFIER.SAMPLER.AGGREGATION", aggregation]
-    model, inputs = make_classifier(*opts).double().eval(), class_inputs(2)
+@pytest.mark.parametrize("method", ["flow", "forward_forward"])
+def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(method):
+    opts = ["MODEL.CLASSIFIER.SAMPLER.SAMPLES", "3"]
+    model, inputs = make_classifier(*opts, method=method).double().eval(), class_inputs(2)
     together = [x["probs"] for x in model(inputs)]
-    alone = [model([x])[0]["probs"] for x in inputs]
-    for a, b in zip(together, alone):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for a, x in zip(together, inputs):
+        torch.testing.assert_close(a, model([x])[0]["probs"], rtol=1e-9, atol=1e-12)
         assert abs(float(a.sum()) - 1) < 1e-10
     assert all(torch.equal(a, x["probs"]) for a, x in zip(together, model(inputs)))
-    other = make_classifier(*opts, "MODEL.CLASSIFIER.SAMPLER.SEED", "1").double().eval()
-    assert not torch.equal(other(inputs)[0]["probs"], together[0])
+    other = make_classifier(*opts, "MODEL.CLASSIFIER.SAMPLER.SEED", "1", method=method).double().eval()
+    assert torch.equal(other(inputs)[0]["probs"], together[0]) == (method == "forward_forward")
 
 
 def test_one_euler_step_answers_the_weighted_mean_endpoint():
@@ -110,8 +110,10 @@ def test_one_euler_step_answers_the_weighted_mean_endpoint():
         for d in range(model.num_blocks):
             x = model.backbone.forward_block(d, x)
             ends.append(model._endpoint(d, model.backbone.pooled(x), x_0, torch.zeros(2, 4)))
-    expected = model.label_space.logits(torch.stack(ends).mean(0))
-    torch.testing.assert_close(model.logits_of(inputs), expected)
+        found = model.class_logits(model.normalised(inputs), ["0", "1"])
+    torch.testing.assert_close(found, model.label_space.logits(torch.stack(ends).mean(0)))
+    probs = (found / model.criterion.temperature).softmax(-1).mean(1)
+    torch.testing.assert_close(torch.stack([x["probs"] for x in model(inputs)]), probs)
 
 
 def test_the_loss_is_the_squared_error_and_the_cross_entropy_of_the_read_out():
@@ -145,31 +147,20 @@ def test_learned_embeddings_learn_by_the_read_out_term_alone():
     assert model.label_space.weight.grad.norm() > 0
 
 
-def test_the_temperature_is_that_of_greatest_likelihood():
-    model = make_classifier()
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(4000, 1, 3, generator=generator)
-    labels = torch.multinomial((logits[:, 0] / 2.5).softmax(-1), 1, generator=generator)[:, 0]
-    assert model.fit_temperature(logits, labels) == pytest.approx(2.5, rel=0.1)
-    assert "temperature" in model.state_dict()
-
-
 WRONG = {
     "blocks": (["MODEL.CLASSIFIER.BLOCKS", "9"], "BLOCKS is 9, but the backbone has 3 stages"),
     "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm"),
     "option form": ([*VIT[:-1], '["depth"]'], "OPTIONS has 'depth': write name=value"),
     "option": ([*VIT[:-1], '["depht=2"]'], "timm cannot build vit_tiny_patch16_224"),
     "no stages": ([*TIMM_CNN[:3], "test_efficientnet"], "has no row of stages"),
-    "channels last": (
-        [*TIMM_CNN[:3], "swin_tiny_patch4_window7_224"],
-        "has no row of stages with maps",
-    ),
+    "channels last": ([*TIMM_CNN[:3], "swin_tiny_patch4_window7_224"], "has no row of stages with maps"),
     "option's value": ([*VIT[:-1], '["img_size=["]'], "has 'img_size=\\['"),
     "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
     "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "EMBED_DIM is 2, but 3 orthonormal classes need"),
-    "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
+    "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[3]"], "names \\[3\\], there are 3 blocks"),
     "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),
     "sampler block twice": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[0,-3]"], "names a block of 3 twice"),
+    "classes": (["MODEL.DFM.NUM_CLASSES", "0"], "NUM_CLASSES must be at least 2"),
 }
 
 
@@ -177,10 +168,12 @@ WRONG = {
 def test_what_cannot_be_built_is_one_sentence(name):
     opts, said = WRONG[name]
     with pytest.raises(ValueError, match=said):
-        make_classifier(*opts).eval()(class_inputs(1))
+        make_classifier(*opts)
 
 
 def test_inputs_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="wants 8 x 8: set INPUT.IMAGE_SIZE 8, or img_size=16"):
+        make_classifier(*VIT).prepare(class_inputs(2, 16), 0)
     model, inputs = make_classifier(), class_inputs(2)
     with pytest.raises(RuntimeError, match="train through dfm_d2.engine"):
         model.train()(inputs)
@@ -198,13 +191,11 @@ def test_weights_of_timm_that_would_leave_layers_random_are_refused(tmp_path, wh
     import timm
 
     path = tmp_path / "weights.pth"
+    path.write_bytes(b"" if what == "empty" else b"junk" * 100)
     if what == "another model":
         torch.save(timm.create_model("test_convnext2", num_classes=3).state_dict(), path)
-    elif what == "fewer layers":
-        shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-        torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape).state_dict(), path)
-    else:
-        path.write_bytes(b"" if what == "empty" else b"junk" * 100)
+    if what == "fewer layers":
+        torch.save(timm.create_model("vit_tiny_patch16_224", **SHAPE | {"depth": 2}).state_dict(), path)
     found = {
         "another model": "weights.pth has no cls_token, and",
         "fewer layers": "weights.pth has no blocks.2.norm1.weight",
@@ -213,34 +204,54 @@ def test_weights_of_timm_that_would_leave_layers_random_are_refused(tmp_path, wh
         make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(path))
 
 
-def test_images_that_a_vit_does_not_take_are_a_sentence():
-    model = make_classifier(*VIT)
-    with pytest.raises(ValueError, match="wants 8 x 8: set INPUT.IMAGE_SIZE 8, or img_size=16"):
-        model.prepare(class_inputs(2, 16), 0)
-
-
 def test_pretrained_weights_of_timm_are_loaded_from_a_file(tmp_path):
     import timm
 
     torch.manual_seed(3)
-    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "in_chans": 1}
-    trained = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
+    trained = timm.create_model("vit_tiny_patch16_224", **SHAPE, in_chans=1)
     torch.save(trained.state_dict(), tmp_path / "vit.pth")
     model = make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(tmp_path / "vit.pth")).eval()
-    x = model.normalised(class_inputs(2))
+    x = images = model.normalised(class_inputs(2))
     for index in range(model.num_blocks):
-        last = x = model.backbone.forward_block(index, x)
-    expected = trained.eval().forward_features(model.normalised(class_inputs(2)))
-    torch.testing.assert_close(last, expected)
+        x = model.backbone.forward_block(index, x)
+    torch.testing.assert_close(x, trained.eval().forward_features(images))
 
 
-def test_the_config_is_refused_without_classes():
-    cfg = classifier_cfg("MODEL.DFM.NUM_CLASSES", "0")
-    with pytest.raises(ValueError, match="NUM_CLASSES must be at least 2"):
-        build_model(cfg)
+def test_goodness_is_compared_with_the_threshold():
+    model = make_classifier("MODEL.CLASSIFIER.FF.SHARPNESS", "2.0", method="forward_forward")
+    found = model._losses(0, torch.tensor([1.5, 0.5, 1.0, 2.0]))
+    own, wrong = torch.tensor([0.5, -0.5]) * 2, torch.tensor([0.0, 1.0]) * 2
+    expected = -(own.sigmoid().log().mean() + (1 - wrong.sigmoid()).log().mean())
+    torch.testing.assert_close(found["loss_goodness/block0"], expected)
+    assert float(found["right/block0"]) == 0.5
 
 
-@pytest.mark.parametrize(("named", "said"), [("[3]", "there are 3 blocks"), ("[0,-3]", "twice")])
-def test_blocks_that_answer_are_there_and_named_once(named, said):
-    with pytest.raises(ValueError, match=said):
-        make_classifier("MODEL.CLASSIFIER.SAMPLER.BLOCKS", named)
+def test_labels_are_seen_in_the_image_and_the_negative_one_is_wrong():
+    model, inputs = make_classifier(method="forward_forward"), class_inputs(6)
+    images = model.normalised(inputs)
+    waves = torch.stack([model.labelled(images[:1], torch.tensor([k]))[0] - images[0] for k in range(3)])
+    gram = torch.corrcoef(waves.flatten(1))
+    assert float((gram - torch.eye(3)).abs().max()) < 0.5
+    pair = model.prepare(inputs, 0).images
+    labels = torch.tensor([item["label"] for item in inputs])
+    torch.testing.assert_close(pair[:6], model.labelled(images, labels))
+    for index in range(6):
+        candidates = [k for k in range(3) if k != inputs[index]["label"]]
+        drawn = [torch.allclose(pair[6 + index], images[index] + waves[k], atol=1e-5) for k in candidates]
+        assert sum(drawn) == 1
+    assert torch.equal(model.prepare(inputs[2:3], 0).images[1], pair[8])
+
+
+def test_a_block_hands_on_no_goodness():
+    x = torch.rand(3, 4, 5, 5) * torch.tensor([1.0, 10.0, 100.0]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(unit_square(x).square().flatten(1).mean(1), torch.ones(3))
+
+
+def test_the_first_block_does_not_vote():
+    """Hinton leaves the first layer out: the label in the image alone decides about it."""
+    model = make_classifier(method="forward_forward").eval()
+    images = model.normalised(class_inputs(2))
+    found = model.class_logits(images, ["0", "1"])
+    with torch.no_grad():
+        goodness = list(model._goodness(model.labelled(images, torch.tensor([1, 1]))))
+    torch.testing.assert_close(found[:, 0, 1], model.sharpness * (goodness[1] + goodness[2]))

@@ -17,20 +17,18 @@ from dfm_d2.data.problems import DECODE_UP_TO, Problem, ProblemReport
 from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode
 
-# The part of the training images that DATASETS.HOLD_OUT sets aside.
-HELD_OUT = "held_out"
+HELD_OUT = "held_out"  # the part of the training images that DATASETS.HOLD_OUT sets aside
 _HOLD_OUT_KEY = 3
 _KNOWN = "root_<split> (with DATASETS.ROOT), digits_{train,test}, cifar10_{train,test}, cifar100_{train,test}"
 
 
 def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
-    """Read and register every set in cfg.DATASETS.TRAIN and TEST, and HELD_OUT, replacing earlier ones.
+    """Read and register every set in cfg.DATASETS.TRAIN and TEST, and HELD_OUT. {name: its ProblemReport}.
 
     An entry has file_name, image_id, label and read, which returns the pixels. Classes are DATASETS.CLASSES
     if given, else those of the training sets (of the test sets where there are none); the metadata of a name
     holds them as thing_classes. Images are decoded as DATASETS.VERIFY_IMAGES says.
 
-    Returns {name: its ProblemReport}.
     Raises UserError as the sources do, for an unknown name, for a set without any image, and for any problem
     under DATASETS.ON_ERROR "fatal".
     """
@@ -54,8 +52,8 @@ def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
             held_out += of_set
         if not held_out or not all(entries[name] for name in train):
             raise UserError(
-                f"DATASETS.HOLD_OUT {share} leaves no image to train on or none to fit the temperature on: "
-                "set it to a share between them, or to 0."
+                f"DATASETS.HOLD_OUT {share} leaves no image to train on or none to set aside: set it to a "
+                "share between them, or to 0."
             )
         entries[HELD_OUT] = held_out
     for name, of_set in entries.items():

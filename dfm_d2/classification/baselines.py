@@ -1,7 +1,7 @@
-"""ForwardForwardClassifier: Hinton's Forward-Forward (arXiv 2212.13345), a baseline without flow.
+"""The baselines, on the same backbones: backprop, and Hinton's Forward-Forward (arXiv 2212.13345).
 
-A block learns to answer images with their own label strongly and those with a wrong one weakly. Labels are
-drawn over the whole image as waves (arXiv 2312.14924), which convolutions see everywhere.
+A block of Forward-Forward learns to answer images with their own label strongly and those with a wrong one
+weakly. Labels are drawn over the whole image as waves (arXiv 2312.14924), which convolutions see everywhere.
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
@@ -11,17 +11,41 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, softplus
 
-from dfm_d2.classification.backbone import build_split_backbone
-from dfm_d2.classification.base import Classifier, block_name, classifier_arguments
+from dfm_d2.classification.base import Classifier, PreparedImages, block_name
 from dfm_d2.flow import at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_NEGATIVE
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
-from dfm_d2.local_update import BlockLosses, HandOver
+from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
-# Of the waves, in pixels, in turns.
-_WAVELENGTHS = (3.0, 6.0)
+_WAVELENGTHS = (3.0, 6.0)  # of the labels, in pixels, in turns
+
+
+@META_ARCH_REGISTRY.register()
+class BackpropClassifier(Classifier):
+    """Cross-entropy of a linear layer on the pooled output of the last block, one backward through all."""
+
+    is_local = False
+
+    @configurable
+    def __init__(self, **common):
+        super().__init__(temperature=1.0, **common)
+        self.head = nn.Linear(self.backbone.channels[-1], self.num_classes)
+
+    def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """One block, "shared": gradients pass through everything."""
+        return {SHARED_BLOCK: [(name, p) for name, p in self.named_parameters() if p.requires_grad]}
+
+    def block_losses(self, prepared: PreparedImages, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """One item, of everything."""
+        logits = at_least_float32(self.head(self.backbone(prepared.images)))
+        right = (logits.detach().argmax(-1) == prepared.labels).to(logits.dtype).mean()
+        losses = {"loss_readout/head": cross_entropy(logits, prepared.labels), "right/head": right}
+        yield BlockLosses((SHARED_BLOCK,), losses)
+
+    def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
+        return self.head(self.backbone(images))[:, None]
 
 
 class PreparedPair(NamedTuple):
@@ -45,12 +69,8 @@ class ForwardForwardClassifier(Classifier):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        ff = cfg.MODEL.CLASSIFIER.FF
-        return classifier_arguments(cfg, build_split_backbone(cfg)) | {
-            "threshold": ff.THRESHOLD,
-            "sharpness": ff.SHARPNESS,
-            "label_scale": ff.LABEL_SCALE,
-        }
+        options = {name.lower(): value for name, value in cfg.MODEL.CLASSIFIER.FF.items()}
+        return super().from_config(cfg) | options
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters of each block, "block0", ..."""
