@@ -16,7 +16,7 @@ is the backbone before training.
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -79,11 +79,6 @@ def tuned_as(variant: str) -> str:
     return next(name for name in VARIANTS if method(name) == method(variant))
 
 
-def batches(cfg, name: str) -> list[list[dict]]:
-    """All batches of a registered set."""
-    return list(build_class_test_loader(cfg, name))
-
-
 def labels_of(loader: Sequence[list[dict]]) -> torch.Tensor:
     """`(n,)`."""
     return torch.tensor([item["label"] for batch in loader for item in batch])
@@ -96,26 +91,20 @@ def probabilities(model, loader: Iterable[list[dict]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def seen(model, loader: Iterable[list[dict]]) -> list[tuple[list[torch.Tensor], list]]:
-    """One pass of a flow's backbone over a set, for many samplers: of each batch the pooled outputs of the
-    blocks and the image ids."""
-    return [
+def sampled(model, loader: Iterable[list[dict]], samplers: Mapping[str, dict]) -> dict[str, torch.Tensor]:
+    """Class probabilities `(n, K)` by samplers {name: changed settings}, in one pass of the backbone."""
+    images = [
         (model.backbone.block_outputs(model.normalised(batch)), [item["image_id"] for item in batch])
         for batch in loader
     ]
-
-
-@torch.no_grad()
-def sampled(model, images: list[tuple[list[torch.Tensor], list]], **changes) -> torch.Tensor:
-    """Class probabilities `(n, K)` of what was `seen` by a sampler with these settings changed."""
-    usual = model.sampler
-    settings = dataclasses.replace(usual.settings, **changes)
-    model.sampler = ClassSampler(settings, model.criterion.temperature)
-    try:
+    found, usual = {}, model.sampler
+    for name, changes in samplers.items():
+        settings = dataclasses.replace(usual.settings, **changes)
+        model.sampler = ClassSampler(settings, model.criterion.temperature)
         ends = torch.cat([model.trajectory(pooled, ids).x for pooled, ids in images])
-    finally:
-        model.sampler = usual
-    return model.probabilities(model.label_space.logits(ends)).cpu()
+        found[name] = model.probabilities(model.label_space.logits(ends)).cpu()
+    model.sampler = usual
+    return found
 
 
 def accuracy(probs: torch.Tensor, labels: torch.Tensor) -> float:
@@ -135,7 +124,7 @@ def tuned_rates(args: argparse.Namespace, variants: list[str]) -> tuple[dict[str
             more += ["DATASETS.HOLD_OUT", 0.2, "TEST.EVAL_PERIOD", 0]
             out = STUDY.trained(args, method, 0, f"tune_{method}_{rate:g}", more)
             cfg, model = STUDY.load(out)
-            held_out = batches(cfg, HELD_OUT)
+            held_out = list(build_class_test_loader(cfg, HELD_OUT))
             scores[rate] = accuracy(probabilities(model, held_out), labels_of(held_out))
             where = (op_of(args), method, "tune", "held-out accuracy", "%", "BASE_LR", f"{rate:g}")
             made = {"on": result_of(out)["device"], "made_by": result_of(out)["commit"]}
@@ -148,16 +137,15 @@ def scores_of(variant: str, out: Path) -> dict[Key, float]:
     """Scores of all samplers (a model without a flow has the default alone), the curve of the accuracy on the
     test images, time and memory of a training."""
     cfg, model = STUDY.load(out)
-    test = batches(cfg, cfg.DATASETS.TEST[0])
+    test = list(build_class_test_loader(cfg, cfg.DATASETS.TEST[0]))
     labels, begun = labels_of(test), time.perf_counter()
     found = {"default": probabilities(model, test)}
     milliseconds = 1000 * (time.perf_counter() - begun) / len(labels)
     if hasattr(model, "sampler"):
-        images = seen(model, test)
         blocks = {f"block_{d}": {"blocks": (d,)} for d in range(model.num_blocks)}
         if model.num_blocks > 1:
             blocks["last_two"] = {"blocks": (-2, -1)}
-        found |= {name: sampled(model, images, **changes) for name, changes in (SAMPLERS | blocks).items()}
+        found |= sampled(model, test, SAMPLERS | blocks)
     scores: dict[Key, float] = {}
     for name, probs in found.items():
         metrics = classification_metrics(probs.double().numpy(), labels.numpy(), [])
@@ -205,8 +193,8 @@ def probed(variant: str, out: Path) -> dict[Key, float]:
     from sklearn.preprocessing import StandardScaler
 
     cfg, model = STUDY.load(out)
-    train = spread(batches(cfg, cfg.DATASETS.TRAIN[0]), _IMAGES)
-    test = batches(cfg, cfg.DATASETS.TEST[0])
+    train = spread(list(build_class_test_loader(cfg, cfg.DATASETS.TRAIN[0])), _IMAGES)
+    test = list(build_class_test_loader(cfg, cfg.DATASETS.TEST[0]))
     models, scores = {variant: model}, {}
     if variant == "backprop":
         torch.manual_seed(cfg.SEED)

@@ -6,7 +6,6 @@ All benchmarks have one schema of rows, kept in CSV files under benchmarks/resul
 import argparse
 import csv
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,10 +54,7 @@ def measured(*where: object, values: Sequence[float], on: str, note: str = "", m
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50, p80 of at least one value."""
-    if len(values) == 1:
-        return (values[0],) * 3
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
+    return tuple(np.quantile(values, (0.2, 0.5, 0.8)).tolist())
 
 
 def device_name(device: str) -> str:
@@ -79,8 +76,9 @@ def commit() -> str:
     """
 
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(
+            ["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
@@ -127,19 +125,22 @@ def reported(rows: Iterable[Row], name: str = "") -> list[Row]:
     return found
 
 
+def raw_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """One that prints its texts as they are."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=raw)
+
+
 def arguments(description: str, *devices: str) -> argparse.ArgumentParser:
     """The arguments that every benchmark of speed or memory has. devices: those besides cpu and cuda."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser = raw_parser(description)
     parser.add_argument("--device", choices=("cpu", "cuda", *devices), default="cpu")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.csv")
     parser.add_argument("--name", help="of the rows; else what is measured, and the device")
     return parser
 
 
-def parsed(
-    parser: argparse.ArgumentParser, usual: Callable[[argparse.Namespace], Mapping[str, object]]
-) -> argparse.Namespace:
+def parsed(parser: argparse.ArgumentParser, usual: Callable) -> argparse.Namespace:
     """The command line. usual: of it, what stands for what it leaves out; its name is without the device."""
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -160,12 +161,11 @@ def lines_of(rows: Iterable[Row], name: Callable[[Row], str] = lambda row: row.p
 
 
 def draw_panels(
-    path: Path, title: str, y_label: str, panels: Mapping[str, tuple[str, Mapping[str, Line]]]
+    path: Path, title: str, y_label: str, panels: Mapping[str, tuple[str, dict[str, Line]]]
 ) -> Path:
     """One panel a question, one line and colour a method, quantiles as a band.
 
-    Args:
-        panels: {title of the panel: (label of its x axis, {method: line})}.
+    panels: {title of the panel: (label of its x axis, {method: line})}.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -221,17 +221,10 @@ def repeated(run: Callable[[], object], device: str) -> list[float]:
     return times
 
 
-def in_turns(
-    runs: Mapping[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+def in_turns(runs: Mapping[str, Callable], device: str, repeats: int, warm_up=1) -> dict[str, list[float]]:
     """Milliseconds of `repeats` calls of each: all in turns, so that drift of the machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(warm_up + repeats):
-        for name, run in runs.items():
-            milliseconds = timed(run, device)
-            if repeat >= warm_up:
-                times[name].append(milliseconds)
-    return times
+    rounds = [{name: timed(run, device) for name, run in runs.items()} for _ in range(warm_up + repeats)]
+    return {name: [times[name] for times in rounds[warm_up:]] for name in runs}
 
 
 def launches(run: Callable[[], object]) -> int:

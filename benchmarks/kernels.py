@@ -13,7 +13,6 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import harness  # noqa: F401  (finds dfm_kernels in a checkout)
 import torch
@@ -30,12 +29,8 @@ GRIDS = {
 }
 
 
-class Case(NamedTuple):
-    """One op at one size. run: calls it, or its reference, on the inputs. num_bytes: read and written at
-    least."""
-
-    run: Callable[[Callable], tuple]
-    num_bytes: int
+# An op at one size: what calls it, or its reference, on the inputs; the bytes read and written at least.
+Case = tuple[Callable[[Callable], tuple], int]
 
 
 def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
@@ -47,7 +42,7 @@ def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
     arguments = (x_t, answers, logits, t, t_next, sizes)
     options = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.0), "aggregation": "uniform"}
     num_bytes = 4 * (answers.numel() + logits.numel() + 5 * x_t.numel() + b * n * k)
-    return Case(lambda update: update(*arguments, **options), num_bytes)
+    return lambda update: update(*arguments, **options), num_bytes
 
 
 def flow_loss(b: int, n: int, d: int, k: int, device: str) -> Case:
@@ -63,19 +58,16 @@ def flow_loss(b: int, n: int, d: int, k: int, device: str) -> Case:
         terms = loss(logits, x_1_hat, classes, target, t, normalizer, **options)
         return torch.autograd.grad(sum(terms), (logits, x_1_hat))
 
-    return Case(gradients, 4 * (2 * logits.numel() + 3 * x_1_hat.numel() + 2 * classes.numel()))
+    return gradients, 4 * (2 * logits.numel() + 3 * x_1_hat.numel() + 2 * classes.numel())
 
 
 def multilevel_roi_align(b: int, n: int, d: int, k: int, device: str) -> Case:
     """Pooling of D N proposals of an 800 x 1216 image (on a CPU 256 x 384), forward and backward."""
     height, width, channels = (800, 1216, 256) if device == "cuda" else (256, 384, 128)
     scales = (0.25, 0.125, 0.0625, 0.03125)
-    features = [
-        torch.randn(b, channels, round(height * s), round(width * s), device=device)
-        .contiguous(memory_format=torch.channels_last)
-        .requires_grad_()
-        for s in scales
-    ]
+    sides = [(round(height * s), round(width * s)) for s in scales]
+    features = [torch.randn(b, channels, *side, device=device) for side in sides]
+    features = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in features]
     centre = torch.rand(b, d * n, 2, device=device) * torch.tensor([width, height], device=device)
     side = torch.exp(torch.rand(b, d * n, 2, device=device) * 3) * height / 30
     boxes = torch.cat([centre - side / 2, centre + side / 2], -1)
@@ -86,7 +78,7 @@ def multilevel_roi_align(b: int, n: int, d: int, k: int, device: str) -> Case:
         return pooled.detach(), *torch.autograd.grad(pooled, features, weight)
 
     # Forward: four pixels a sample would be more than the floor, which reads the pyramid once.
-    return Case(gradients, 4 * (2 * sum(f.numel() for f in features) + 2 * weight.numel()))
+    return gradients, 4 * (2 * sum(f.numel() for f in features) + 2 * weight.numel())
 
 
 def dynamic_interaction(b: int, n: int, d: int, k: int, device: str) -> Case:
@@ -104,7 +96,7 @@ def dynamic_interaction(b: int, n: int, d: int, k: int, device: str) -> Case:
         mixed = interact(*tensors[:3], tuple(tensors[3:5]), tuple(tensors[5:]))
         return mixed.detach(), *torch.autograd.grad(mixed, tensors[:3], weight)
 
-    return Case(gradients, weight.element_size() * 2 * (2 * weight.numel() + 2 * tensors[1].numel()))
+    return gradients, weight.element_size() * 2 * (2 * weight.numel() + 2 * tensors[1].numel())
 
 
 def torchvision_roi_align(
@@ -154,8 +146,8 @@ def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> Iterator[R
     """Rows of one op at one size, after what will be timed has been compared with the reference."""
     torch._dynamo.reset()
     (make_case, tolerance), mode = OPS[op], "forward" if op == "box_flow_update" else "forward and backward"
-    case = make_case(*size, device)
-    runs = {name: partial(case.run, function) for name, function in providers(op, device).items()}
+    call, num_bytes = make_case(*size, device)
+    runs = {name: partial(call, function) for name, function in providers(op, device).items()}
     expected = runs["eager"]()
     for name, run in runs.items():
         for place, (a, b) in enumerate(zip(run(), expected, strict=True)):
@@ -166,7 +158,7 @@ def rows_of(op: str, size: tuple[int, int, int, int], device: str) -> Iterator[R
     def row(name: str, metric: str, unit: str, values: list[float]) -> Row:
         return measured(op, name, mode, metric, unit, "size", label, values=values, on=device_name(device))
 
-    source = torch.empty(case.num_bytes // 2 // 4, device=device)  # a clone reads and writes
+    source = torch.empty(num_bytes // 2 // 4, device=device)  # a clone reads and writes
     clone = row("clone of as many bytes", "time", "ms", repeated(source.clone, device))
     yield clone
     for name, run in runs.items():

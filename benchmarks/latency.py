@@ -19,6 +19,7 @@ but for what NMS has to look at. Ratios are those of turns.
 import argparse
 import itertools
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -176,15 +177,12 @@ def start_rows(args: argparse.Namespace) -> Iterator[Row]:
     for name, (arguments, expected) in commands.items():
         found: dict[str, list[float]] = {"CPU": [], "wall": []}
         for _ in range(args.repeats):
-            begun = time.perf_counter()
-            child = subprocess.Popen(
-                [*tool, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            _, status, usage = os.wait4(child.pid, 0)  # the only way to the seconds of this child alone
+            begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            status = subprocess.run([*tool, *arguments], env=environment, capture_output=True).returncode
             found["wall"].append(time.perf_counter() - begun)
-            found["CPU"].append(usage.ru_utime + usage.ru_stime)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            assert child.returncode == expected, f"train_net.py {' '.join(arguments)}: {child.returncode}"
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that have ended
+            found["CPU"].append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+            assert status == expected, f"train_net.py {' '.join(arguments)}: {status}"
         for metric, values in found.items():
             where = ("start", f"train_net.py {name}", PROVIDER, metric, "s", "repeats", args.repeats)
             yield measured(*where, values=values, on=harness.device_name("cpu"))

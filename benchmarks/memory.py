@@ -41,7 +41,7 @@ from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.detection.head import HeadAnswer
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.setup import load_config
-from dfm_d2.framework import Boxes, Instances, build_model
+from dfm_d2.framework import Boxes, Instances
 from dfm_d2.local_update import block_optimizer, updates
 from dfm_d2.local_update.activations import SavedActivations
 
@@ -103,7 +103,7 @@ def classifier(device: str, mode: str, count: int) -> tuple:
     opts += ["MODEL.DFM.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
     cfg = load_config(CLASSIFICATION, str(ROOT / "configs" / "cifar10_flow_vit.yaml"), opts)
     torch.manual_seed(0)
-    model = build_model(cfg)
+    model = CLASSIFICATION.build_model(cfg)
     images = torch.randint(0, 256, (_CLASSIFIER_BATCH, 3, 32, 32), dtype=torch.uint8)
     return cfg, model, [{"image_id": str(i), "label": i % 10, "image": x} for i, x in enumerate(images)]
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from classification import STUDY, accuracy, batches, labels_of, probabilities, sampled, seen
+from classification import STUDY, accuracy, labels_of, probabilities, sampled
 from harness import RESULTS, Line, Row, draw_panels, lines_of, reported
 from PIL import Image
 from runs import Key, op_of
 
+from dfm_d2.classification.data.loader import build_class_test_loader
 from dfm_d2.flow import stream_key
 
 # Severities of each: standard deviation (of 255), that of the blur in shares of the side, side of the
@@ -65,16 +66,13 @@ def corrupted_batches(loader: list[list[dict]], kind: str, severity: float) -> l
 def scores_of(variant: str, out: Path) -> dict[Key, float]:
     """Of every corruption by every sampler; a model without a flow has one answer, "eval"."""
     cfg, model = STUDY.load(out)
-    clean, scores = batches(cfg, cfg.DATASETS.TEST[0]), {}
+    clean, scores = list(build_class_test_loader(cfg, cfg.DATASETS.TEST[0])), {}
     labels = labels_of(clean)
     cases = [("clean", 0.0)] + [(kind, s) for kind, severities in SEVERITIES.items() for s in severities]
     for kind, severity in cases:
         test = clean if kind == "clean" else corrupted_batches(clean, kind, severity)
-        if hasattr(model, "sampler"):
-            images = seen(model, test)
-            found = {name: sampled(model, images, **changes) for name, changes in SAMPLERS.items()}
-        else:
-            found = {"eval": probabilities(model, test)}
+        is_flow = hasattr(model, "sampler")
+        found = sampled(model, test, SAMPLERS) if is_flow else {"eval": probabilities(model, test)}
         for name, probs in found.items():
             scores[variant, name, "accuracy", "%", kind, f"{severity:g}"] = accuracy(probs, labels)
     return scores

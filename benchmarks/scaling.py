@@ -17,18 +17,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import (
-    MIB,
-    ROOT,
-    Row,
-    arguments,
-    device_name,
-    measured,
-    parsed,
-    quantiles,
-    random_detector,
-    reported,
-)
+import harness
+from harness import MIB, ROOT, Row, measured, quantiles
 
 from dfm_d2.detection.data.shapes import write_shapes
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
@@ -65,7 +55,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     """Rows of steps and images a second, and of the share of a step that waits for data."""
     if not DATA.exists():
         write_shapes(DATA, num_train=64, num_val=2, size=128, seed=0)
-    hardware, alone = device_name(args.device), None
+    hardware, alone = harness.device_name(args.device), None
     # One process is the same in both modes.
     runs = [("data", 1)] if 1 in args.processes else []
     runs += [(mode, number) for mode in ("data", "predictor") for number in args.processes if number > 1]
@@ -93,7 +83,7 @@ def volumes() -> None:
     print(f"{'D':>3} {'W':>3} {'G':>3} {'DDP':>6} {'data par.':>9} {'predictor par.':>14} {'pipeline':>9}")
     for count in (6, 12):
         opts = ["MODEL.DEVICE", "cpu", "MODEL.DFM.NUM_PREDICTORS", count]
-        blocks = random_detector(str(ROOT / "configs" / "voc_flow_r50.yaml"), opts)[1].blocks()
+        blocks = harness.random_detector(str(ROOT / "configs" / "voc_flow_r50.yaml"), opts)[1].blocks()
         size = {name: 4 * sum(p.numel() for _, p in block) for name, block in blocks.items()}
         shared, head = size["shared"], size["predictor0"]
         for world, group in ((w, g) for w in (8, 64) for g in (2, 4, 8) if g <= count):
@@ -114,14 +104,14 @@ def ring(amount: float, ranks: float) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--config", default=str(ROOT / "configs" / "shapes_flow_r18.yaml"))
     parser.add_argument("--volumes", action="store_true")
-    args = parsed(parser, lambda _: {"name": "scaling"})
+    args = harness.parsed(parser, lambda _: {"name": "scaling"})
     if args.volumes:
         return volumes()
-    reported(rows_of(args), args.save and args.name)
+    harness.reported(rows_of(args), args.save and args.name)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,9 @@ def test_variants_take_the_learning_rate_of_their_method():
     ],
 )
 def test_a_training_of_other_values_is_not_taken(tmp_path, changes, same):
-    ran = ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
-    cfg = classification.load_config(classification.CLASSIFICATION, CONFIG, ran)
+    ran, study = ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10"], classification.STUDY
+    cfg = classification.load_config(study.task, CONFIG, [*ran, "MODEL.DEVICE", "cpu"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    study = classification.STUDY
-    assert study.same_training(CONFIG, changes, tmp_path) is same
-    any_rate = study.same_training(CONFIG, changes, tmp_path, any_rate=True)
-    assert any_rate is (same or changes[0] == "SOLVER.BASE_LR")
+    any_rate = same or changes[0] == "SOLVER.BASE_LR"
+    for expected, options in ((same, {}), (any_rate, {"any_rate": True})):
+        assert study.same_training(CONFIG, changes, tmp_path, **options) is expected

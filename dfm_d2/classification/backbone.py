@@ -20,12 +20,9 @@ _GROUP_CHANNELS = 8  # of a group norm
 
 
 class SplitBackbone(nn.Module, ABC):
-    """A backbone in `num_blocks` blocks.
+    """A backbone in `num_blocks` blocks."""
 
-    channels: of the pooled output of each block, `P^2` times those of its map.
-    """
-
-    channels: list[int]
+    channels: list[int]  # of the pooled output of each block, `P^2` times those of its map
 
     def __init__(self, pool: int):
         super().__init__()
@@ -71,11 +68,7 @@ class SplitBackbone(nn.Module, ABC):
 
 
 class StagedBackbone(SplitBackbone):
-    """Convolutional stages, one after the other.
-
-    Args:
-        stages: modules of each block. channels: of the map of each block. pool: P.
-    """
+    """Convolutional stages: the modules of each block, and the channels of its map. pool: P."""
 
     def __init__(self, stages: Sequence[Sequence[nn.Module]], channels: Sequence[int], pool: int):
         super().__init__(pool)
@@ -94,10 +87,9 @@ class StagedBackbone(SplitBackbone):
 
 
 class ViTBackbone(SplitBackbone):
-    """timm's VisionTransformer: the embedding is of the first block, the final norm of the last.
+    """timm's VisionTransformer without its classifier; groups: the layers of each block. pool: P.
 
-    Args:
-        model: without a classifier. groups: the layers of each block. pool: P.
+    The embedding is of the first block, the final norm of the last.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[int]], pool: int):
@@ -162,11 +154,7 @@ def _norm(name: str, channels: int) -> nn.Module:
 
 
 def build_split_backbone(cfg) -> SplitBackbone:
-    """The backbone of `MODEL.CLASSIFIER`.
-
-    Raises:
-        UserError: it cannot be built or not be split so; the message names the key.
-    """
+    """The backbone of `MODEL.CLASSIFIER`. UserError, naming the key, where it cannot be built or split so."""
     classifier = cfg.MODEL.CLASSIFIER
     if classifier.BACKBONE == "timm":
         return _timm_backbone(classifier, len(cfg.MODEL.PIXEL_MEAN))

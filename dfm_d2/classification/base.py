@@ -27,10 +27,8 @@ class PreparedImages(NamedTuple):
 class Classifier(nn.Module, ABC):
     """The base of the classifiers.
 
-    Args:
-        backbone: split into blocks. num_classes: K. seed: of noise in training.
-        temperature: of the read-out; a checkpoint may have another one.
-        pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
+    backbone: split into blocks. num_classes: K. seed: of noise in training. temperature: of the read-out; a
+    checkpoint may have another one. pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
     """
 
     is_local = True
@@ -73,8 +71,8 @@ class Classifier(nn.Module, ABC):
     def num_blocks(self) -> int:
         return self.backbone.num_blocks
 
-    def backbone_blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters, by full name, of each block of the backbone, "block0", ..."""
+    def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters of each block, "block0", ...: here those of the backbone."""
         blocks: dict[str, list] = {block_name(index): [] for index in range(self.num_blocks)}
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad:

@@ -7,7 +7,6 @@ Shapes: B images, C channels, H x W pixels, K classes.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +47,6 @@ class BackpropClassifier(Classifier):
         return self.head(self.backbone(images))[:, None]
 
 
-class PreparedPair(NamedTuple):
-    """images: `(2 B, C, H, W)`, with their labels and then with wrong ones."""
-
-    images: Tensor
-
-
 @META_ARCH_REGISTRY.register()
 class ForwardForwardClassifier(Classifier):
     """Goodness of a block: the mean square of its pooled output. Its input is detached and normalised.
@@ -72,31 +65,27 @@ class ForwardForwardClassifier(Classifier):
         options = {name.lower(): value for name, value in cfg.MODEL.CLASSIFIER.FF.items()}
         return super().from_config(cfg) | options
 
-    def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters of each block, "block0", ..."""
-        return self.backbone_blocks()
-
     @torch.no_grad()
-    def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedPair:
-        """Images with their own and with a wrong label, drawn by (seed, iteration, image id)."""
+    def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedImages:
+        """Images `(2 B, C, H, W)`, with their own and then with a wrong label, drawn by the keys."""
         images, labels, keys = super().prepare(batched_inputs, iteration)
         drawn = keyed_uniform(keys, 1, STREAM_NEGATIVE, self.device)[:, 0]
         wrong = (labels + 1 + (drawn * (self.num_classes - 1)).long()) % self.num_classes
-        return PreparedPair(torch.cat([self.labelled(images, labels), self.labelled(images, wrong)]))
+        pair = torch.cat([self.labelled(images, labels), self.labelled(images, wrong)])
+        return PreparedImages(pair, labels, keys)
 
     def labelled(self, images: Tensor, labels: Tensor) -> Tensor:
         """Normalised images `(B, C, H, W)` with the waves of labels `(B,)` added."""
-        height, width = images.shape[-2:]
-        down = torch.arange(height, device=images.device, dtype=images.dtype)[:, None]
-        right = torch.arange(width, device=images.device, dtype=images.dtype)
+        like = {"device": images.device, "dtype": images.dtype}
+        down, right = (torch.arange(side, **like) for side in images.shape[-2:])
         angles = math.pi * labels.to(images.dtype) / self.num_classes
-        lengths = torch.tensor(_WAVELENGTHS, device=images.device, dtype=images.dtype)
+        lengths = torch.tensor(_WAVELENGTHS, **like)
         frequency = 2 * math.pi / lengths[labels % len(_WAVELENGTHS)]
-        across = angles.cos()[:, None, None] * right + angles.sin()[:, None, None] * down
+        across = angles.cos()[:, None, None] * right + angles.sin()[:, None, None] * down[:, None]
         waves = math.sqrt(2) * torch.sin(frequency[:, None, None] * across)
         return images + self.label_scale * waves[:, None]
 
-    def block_losses(self, prepared: PreparedPair, hand_over: HandOver) -> Iterator[BlockLosses]:
+    def block_losses(self, prepared: PreparedImages, hand_over: HandOver) -> Iterator[BlockLosses]:
         """Block after block, each on the detached output of the one before."""
         for index, goodness in enumerate(self._goodness(prepared.images)):
             yield BlockLosses((block_name(index),), self._losses(index, goodness))

@@ -48,12 +48,7 @@ KEYS = (
     # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
     Key("MODEL.CLASSIFIER.TIMM.WEIGHTS", ""),
     # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
-    Key(
-        "MODEL.CLASSIFIER.EMBEDDING",
-        "orthonormal",
-        choices=("orthonormal", "learned"),
-        gone={"given": "it was removed: choose orthonormal or learned"},
-    ),
+    Key("MODEL.CLASSIFIER.EMBEDDING", "orthonormal", choices=("orthonormal", "learned")),
     Key("MODEL.CLASSIFIER.EMBED_DIM", 0, least=0),  # E; 0: K, but at least 16
     Key("MODEL.CLASSIFIER.RADIUS", 1.0, above=0),  # length of an embedding; noise has length sqrt(E)
     Key("MODEL.CLASSIFIER.HIDDEN_DIM", 128, least=2),  # of a block's predictor

@@ -22,11 +22,7 @@ from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
 
 class ClassPredictor(nn.Module):
-    """Two residual layers, the second modulated by the time.
-
-    Args:
-        in_channels: C. embed_dim: E. hidden_dim: width, even.
-    """
+    """Two residual layers, the second modulated by the time. in_channels: C. embed_dim: E."""
 
     def __init__(self, *, in_channels: int, embed_dim: int, hidden_dim: int):
         super().__init__()
@@ -44,11 +40,7 @@ class ClassPredictor(nn.Module):
         nn.init.zeros_(self.answer.bias)
 
     def forward(self, features: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The raw answer `(B, S, E)`.
-
-        Args:
-            features: `(B, C)`. x_t: `(B, S, E)`. t: `(B, S)` in [0, 1].
-        """
+        """The raw answer `(B, S, E)` to features `(B, C)`, x_t `(B, S, E)` and t `(B, S)` in [0, 1]."""
         dtype = self.features.weight.dtype
         seen = self.features(gelu(self.norm_in(features.to(dtype))))
         stream = seen[:, None] + self.state(x_t.to(dtype))
@@ -62,8 +54,7 @@ class ClassPredictor(nn.Module):
 class EndpointLoss:
     """`mean |x_1_hat - x_1|^2 + w_r CE(<x_1_hat, e_k> / T)` (docs/classification.md, equation 3).
 
-    Args:
-        readout_weight: w_r; 0 leaves the term out. temperature: T.
+    readout_weight: w_r; 0 leaves the term out. temperature: T.
     """
 
     readout_weight: float = 1.0
@@ -72,11 +63,7 @@ class EndpointLoss:
     def __call__(
         self, x_1_hat: Tensor, target: Tensor, embeddings: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Weighted scalars "flow" and "readout".
-
-        Args:
-            x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`. labels: `(B,)`.
-        """
+        """Weighted scalars "flow" and "readout". x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`."""
         # Detached: learned embeddings must not come to their endpoints, where all would be one.
         losses = {"flow": (x_1_hat - target.detach()).square().sum(-1).mean()}
         if self.readout_weight > 0:
@@ -145,7 +132,7 @@ class FlowClassifier(Classifier):
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters of each block, "block0", ...; learned embeddings are "shared"."""
-        blocks = self.backbone_blocks()
+        blocks = super().blocks()
         for name, parameter in self.block_predictors.named_parameters():
             blocks[block_name(int(name.split(".")[0]))].append((f"block_predictors.{name}", parameter))
         learned = [(f"label_space.{name}", p) for name, p in self.label_space.named_parameters()]
@@ -153,13 +140,9 @@ class FlowClassifier(Classifier):
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedFlow:
-        """Images, labels and S points of the path for every block.
-
-        Noise and t depend on (seed, iteration, image id, block), and on nothing else.
-        """
+        """Images, labels and S points of the path for every block, by (seed, iteration, image id, block)."""
         images, labels, keys = super().prepare(batched_inputs, iteration)
-        x_1 = self.label_space.encode(labels)
-        shape = self.num_blocks, self.noise_samples
+        x_1, shape = self.label_space.encode(labels), (self.num_blocks, self.noise_samples)
         x_0 = normals(keys, (*shape, x_1.shape[1]), x_1)
         u = keyed_uniform(keys, shape[0] * shape[1], STREAM_STAGE_TIME, self.device).view(-1, *shape)
         t = u**self.time_power
@@ -206,10 +189,7 @@ class FlowClassifier(Classifier):
     def trajectory(
         self, pooled: Sequence[Tensor], image_ids: Sequence[int | str], keep: bool = False
     ) -> Trajectory:
-        """The flow of images by the pooled outputs `(B, C_d)` of every block, which serve many samplers.
-
-        keep: its states and steps, too.
-        """
+        """The flow by the pooled outputs `(B, C_d)` of every block; keep: its states and steps, too."""
 
         def endpoint(index: int, x_t: Tensor, t: Tensor) -> Tensor:
             return self._endpoint(index, pooled[index], x_t, t)

@@ -25,10 +25,7 @@ _SAMPLES, _STEPS = 40, 8  # test images whose flow is drawn, in as many steps
 
 
 def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]:
-    """Draw the metrics in `OUTPUT_DIR`, and for a FlowClassifier also its flow; returns the paths.
-
-    The flow is that of `model_final.pth`, for test images that can be read.
-    """
+    """Draw the metrics in `OUTPUT_DIR`, and the flow of a FlowClassifier's `model_final.pth`. The paths."""
     folder = Path(cfg.OUTPUT_DIR)
     written = [draw_class_curves(folder / "curves.png", *_curves(cfg, read_metrics(folder / METRICS_FILE)))]
     if cfg.MODEL.META_ARCHITECTURE == "FlowClassifier" and cfg.DATASETS.TEST:

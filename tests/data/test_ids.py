@@ -3,8 +3,7 @@
 import pytest
 from data_helpers import write_idx
 
-from dfm_d2.classification.data.registration import HELD_OUT, register_class_sets
-from dfm_d2.classification.data.sources import read_digits, read_root
+from dfm_d2.classification.data.registration import HELD_OUT, read_digits, read_root, register_class_sets
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.stream import SampleStream
 from dfm_d2.detection.data.registration import register_datasets

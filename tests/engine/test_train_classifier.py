@@ -1,6 +1,8 @@
 """tools/train_classifier.py: training, evaluation, pictures, resume, and one sentence for what is wrong."""
 
+import itertools
 import json
+import math
 import os
 import runpy
 import signal
@@ -12,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from test_resume import assert_same_run
+from tiny_classifier import VIT, save_timm_vit
 
+from dfm_d2.classification.evaluation import class_summary, classification_metrics
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.framework import PROVIDER
 
@@ -28,9 +32,8 @@ TINY = (
 @pytest.fixture
 def run(tmp_path):
     def command(*opts: str, flags: tuple[str, ...] = ()) -> int:
-        return run_command(
-            ["--config-file", CONFIG, *flags, *TINY, "OUTPUT_DIR", str(tmp_path / "out"), *opts]
-        )
+        words = [*flags, *TINY, "OUTPUT_DIR", str(tmp_path / "out"), *opts]
+        return run_command(["--config-file", CONFIG, *words])
 
     return command
 
@@ -96,68 +99,50 @@ def test_killed_and_resumed_equals_uninterrupted(provider, server, tmp_path):
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
-# Overrides, and a part of what is said about them.
-CASES = {
-    "DATASETS.TRAIN ('imagenet_train',)": "Unknown data set 'imagenet_train'",
-    "INPUT.RANDOM_SHIFT 8": "INPUT.RANDOM_SHIFT is 8, but digits[",
-    "MODEL.DFM.NUM_CLASSES 3": "MODEL.DFM.NUM_CLASSES is 3",
-}
-
-
-@pytest.mark.parametrize("given", CASES)
-def test_what_the_user_can_put_right_is_one_line(run, capsys, given):
-    assert run("SOLVER.MAX_ITER", "1", *given.split()) == 2
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["INPUT.RANDOM_SHIFT", "8"], "INPUT.RANDOM_SHIFT is 8, but digits["),
+        # Of another network altogether; the batch norms' counters, which torch does not miss, match nothing.
+        (["MODEL.WEIGHTS", "other.pth"], "other.pth matches this model"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line(run, tmp_path, monkeypatch, capsys, given, says):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"other.weight": torch.ones(3)}, "other.pth")
+    assert run("SOLVER.MAX_ITER", "1", *given) == 2
     errors = capsys.readouterr().err
-    assert errors.count("error: ") == 1 and CASES[given] in errors and "Traceback" not in errors
+    assert errors.count("error: ") == 1 and says in errors and "Traceback" not in errors
 
 
-def write_images(root: Path, number: int, **sizes: int) -> list[str]:
-    """Folders of random images, of one size a class; the options that read them."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for label, size in sizes.items():
-            (root / split / label).mkdir(parents=True)
-            for index in range(number):
-                pixels = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / label / f"{index}.png")
-    sets = "DATASETS.TRAIN ('root_train',) DATASETS.TEST ('root_test',) DATASETS.ROOT"
-    return [*sets.split(), str(root)]
-
-
-def test_a_folder_with_a_broken_image(run, tmp_path, capsys):
-    """Skipped with its name, or fatal; sizes made one by INPUT.IMAGE_SIZE."""
-    options = write_images(tmp_path / "data", 8, cat=10, dog=14)
-    options += ["SOLVER.MAX_ITER", "2", "INPUT.IMAGE_SIZE", "8"]
-    broken = tmp_path / "data/train/dog/3.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    assert run(*options) == 0
+def test_broken_images_are_left_out_or_fatal(run, tmp_path, capsys):
+    """Unverified, they are met in training, in the evaluation and for flow.png; sizes are made one."""
+    rng, root = np.random.default_rng(0), tmp_path / "data"
+    for split, label, index in itertools.product(("train", "test"), ("cat", "dog"), range(4)):
+        (root / split / label).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, ({"cat": 10, "dog": 14}[label], 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / split / label / f"{index}.png")
+    for broken in (root / "train/dog/3.png", root / "test/cat/0.png"):
+        broken.write_bytes(broken.read_bytes()[:60])
+    options = ["DATASETS.ROOT", str(root), "DATASETS.TRAIN", "('root_train',)", "INPUT.IMAGE_SIZE", "8"]
+    options += ["DATASETS.TEST", "('root_test',)", "SOLVER.MAX_ITER", "2"]
+    assert run(*options, "DATASETS.VERIFY_IMAGES", "never") == 0
     log = (tmp_path / "out/log.txt").read_text()
-    assert str(broken) in log and "root_train: 15 images, 2 classes" in log
+    assert "root_train: 8 images, 2 classes" in log
+    assert all(f"{root}/{name}" in log for name in ("train/dog/3.png", "test/cat/0.png"))
     assert {"accuracy-cat", "accuracy-dog"} <= lines(tmp_path / "out")[-1].keys()
+    predictions = tmp_path / "out/inference/predictions.json"
+    assert (tmp_path / "out/flow.png").exists() and len(predictions.read_text().splitlines()) == 7
+    assert run(*options) == 0 and "root_train: 7 images" in (tmp_path / "out/log.txt").read_text()
     capsys.readouterr()
     assert run(*options, "DATASETS.ON_ERROR", "fatal") == 2
-    assert str(broken) in capsys.readouterr().err
-
-
-def test_a_test_image_that_breaks_late_ends_no_training(run, tmp_path):
-    """Unverified, it is left out of the evaluation and of flow.png."""
-    options = write_images(tmp_path / "data", 3, cat=8, dog=8)
-    (tmp_path / "data/test/cat/0.png").write_bytes(b"no image")
-    assert run(*options, "DATASETS.VERIFY_IMAGES", "never", "SOLVER.MAX_ITER", "1") == 0
-    predictions = tmp_path / "out/inference/predictions.json"
-    assert (tmp_path / "out/flow.png").exists() and len(predictions.read_text().splitlines()) == 5
+    assert f"{root}/train/dog/3.png" in capsys.readouterr().err
 
 
 def test_a_checkpoint_needs_the_pretrained_file_no_more(run, tmp_path, capsys):
-    import timm
-
     weights = tmp_path / "timm.pth"
-    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    torch.save(
-        timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **shape).state_dict(), weights
-    )
-    options = ["MODEL.CLASSIFIER.BACKBONE", "timm", "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(weights)]
-    options += ["MODEL.CLASSIFIER.TIMM.OPTIONS", json.dumps([f"{key}={n}" for key, n in shape.items()])]
+    save_timm_vit(weights)
+    options = [*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(weights)]
     assert run(*options, "SOLVER.MAX_ITER", "1") == 0
     weights.unlink()
     final = ["MODEL.WEIGHTS", str(tmp_path / "out/model_final.pth")]
@@ -172,23 +157,13 @@ def test_weights_to_start_from_leave_what_the_config_sets(run, tmp_path):
     """The temperature of another method is not taken over; layers are."""
     out, start = tmp_path / "out", tmp_path / "start.pth"
     frozen = ["SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-30"]
-    assert run(*frozen, "UPDATE.METHOD", "backprop") == 0
-    (out / "model_final.pth").rename(start)
-    old = torch.load(start, weights_only=True)["model"]
-    assert old["temperature"] == 1
-    assert run(*frozen, "MODEL.WEIGHTS", str(start)) == 0
-    (out / "model_final.pth").rename(start)
-    new = torch.load(start, weights_only=True)["model"]
-    assert new["temperature"].item() == pytest.approx(0.1)
-    name = "backbone.stages.0.0.first.0.weight"
-    assert torch.equal(new[name], old[name])
-
-
-def test_weights_that_match_nothing_are_refused(run, tmp_path, capsys):
-    """Of another network altogether; the batch norms' counters, which torch does not miss, match nothing."""
-    torch.save({"other.weight": torch.ones(3)}, tmp_path / "other.pth")
-    assert run("MODEL.WEIGHTS", str(tmp_path / "other.pth")) == 2
-    assert "other.pth matches this model" in capsys.readouterr().err
+    found = []
+    for options in (["UPDATE.METHOD", "backprop"], ["MODEL.WEIGHTS", str(start)]):
+        assert run(*frozen, *options) == 0
+        (out / "model_final.pth").rename(start)
+        found.append(torch.load(start, weights_only=True)["model"])
+    assert [model["temperature"].item() for model in found] == [1, pytest.approx(0.1)]
+    assert torch.equal(*(model["backbone.stages.0.0.first.0.weight"] for model in found))
 
 
 @pytest.mark.slow
@@ -198,3 +173,19 @@ def test_the_digits_are_learned(tmp_path, method):
     arguments = ["--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path), "UPDATE.METHOD", method]
     assert run_command(arguments) == 0
     assert lines(tmp_path)[-1]["accuracy"] >= 97.0
+
+
+def test_metrics_by_hand():
+    probs = np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.05, 0.95]])
+    found = classification_metrics(probs, np.array([0, 1, 1, 1]), ["a", "b"])
+    assert found["accuracy"] == 75 and found["accuracy-a"] == 100
+    assert found["accuracy-b"] == pytest.approx(200 / 3)
+    assert found["nll"] == pytest.approx(-sum(map(math.log, (0.9, 0.4, 0.7, 0.95))) / 4)
+    # Bins of 1/15: each confidence lies in one of its own, but 0.95 and 0.9 (13.5 and 14.25) do too.
+    assert found["ece"] == pytest.approx(100 * (0.1 + 0.6 + 0.3 + 0.05) / 4)
+    assert class_summary(found).startswith("accuracy 75.00%")
+
+
+def test_confident_and_right_is_calibrated_and_a_class_without_images_is_nan():
+    found = classification_metrics(np.eye(2)[[0, 0]], np.array([0, 0]), ["a", "b"])
+    assert found["ece"] == 0 and found["nll"] == pytest.approx(0) and math.isnan(found["accuracy-b"])

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from tiny_classifier import TIMM_CNN, VIT, class_inputs, make_classifier
+from tiny_classifier import TIMM_CNN, VIT, class_inputs, make_classifier, save_timm_vit
+from toy_model import moved, train_steps
 
 from dfm_d2.classification.baselines import unit_square
 from dfm_d2.classification.flow_classifier import EndpointLoss
-from dfm_d2.local_update import HandOver, check_blocks, sum_losses
+from dfm_d2.local_update import HandOver, SavedActivations, check_blocks, sum_losses
 
-SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 COLOUR = ["MODEL.PIXEL_MEAN", "[120.0,120.0,120.0]", "MODEL.PIXEL_STD", "[60.0,60.0,60.0]"]
+LEARNED = ["MODEL.CLASSIFIER.EMBEDDING", "learned"]
 BACKBONES = {
     "cnn": ([], 8, 1),
     "vit": (VIT, 8, 1),
@@ -50,7 +51,10 @@ def test_the_blocks_in_a_row_are_the_backbone(name):
     x = images = model.normalised(class_inputs(2, size, channels))
     for index in range(model.num_blocks):
         x = model.backbone.forward_block(index, x)
-        assert model.backbone.pooled(x).shape == (2, model.backbone.channels[index])
+        pooled = model.backbone.pooled(x)
+        assert pooled.shape == (2, model.backbone.channels[index])
+        assert torch.equal(model.backbone.block_outputs(images)[index], pooled)
+    assert torch.equal(model.backbone(images), pooled)
     if name.startswith("vit"):
         torch.testing.assert_close(x, model.backbone.model.forward_features(images))
     assert list(model.blocks()) == ["shared"]
@@ -101,18 +105,20 @@ def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(method):
     assert torch.equal(other(inputs)[0]["probs"], together[0]) == (method == "forward_forward")
 
 
-def test_one_euler_step_answers_the_weighted_mean_endpoint():
-    opts = ["MODEL.CLASSIFIER.SAMPLER.STEPS", "1", "MODEL.CLASSIFIER.SAMPLER.WEIGHTS", "uniform"]
-    model, inputs = make_classifier(*opts).eval(), class_inputs(2)
+@pytest.mark.parametrize("weights", ["uniform", "confidence"])
+def test_one_euler_step_answers_the_weighted_mean_endpoint(weights):
+    model = make_classifier("MODEL.CLASSIFIER.SAMPLER.WEIGHTS", weights).eval()
+    inputs, temperature = class_inputs(2), model.criterion.temperature
     x_0 = model.sampler.noise(["0", "1"], model.label_space)
+    images, t = model.normalised(inputs), torch.zeros(2, 4)
     with torch.no_grad():
-        x, ends = model.normalised(inputs), []
-        for d in range(model.num_blocks):
-            x = model.backbone.forward_block(d, x)
-            ends.append(model._endpoint(d, model.backbone.pooled(x), x_0, torch.zeros(2, 4)))
-        found = model.class_logits(model.normalised(inputs), ["0", "1"])
-    torch.testing.assert_close(found, model.label_space.logits(torch.stack(ends).mean(0)))
-    probs = (found / model.criterion.temperature).softmax(-1).mean(1)
+        pooled = enumerate(model.backbone.block_outputs(images))
+        ends = torch.stack([model._endpoint(d, features, x_0, t) for d, features in pooled])
+        found = model.class_logits(images, ["0", "1"])
+    w = (model.label_space.logits(ends) / temperature).softmax(-1).amax(-1, keepdim=True)
+    w = torch.ones_like(w) if weights == "uniform" else w
+    torch.testing.assert_close(found, model.label_space.logits((w * ends).sum(0) / w.sum(0)))
+    probs = (found / temperature).softmax(-1).mean(1)
     torch.testing.assert_close(torch.stack([x["probs"] for x in model(inputs)]), probs)
 
 
@@ -138,7 +144,7 @@ def test_shuffled_noise_has_the_velocity_of_another_image():
 
 
 def test_learned_embeddings_learn_by_the_read_out_term_alone():
-    model = make_classifier("MODEL.CLASSIFIER.EMBEDDING", "learned").train()
+    model = make_classifier(*LEARNED).train()
     losses = stage_losses(model, class_inputs())
     assert [n for n, _ in model.blocks()["shared"]] == ["label_space.weight"]
     losses["block1"]["loss_flow/block1"].backward(retain_graph=True)
@@ -186,35 +192,26 @@ def test_inputs_that_do_not_fit_are_named():
         model.eval()(class_inputs(1, channels=3))
 
 
-@pytest.mark.parametrize("what", ["another model", "fewer layers", "empty", "damaged"])
-def test_weights_of_timm_that_would_leave_layers_random_are_refused(tmp_path, what):
-    import timm
-
-    path = tmp_path / "weights.pth"
-    path.write_bytes(b"" if what == "empty" else b"junk" * 100)
-    if what == "another model":
-        torch.save(timm.create_model("test_convnext2", num_classes=3).state_dict(), path)
-    if what == "fewer layers":
-        torch.save(timm.create_model("vit_tiny_patch16_224", **SHAPE | {"depth": 2}).state_dict(), path)
-    found = {
-        "another model": "weights.pth has no cls_token, and",
-        "fewer layers": "weights.pth has no blocks.2.norm1.weight",
-    }
-    with pytest.raises(ValueError, match=found.get(what, "weights.pth is no state dict of timm")):
-        make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(path))
-
-
-def test_pretrained_weights_of_timm_are_loaded_from_a_file(tmp_path):
-    import timm
-
+def test_pretrained_weights_of_timm_are_loaded_from_a_file_that_has_all(tmp_path):
+    """Those that would leave layers random are refused."""
     torch.manual_seed(3)
-    trained = timm.create_model("vit_tiny_patch16_224", **SHAPE, in_chans=1)
-    torch.save(trained.state_dict(), tmp_path / "vit.pth")
-    model = make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(tmp_path / "vit.pth")).eval()
+    path = tmp_path / "vit.pth"
+    trained, weights = save_timm_vit(path), ["MODEL.CLASSIFIER.TIMM.WEIGHTS", str(path)]
+    model = make_classifier(*VIT, *weights).eval()
     x = images = model.normalised(class_inputs(2))
     for index in range(model.num_blocks):
         x = model.backbone.forward_block(index, x)
     torch.testing.assert_close(x, trained.eval().forward_features(images))
+    writes = {
+        "vit.pth has no cls_token, and": lambda: torch.save({"stem.weight": torch.ones(3)}, path),
+        "vit.pth has no blocks.2.norm1.weight": lambda: save_timm_vit(path, depth=2),
+        "vit.pth is no state dict of timm .*EOFError": lambda: path.write_bytes(b""),
+        "vit.pth is no state dict of timm": lambda: path.write_bytes(b"junk" * 100),
+    }
+    for said, write in writes.items():
+        write()
+        with pytest.raises(ValueError, match=said):
+            make_classifier(*VIT, *weights)
 
 
 def test_goodness_is_compared_with_the_threshold():
@@ -242,16 +239,45 @@ def test_labels_are_seen_in_the_image_and_the_negative_one_is_wrong():
     assert torch.equal(model.prepare(inputs[2:3], 0).images[1], pair[8])
 
 
-def test_a_block_hands_on_no_goodness():
+def test_the_first_block_does_not_vote_and_none_hands_on_its_goodness():
+    """Hinton leaves the first layer out: the label in the image alone decides about it."""
     x = torch.rand(3, 4, 5, 5) * torch.tensor([1.0, 10.0, 100.0]).view(-1, 1, 1, 1)
     torch.testing.assert_close(unit_square(x).square().flatten(1).mean(1), torch.ones(3))
-
-
-def test_the_first_block_does_not_vote():
-    """Hinton leaves the first layer out: the label in the image alone decides about it."""
     model = make_classifier(method="forward_forward").eval()
     images = model.normalised(class_inputs(2))
     found = model.class_logits(images, ["0", "1"])
     with torch.no_grad():
         goodness = list(model._goodness(model.labelled(images, torch.tensor([1, 1]))))
     torch.testing.assert_close(found[:, 0, 1], model.sharpness * (goodness[1] + goodness[2]))
+
+
+@pytest.mark.parametrize("update", ["sequential", "in backward", "parallel"])
+@pytest.mark.parametrize("opts", [[], VIT, LEARNED, ["UPDATE.METHOD", "forward_forward"]])
+def test_the_update_modes_agree_in_float64_after_adamw_steps(opts, update):
+    models = [make_classifier(*opts).double().train() for _ in range(2)]
+    _, joint = train_steps(models[0], "joint", class_inputs(), steps=3)
+    _, local = train_steps(models[1], update, class_inputs(), steps=3)
+    assert joint.keys() == local.keys()
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_sequential_holds_the_activations_of_one_block_at_a_time():
+    """Of equal blocks, the peak with four is that with two; with one backward it is about twice as much."""
+
+    def peak(update: str, depth: int) -> int:
+        options = f'["img_size=16","patch_size=4","embed_dim=32","depth={depth}","num_heads=2"]'
+        model = make_classifier(*VIT[:2], "MODEL.CLASSIFIER.TIMM.OPTIONS", options).train()
+        with SavedActivations(exclude=model.parameters()) as saved:
+            train_steps(model, update, class_inputs(8, size=16))
+        return saved.peak
+
+    assert peak("sequential", 4) < 1.05 * peak("sequential", 2)
+    assert peak("joint", 4) > 1.7 * peak("joint", 2)
+
+
+def test_backprop_trains_everything_jointly():
+    model = make_classifier(method="backprop").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, metrics = train_steps(model, "joint", class_inputs(), steps=3)
+    assert {"loss_readout/head", "right/head", "grad_norm/shared"} == metrics.keys()
+    assert dict(model.named_parameters()).keys() <= moved(model, before)
