@@ -51,12 +51,9 @@ def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch
     assert harness.commit() == clean + "+"
 
 
-def test_quantiles_of_one_value_are_that_value():
+def test_quantiles_and_lines_in_the_order_of_x_and_a_picture(tmp_path):
     assert quantiles([3.0]) == (3.0, 3.0, 3.0)
     assert quantiles([0.0, 10.0]) == pytest.approx((2.0, 5.0, 8.0))
-
-
-def test_lines_are_in_the_order_of_x_and_a_picture_is_written(tmp_path):
     lines = lines_of([row("flow", 2.0, "10"), row("flow", 1.0, "9"), row("backprop", 5.0)])
     assert lines == {
         "flow": [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)],
