@@ -15,7 +15,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from harness import printed, save_rows
+from harness import reported
 from runs import Key, Study, costs_of, op_of
 
 from dfm_d2.detection.task import DETECTION
@@ -31,10 +31,9 @@ VARIANTS: dict[str, list[str]] = {
     # Every stage of the backbone a block, too.
     "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],
     # The backprop twin, trained at every t as DiffusionDet is.
-    "cascade": [
-        *("MODEL.META_ARCHITECTURE", "CascadeDetector", "MODEL.DFM.UPDATE", "joint"),
-        *("MODEL.DFM.SAMPLER.STEPS", "1"),
-    ],
+    "cascade": (
+        "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
+    ),
     # Later predictors trained on the path instead of where the earlier ones lead.
     "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],
     "time_rate_0": ["MODEL.DFM.TIME_RATE", "0.0"],
@@ -79,11 +78,10 @@ def scores_of(variant: str, samplers: list[str], out: Path) -> dict[Key, float]:
         found = evaluate(DETECTION, cfg, model)["bbox"] | {"time": time.perf_counter() - begun}
         scores[name] = {metric: found[metric] for metric in METRICS if metric in found}
         file.write_text(json.dumps(scores))
-    evaluated = {
-        (variant, "eval", metric, METRICS[metric], "sampler", name): value
-        for name in samplers
-        for metric, value in scores[name].items()
-    }
+    evaluated = {}
+    for name in samplers:
+        for metric, value in scores[name].items():
+            evaluated[variant, "eval", metric, METRICS[metric], "sampler", name] = value
     return evaluated | costs_of(variant, out) | disagreement_of(variant, out)
 
 
@@ -103,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     for variant in args.variants or VARIANTS:
         rows = STUDY.rows(args, variant, partial(scores_of, variant, args.samplers))
-        print(save_rows(f"accuracy_{op_of(args)}", printed(rows)))
+        reported(rows, f"accuracy_{op_of(args)}")
 
 
 if __name__ == "__main__":

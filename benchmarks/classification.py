@@ -16,22 +16,20 @@ is the backbone before training.
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import RESULTS, Row, draw_panels, line_of, load_rows, measured, printed, save_rows
+from harness import RESULTS, Row, draw_panels, lines_of, load_rows, measured, reported
 from runs import Key, Study, costs_of, op_of, result_of
 
-from dfm_d2.classification.backbone import block_outputs
+from dfm_d2.classification.baselines import ForwardForwardClassifier, unit_square
 from dfm_d2.classification.data.loader import build_class_test_loader
 from dfm_d2.classification.data.registration import HELD_OUT
 from dfm_d2.classification.evaluation import classification_metrics
-from dfm_d2.classification.forward_forward import ForwardForwardClassifier, unit_square
 from dfm_d2.classification.sampler import ClassSampler
-from dfm_d2.classification.stochastic_forward_forward import StochasticForwardForwardClassifier
 from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.setup import load_config
@@ -46,7 +44,6 @@ VARIANTS: dict[str, list[str]] = {
     # The coarser grid favours the linear head on some backbones.
     "backprop_pool_2": ["UPDATE.METHOD", "backprop", "MODEL.CLASSIFIER.POOL", "2"],
     "forward_forward": ["UPDATE.METHOD", "forward_forward"],
-    "stochastic_ff": ["UPDATE.METHOD", "stochastic_forward_forward"],
     "no_readout": _NO_READOUT,
     # The control of transport: the velocity's noise is another image's.
     "x_0_shuffled": [*_NO_READOUT, "MODEL.CLASSIFIER.SHUFFLE_X0", "True"],
@@ -67,12 +64,10 @@ SAMPLERS: dict[str, dict] = {
     "zero_noise": {"noise": 0.0, "samples": 1},
     "zero_noise_4": {"noise": 0.0, "samples": 1, "steps": 4},
     "uniform": {"weights": "uniform"},
-    "probability": {"aggregation": "probability"},
 }
 UNITS = {"accuracy": "%", "nll": "nats", "ece": "%"}
-PROBED = ["flow", "backprop", "forward_forward", "stochastic_ff"]
-# Training images that the probe and the neighbours see at most.
-_IMAGES = 5000
+PROBED = ["flow", "backprop", "forward_forward"]
+_IMAGES = 5000  # training images that the probe and the neighbours see at most
 
 
 def tuned_as(variant: str) -> str:
@@ -82,11 +77,6 @@ def tuned_as(variant: str) -> str:
         return dict(zip(VARIANTS[name][::2], VARIANTS[name][1::2])).get("UPDATE.METHOD", "flow")
 
     return next(name for name in VARIANTS if method(name) == method(variant))
-
-
-def batches(cfg, name: str) -> list[list[dict]]:
-    """All batches of a registered set."""
-    return list(build_class_test_loader(cfg, name))
 
 
 def labels_of(loader: Sequence[list[dict]]) -> torch.Tensor:
@@ -101,26 +91,20 @@ def probabilities(model, loader: Iterable[list[dict]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def seen(model, loader: Iterable[list[dict]]) -> list[tuple[list[torch.Tensor], list]]:
-    """One pass of a flow's backbone over a set, for many samplers: of each batch the pooled outputs of the
-    blocks and the image ids."""
-    return [
-        (block_outputs(model.backbone, model.normalised(batch)), [item["image_id"] for item in batch])
+def sampled(model, loader: Iterable[list[dict]], samplers: Mapping[str, dict]) -> dict[str, torch.Tensor]:
+    """Class probabilities `(n, K)` by samplers {name: changed settings}, in one pass of the backbone."""
+    images = [
+        (model.backbone.block_outputs(model.normalised(batch)), [item["image_id"] for item in batch])
         for batch in loader
     ]
-
-
-@torch.no_grad()
-def sampled(model, images: list[tuple[list[torch.Tensor], list]], **changes) -> torch.Tensor:
-    """Class probabilities `(n, K)` of what was `seen` by a sampler with these settings changed."""
-    usual = model.sampler
-    settings = dataclasses.replace(usual.settings, **changes)
-    model.sampler = ClassSampler(settings, model.criterion.temperature)
-    try:
-        logits = [model.flow_logits(pooled, ids) for pooled, ids in images]
-    finally:
-        model.sampler = usual
-    return model.probabilities(torch.cat(logits)).cpu()
+    found, usual = {}, model.sampler
+    for name, changes in samplers.items():
+        settings = dataclasses.replace(usual.settings, **changes)
+        model.sampler = ClassSampler(settings, model.criterion.temperature)
+        ends = torch.cat([model.trajectory(pooled, ids).x for pooled, ids in images])
+        found[name] = model.probabilities(model.label_space.logits(ends)).cpu()
+    model.sampler = usual
+    return found
 
 
 def accuracy(probs: torch.Tensor, labels: torch.Tensor) -> float:
@@ -140,7 +124,7 @@ def tuned_rates(args: argparse.Namespace, variants: list[str]) -> tuple[dict[str
             more += ["DATASETS.HOLD_OUT", 0.2, "TEST.EVAL_PERIOD", 0]
             out = STUDY.trained(args, method, 0, f"tune_{method}_{rate:g}", more)
             cfg, model = STUDY.load(out)
-            held_out = batches(cfg, HELD_OUT)
+            held_out = list(build_class_test_loader(cfg, HELD_OUT))
             scores[rate] = accuracy(probabilities(model, held_out), labels_of(held_out))
             where = (op_of(args), method, "tune", "held-out accuracy", "%", "BASE_LR", f"{rate:g}")
             made = {"on": result_of(out)["device"], "made_by": result_of(out)["commit"]}
@@ -153,16 +137,15 @@ def scores_of(variant: str, out: Path) -> dict[Key, float]:
     """Scores of all samplers (a model without a flow has the default alone), the curve of the accuracy on the
     test images, time and memory of a training."""
     cfg, model = STUDY.load(out)
-    test = batches(cfg, cfg.DATASETS.TEST[0])
+    test = list(build_class_test_loader(cfg, cfg.DATASETS.TEST[0]))
     labels, begun = labels_of(test), time.perf_counter()
     found = {"default": probabilities(model, test)}
     milliseconds = 1000 * (time.perf_counter() - begun) / len(labels)
     if hasattr(model, "sampler"):
-        images = seen(model, test)
         blocks = {f"block_{d}": {"blocks": (d,)} for d in range(model.num_blocks)}
         if model.num_blocks > 1:
             blocks["last_two"] = {"blocks": (-2, -1)}
-        found |= {name: sampled(model, images, **changes) for name, changes in (SAMPLERS | blocks).items()}
+        found |= sampled(model, test, SAMPLERS | blocks)
     scores: dict[Key, float] = {}
     for name, probs in found.items():
         metrics = classification_metrics(probs.double().numpy(), labels.numpy(), [])
@@ -178,31 +161,18 @@ def scores_of(variant: str, out: Path) -> dict[Key, float]:
     return scores | costs_of(variant, out)
 
 
-def draw_curves(name: str) -> Path:
-    """The curves of all variants that the file of results has."""
-    rows = [row for row in load_rows(name) if row.mode == "curve"]
-    variants = dict.fromkeys(row.provider for row in rows)
-    curves = {variant: line_of(row for row in rows if row.provider == variant) for variant in variants}
-    title = f"{name.removeprefix('classification_')}: accuracy on the test images, {rows[0].device}"
-    panels = {"training": ("iteration", curves)}
-    return draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels)
-
-
 @torch.no_grad()
 def features(model, loader: Sequence[list[dict]]) -> list[np.ndarray]:
-    """Averaged outputs `(n, C)` of every block.
+    """Averaged outputs `(n, C)` of every block, of images without a label in them.
 
-    Inputs of blocks are normalised where the model's own are: of Forward-Forward those after the first, of
-    the stochastic variant all. Images have no label in them, and inputs no noise.
+    Of Forward-Forward, the inputs of blocks after the first are normalised as its own are.
     """
-    from_block = {ForwardForwardClassifier: 1, StochasticForwardForwardClassifier: 0}.get(
-        type(model), model.num_blocks
-    )
+    normalised = isinstance(model, ForwardForwardClassifier)
     found: list[list] = [[] for _ in range(model.num_blocks)]
     for batch in loader:
         x = model.normalised(batch)
         for d in range(model.num_blocks):
-            x = model.backbone.forward_block(d, unit_square(x) if d >= from_block else x)
+            x = model.backbone.forward_block(d, unit_square(x) if normalised and d > 0 else x)
             found[d].append(model.backbone.grid(x).mean((2, 3)).cpu().numpy())
     return [np.concatenate(parts) for parts in found]
 
@@ -223,8 +193,8 @@ def probed(variant: str, out: Path) -> dict[Key, float]:
     from sklearn.preprocessing import StandardScaler
 
     cfg, model = STUDY.load(out)
-    train = spread(batches(cfg, cfg.DATASETS.TRAIN[0]), _IMAGES)
-    test = batches(cfg, cfg.DATASETS.TEST[0])
+    train = spread(list(build_class_test_loader(cfg, cfg.DATASETS.TRAIN[0])), _IMAGES)
+    test = list(build_class_test_loader(cfg, cfg.DATASETS.TEST[0]))
     models, scores = {variant: model}, {}
     if variant == "backprop":
         torch.manual_seed(cfg.SEED)
@@ -240,37 +210,33 @@ def probed(variant: str, out: Path) -> dict[Key, float]:
     return scores
 
 
-def draw_probes(rows: list[Row]) -> Path:
-    """One panel a probe."""
-    panels: dict[str, tuple[str, dict]] = {}
-    for name, kind in dict.fromkeys((row.provider, row.mode) for row in rows):
-        line = line_of(row for row in rows if (row.provider, row.mode) == (name, kind))
-        panels.setdefault(kind, ("block", {}))[1][name] = line
-    path = RESULTS / f"representation_{rows[0].op}.png"
-    return draw_panels(path, f"{rows[0].op}: frozen features of each block", "accuracy (%)", panels)
-
-
 def main() -> None:
     parser = STUDY.parser(__doc__)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--probe", action="store_true")
     args = parser.parse_args()
     if args.probe:
-        rows = []
+        name, rows = f"representation_{op_of(args)}", []
         for variant in args.variants or PROBED:
             rows += STUDY.rows(args, variant, partial(probed, variant), any_rate=True)
-        print(save_rows(f"representation_{op_of(args)}", printed(rows)), draw_probes(rows), sep="\n")
-        return
-    variants, name = args.variants or list(VARIANTS), f"classification_{op_of(args)}"
-    rates, tuning = tuned_rates(args, variants)
-    # Saving a variant's rows replaces its older ones: those of a tuning are saved with what it was for.
-    rows = [row for row in tuning if row.provider in variants]
-    for variant in variants:
-        more = ["SOLVER.BASE_LR", rates[variant]]
-        rows += STUDY.rows(args, variant, partial(scores_of, variant), more)
-    print(save_rows(name, printed(rows)))
-    if any(row.mode == "curve" for row in rows):
-        print(draw_curves(name))
+        reported(rows, name)
+        kinds = dict.fromkeys(row.mode for row in rows)
+        panels = {kind: ("block", lines_of(row for row in rows if row.mode == kind)) for kind in kinds}
+        title = f"{op_of(args)}: frozen features of each block"
+    else:
+        name, variants = f"classification_{op_of(args)}", args.variants or list(VARIANTS)
+        rates, tuning = tuned_rates(args, variants)
+        # Saving a variant's rows replaces its older ones: those of a tuning are saved with what it was for.
+        rows = [row for row in tuning if row.provider in variants]
+        for variant in variants:
+            more = ["SOLVER.BASE_LR", rates[variant]]
+            rows += STUDY.rows(args, variant, partial(scores_of, variant), more)
+        reported(rows, name)
+        curves = [row for row in load_rows(name) if row.mode == "curve"]
+        panels = {"training": ("iteration", lines_of(curves))} if curves else {}
+        title = f"{op_of(args)}: accuracy on the test images, {rows[0].device}"
+    if panels:
+        print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels))
 
 
 if __name__ == "__main__":

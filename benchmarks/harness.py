@@ -6,14 +6,14 @@ All benchmarks have one schema of rows, kept in CSV files under benchmarks/resul
 import argparse
 import csv
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +25,7 @@ MIB = 2**20
 Line = Sequence[tuple[float, float, float, float]]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One measurement. p20, p50, p80: quantiles over repetitions (all equal for a single one)."""
 
     op: str
@@ -55,10 +54,7 @@ def measured(*where: object, values: Sequence[float], on: str, note: str = "", m
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50, p80 of at least one value."""
-    if len(values) == 1:
-        return (values[0],) * 3
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
+    return tuple(np.quantile(values, (0.2, 0.5, 0.8)).tolist())
 
 
 def device_name(device: str) -> str:
@@ -80,8 +76,9 @@ def commit() -> str:
     """
 
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(
+            ["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
@@ -106,17 +103,15 @@ def save_rows(name: str, rows: Iterable[Row]) -> Path:
     """
     path, rows = RESULTS / f"{name}.csv", list(rows)
     again = {(row.op, row.provider) for row in rows}
-    rows = [old for old in load_rows(name) if (old.op, old.provider) not in again] + rows
+    kept = [old for old in load_rows(name) if (old.op, old.provider) not in again]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+        csv.writer(file).writerows([Row._fields, *kept, *rows])
     return path
 
 
-def printed(rows: Iterable[Row]) -> list[Row]:
-    """The rows, after the gist of each has been printed as soon as it is there."""
+def reported(rows: Iterable[Row], name: str = "") -> list[Row]:
+    """The rows, after each has been printed as soon as it is there; with a name, all are saved."""
     found = []
     for row in rows:
         print(
@@ -125,62 +120,60 @@ def printed(rows: Iterable[Row]) -> list[Row]:
             flush=True,
         )
         found.append(row)
+    if name:
+        print(save_rows(name, found))
     return found
+
+
+def raw_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """One that prints its texts as they are."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=raw)
 
 
 def arguments(description: str, *devices: str) -> argparse.ArgumentParser:
     """The arguments that every benchmark of speed or memory has. devices: those besides cpu and cuda."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser = raw_parser(description)
     parser.add_argument("--device", choices=("cpu", "cuda", *devices), default="cpu")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.csv")
     parser.add_argument("--name", help="of the rows; else what is measured, and the device")
     return parser
 
 
-def parsed(
-    parser: argparse.ArgumentParser, usual: Callable[[argparse.Namespace], Mapping[str, object]]
-) -> argparse.Namespace:
+def parsed(parser: argparse.ArgumentParser, usual: Callable) -> argparse.Namespace:
     """The command line. usual: of it, what stands for what it leaves out; its name is without the device."""
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device: use --device cpu")
     for key, value in usual(args).items():
         value = f"{value}_{args.device}" if key == "name" else value
-        setattr(args, key, getattr(args, key) or value)
+        setattr(args, key, getattr(args, key, None) or value)
     return args
 
 
-def reported(args: argparse.Namespace, rows: Iterable[Row]) -> list[Row]:
-    """The rows, printed as soon as they are there and, with --save, saved."""
-    rows = printed(rows)
-    if args.save:
-        print(save_rows(args.name, rows))
-    return rows
-
-
-def line_of(rows: Iterable[Row]) -> Line:
-    """The points of rows whose x is a number, in its order."""
-    return sorted((float(row.x_value), row.p20, row.p50, row.p80) for row in rows)
+def lines_of(rows: Iterable[Row], name: Callable[[Row], str] = lambda row: row.provider) -> dict[str, Line]:
+    """The points of rows whose x is a number, in its order: a line for each name."""
+    rows = list(rows)
+    lines: dict[str, list] = {name(row): [] for row in rows}
+    for row in sorted(rows, key=lambda row: float(row.x_value)):
+        lines[name(row)].append((float(row.x_value), row.p20, row.p50, row.p80))
+    return lines
 
 
 def draw_panels(
-    path: Path, title: str, y_label: str, panels: Mapping[str, tuple[str, Mapping[str, Line]]]
+    path: Path, title: str, y_label: str, panels: Mapping[str, tuple[str, dict[str, Line]]]
 ) -> Path:
     """One panel a question, one line and colour a method, quantiles as a band.
 
-    Args:
-        panels: {title of the panel: (label of its x axis, {method: line})}.
+    panels: {title of the panel: (label of its x axis, {method: line})}.
     """
     from matplotlib.ticker import MaxNLocator
 
     from dfm_d2.visualize.figures import plt, save_figure
 
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
-    size = (2.2 + 2.8 * len(panels), 3.8)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
+    options = {"layout": "constrained", "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.2 + 2.8 * len(panels), 3.8), **options)
     for axis, (question, (x_label, lines)) in zip(axes[0], panels.items()):
         for name, points in lines.items():
             index, (x, low, middle, high) = names.index(name), zip(*points)
@@ -228,17 +221,10 @@ def repeated(run: Callable[[], object], device: str) -> list[float]:
     return times
 
 
-def in_turns(
-    runs: Mapping[str, Callable[[], object]], device: str, repeats: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+def in_turns(runs: Mapping[str, Callable], device: str, repeats: int, warm_up=1) -> dict[str, list[float]]:
     """Milliseconds of `repeats` calls of each: all in turns, so that drift of the machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(warm_up + repeats):
-        for name, run in runs.items():
-            milliseconds = timed(run, device)
-            if repeat >= warm_up:
-                times[name].append(milliseconds)
-    return times
+    rounds = [{name: timed(run, device) for name, run in runs.items()} for _ in range(warm_up + repeats)]
+    return {name: [times[name] for times in rounds[warm_up:]] for name in runs}
 
 
 def launches(run: Callable[[], object]) -> int:

@@ -2,7 +2,7 @@
 """Seconds that a user waits: for detections, for the sampler alone, for an exported file, for a command.
 
 python benchmarks/latency.py [detector|sampler|formats|start] [--device cpu|cuda] [--config FILE] [--save]
-    --steps 1 4 --proposals 100 300 --batches 1 8 --size 352 480 --repeats 5
+    --proposals 100 300 --batches 1 8 --size 352 480 --repeats 5
     --precision high|highest    of float32 products; the dynamic convolution's kernel needs "high" (TF32)
 
 detector: pixels to Instances over steps, beside the cascade twin (one pass of its D heads) at equal N.
@@ -19,6 +19,7 @@ but for what NMS has to look at. Ratios are those of turns.
 import argparse
 import itertools
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -136,7 +137,7 @@ def format_rows(args: argparse.Namespace) -> Iterator[Row]:
             return measured(*where, values=values, on=harness.device_name("cpu"), note=note)
 
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            for name in args.formats:
+            for name in ("torchscript", "onnx", "pt2", "aoti"):
                 start, sample = time.perf_counter(), items[0]["image"].float()
                 path = export_detector(model, name, folder, cfg, classes, sample)
                 yield row(name, "export time", "s", [time.perf_counter() - start])
@@ -180,15 +181,12 @@ def start_rows(args: argparse.Namespace) -> Iterator[Row]:
     for name, (arguments, expected) in commands.items():
         found: dict[str, list[float]] = {"CPU": [], "wall": []}
         for _ in range(args.repeats):
-            begun = time.perf_counter()
-            child = subprocess.Popen(
-                [*tool, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            _, status, usage = os.wait4(child.pid, 0)  # the only way to the seconds of this child alone
+            begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            status = subprocess.run([*tool, *arguments], env=environment, capture_output=True).returncode
             found["wall"].append(time.perf_counter() - begun)
-            found["CPU"].append(usage.ru_utime + usage.ru_stime)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            assert child.returncode == expected, f"train_net.py {' '.join(arguments)}: {child.returncode}"
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that have ended
+            found["CPU"].append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+            assert status == expected, f"train_net.py {' '.join(arguments)}: {status}"
         for metric, values in found.items():
             where = ("start", f"train_net.py {name}", PROVIDER, metric, "s", "repeats", args.repeats)
             yield measured(*where, values=values, on=harness.device_name("cpu"))
@@ -215,18 +213,16 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("subject", nargs="?", choices=SUBJECTS, default="detector")
     parser.add_argument("--config")
-    parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--proposals", type=int, nargs="+")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--precision", choices=("highest", "high"))
-    parser.add_argument("--formats", nargs="+", default=["torchscript", "onnx", "pt2", "aoti"])
     parser.add_argument("--images", nargs="+", default=[])
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides, last")
     args = harness.parsed(parser, usual_of)
     torch.set_float32_matmul_precision(args.precision)
-    harness.reported(args, SUBJECTS[args.subject][0](args))
+    harness.reported(SUBJECTS[args.subject][0](args), args.save and args.name)
 
 
 if __name__ == "__main__":

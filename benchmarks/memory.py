@@ -5,7 +5,8 @@ python benchmarks/memory.py [detector|classifier] [--device cpu|cuda|simulate] [
     --modes joint sequential sequential_step local cascade cascade_checkpoint parallel
     --modes "flow, sequential" "flow, joint" backprop      of the classifier
 
-detector: against its predictors. Weights random, GroupNorm, nothing frozen, float32, images and boxes random.
+detector: R50-FPN against its predictors. Weights random, GroupNorm, nothing frozen, float32, images and boxes
+random; batch 1 of 224 x 320 and 100 proposals on a CPU, else the paper's 8 of 800 x 1088 and 300 proposals.
 Modes: "joint" (one backward of all local losses), "sequential" (block by block), "sequential_step" (besides
 STEP_IN_BACKWARD), "local" (besides every stage of the backbone a block, with a predictor of its own),
 "cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in the backward),
@@ -24,14 +25,12 @@ not fused.
 
 import argparse
 import contextlib
-import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 
 import harness
 import torch
@@ -42,7 +41,7 @@ from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.detection.head import HeadAnswer
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.setup import load_config
-from dfm_d2.framework import Boxes, Instances, build_model
+from dfm_d2.framework import Boxes, Instances
 from dfm_d2.local_update import block_optimizer, updates
 from dfm_d2.local_update.activations import SavedActivations
 
@@ -65,23 +64,28 @@ CLASSIFIER = {
 }
 # Whose step is timed in turns with a joint one, where both are asked for.
 IN_TURNS = ("sequential", "parallel")
-_CLASSIFIER_DIM = 128
+_CLASSIFIER_DIM, _CLASSIFIER_BATCH = 128, 16
 
 
-def detector(args: argparse.Namespace, mode: str, count: int) -> tuple:
+def detector_sizes(device: str) -> tuple[int, int, int, int]:
+    """Images, proposals, height and width."""
+    return (1, 100, 224, 320) if device == "cpu" else (8, 300, 800, 1088)
+
+
+def detector(device: str, mode: str, count: int) -> tuple:
     """Config, model and a batch of random images."""
+    number, proposals, height, width = detector_sizes(device)
     opts = [*DETECTOR[mode], "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0]
     opts += ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.DFM.NUM_CLASSES", 20]
-    opts += ["MODEL.DFM.NUM_PREDICTORS", count, "MODEL.DFM.NUM_PROPOSALS", args.proposals]
-    if args.device == "simulate":
+    opts += ["MODEL.DFM.NUM_PREDICTORS", count, "MODEL.DFM.NUM_PROPOSALS", proposals]
+    if device == "simulate":
         opts += ["MODEL.DFM.ASSIGNMENT", "path"]
-    cfg, model = harness.random_detector(args.config, opts)
+    cfg, model = harness.random_detector(str(ROOT / "configs" / "voc_flow_r50.yaml"), opts)
     if mode == "cascade_checkpoint":
         for head in model.predictors:
             head.forward = _recomputed(head.forward)
-    height, width = args.size
     batch = []
-    for index in range(args.batch):
+    for index in range(number):
         instances = Instances((height, width))
         corners = torch.rand(8, 2) * torch.tensor([width * 0.7, height * 0.7])
         sides = torch.rand(8, 2) * torch.tensor([width * 0.2, height * 0.2]) + 8
@@ -92,19 +96,16 @@ def detector(args: argparse.Namespace, mode: str, count: int) -> tuple:
     return cfg, model, batch
 
 
-def classifier(args: argparse.Namespace, mode: str, count: int) -> tuple:
+def classifier(device: str, mode: str, count: int) -> tuple:
     """The same of a ViT of `count` layers, each a block."""
     vit = f'"img_size=32","patch_size=4","embed_dim={_CLASSIFIER_DIM}","depth={count}","num_heads=4"'
     opts = [*CLASSIFIER[mode], "MODEL.CLASSIFIER.BLOCKS", "0", "MODEL.CLASSIFIER.TIMM.OPTIONS", f"[{vit}]"]
     opts += ["MODEL.DFM.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
-    cfg = load_config(CLASSIFICATION, args.config, opts)
+    cfg = load_config(CLASSIFICATION, str(ROOT / "configs" / "cifar10_flow_vit.yaml"), opts)
     torch.manual_seed(0)
-    model = build_model(cfg)
-    images = torch.randint(0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8)
-    batch = [
-        {"file_name": f"{i}", "image_id": f"{i}", "label": i % 10, "image": x} for i, x in enumerate(images)
-    ]
-    return cfg, model, batch
+    model = CLASSIFICATION.build_model(cfg)
+    images = torch.randint(0, 256, (_CLASSIFIER_BATCH, 3, 32, 32), dtype=torch.uint8)
+    return cfg, model, [{"image_id": str(i), "label": i % 10, "image": x} for i, x in enumerate(images)]
 
 
 def _recomputed(forward: Callable) -> Callable:
@@ -125,15 +126,14 @@ class Training:
 
     def __init__(self, args: argparse.Namespace, mode: str, count: int):
         build = detector if args.subject == "detector" else classifier
-        self.cfg, self.model, self.batch = build(args, mode, count)
+        cfg, self.model, self.batch = build(args.device, mode, count)
         self.model.train()
-        dfm = self.cfg.MODEL.DFM
-        self.update = updates.build_update(dfm.UPDATE, dfm.STEP_IN_BACKWARD)
+        self.update = updates.build_update(cfg.MODEL.DFM.UPDATE, cfg.MODEL.DFM.STEP_IN_BACKWARD)
         if mode == "parallel":
             self.update.together = True  # on a CPU, too
         self.iteration = 0
         if args.device != "simulate":
-            self.optimizer = build_block_optimizer(self.cfg, self.model.to(args.device))
+            self.optimizer = build_block_optimizer(cfg, self.model.to(args.device))
 
     def __call__(self) -> None:
         prepared = self.model.prepare(self.batch, self.iteration)
@@ -143,6 +143,8 @@ class Training:
 
 def point(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[float]]:
     """Measurements of one mode at one number of blocks, MiB and ms, each a list of repetitions."""
+    if mode.endswith("/joint"):
+        return ratio_in_turns(args, mode.removesuffix("/joint"), count)
     training = Training(args, mode, count)
     if args.device == "simulate":
         return {name: [value] for name, value in simulate(training).items()}
@@ -155,13 +157,18 @@ def point(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[flo
     state = [x for s in training.optimizer.state.values() for x in s.values()]
     found = {
         "saved activations": [saved.peak / MIB],
-        "parameters": [sum(p.numel() * p.element_size() for p in parameters) / MIB],
-        "optimizer state": [sum(x.numel() * x.element_size() for x in state) / MIB],
+        "parameters": [mib_of(parameters)],
+        "optimizer state": [mib_of(state)],
         "step": times,
     }
     if args.device == "cuda":
         return found | {"allocated": [torch.cuda.max_memory_allocated() / MIB]}
     return found | {"process peak": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]}
+
+
+def mib_of(tensors: Sequence[torch.Tensor | None]) -> float:
+    """MiB of those that are there."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None) / MIB
 
 
 def ratio_in_turns(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[float]]:
@@ -212,10 +219,10 @@ def simulate(training: Training) -> dict[str, float]:
             answer = super().__torch_dispatch__(func, types, args, kwargs)
             total = self.get_tracker_snapshot("peak")[meta]["Total"]
             if total > at_peak["total"]:
-                alive = [x for x in (feature() for feature in features) if x is not None]
-                leaves = [x for x in alive if x.is_leaf]
-                gradients = {"features": gradient_mib(leaves), "parameters": gradient_mib(parameters)}
-                at_peak.update(gradients, total=total)
+                leaves = [x for x in (feature() for feature in features) if x is not None and x.is_leaf]
+                gradients = {"features": leaves, "parameters": parameters}
+                mib = {name: mib_of([x.grad for x in tensors]) for name, tensors in gradients.items()}
+                at_peak.update(mib, total=total)
             return answer
 
     tracker = Tracker()
@@ -238,63 +245,39 @@ def simulate(training: Training) -> dict[str, float]:
     }
 
 
-def gradient_mib(tensors: Sequence[torch.Tensor]) -> float:
-    """MiB of the gradients that tensors have."""
-    return sum(x.grad.numel() * x.grad.element_size() for x in tensors if x.grad is not None) / MIB
-
-
 def usual_of(args: argparse.Namespace) -> dict[str, object]:
     """What stands for what the command line leaves out."""
     if args.subject == "classifier":
-        config, sizes = "cifar10_flow_vit.yaml", {"counts": [4, 8, 16], "batch": 16}
-        sizes |= {"modes": list(CLASSIFIER), "name": "class_memory"}
-    else:
-        config, sizes = "voc_flow_r50.yaml", {"counts": [1, 2, 4, 8, 12], "name": "memory"}
-        sizes |= {"modes": [mode for mode in DETECTOR if mode != "parallel"]}
-        if args.device == "cpu":
-            sizes |= {"batch": 1, "proposals": 100, "size": (224, 320)}
-        else:
-            sizes |= {"batch": 8, "proposals": 300, "size": (800, 1088)}
-    return sizes | {"config": str(ROOT / "configs" / config)}
+        return {"counts": [4, 8, 16], "modes": list(CLASSIFIER), "name": "class_memory"}
+    return {"counts": [1, 2, 4, 8, 12], "modes": list(DETECTOR)[:-1], "name": "memory"}
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     """Measure all points, each in a process of its own."""
     if args.subject == "detector":
         op, x_name = "training step", "D"
-        setting = f"{Path(args.config).stem} B={args.batch} N={args.proposals} {args.size[0]}x{args.size[1]}"
+        setting = "voc_flow_r50 B={} N={} {}x{}".format(*detector_sizes(args.device))
     else:
         op, x_name = "classifier step", "blocks"
-        setting = f"ViT, {_CLASSIFIER_DIM} dimensions, 64 tokens, batch {args.batch}"
+        setting = f"ViT, {_CLASSIFIER_DIM} dimensions, 64 tokens, batch {_CLASSIFIER_BATCH}"
     hardware = "simulated" if args.device == "simulate" else harness.device_name(args.device)
     points = [(mode, count) for mode in args.modes for count in sorted(set(args.counts))]
     if args.device != "simulate" and "joint" in args.modes:
         points += [(f"{mode}/joint", 6) for mode in IN_TURNS if mode in args.modes]
     units = {"step": "ms", "step, in turns": "ratio"}
     for mode, count in points:
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", mode, str(count)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{mode} at {count} failed:\n{done.stderr[-3000:]}")
-        for metric, values in json.loads(done.stdout.splitlines()[-1]).items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(point, args, mode, count).result()
+        for metric, values in found.items():
             where = (op, mode, args.device, metric, units.get(metric, "MiB"), x_name, count)
             yield harness.measured(*where, values=values, on=hardware, note=setting)
 
 
-def draw(name: str, last: Row, metric: str) -> Path:
-    """`metric` against the number of blocks, of all rows of the file that have the setting of `last`."""
-    known = [row for row in harness.load_rows(name) if (row.metric, row.note) == (metric, last.note)]
-    modes = dict.fromkeys(row.provider for row in known if row.provider != "parallel")
-    lines = {mode: harness.line_of(row for row in known if row.provider == mode) for mode in modes}
-    panels = {last.note: (f"blocks ({last.x_name})", lines)}
-    return harness.draw_panels(harness.RESULTS / f"{name}.png", last.device, f"{metric} (MiB)", panels)
-
-
 def print_growth(rows: list[Row], metric: str) -> None:
     """Of joint and sequential updates of the detector, what a predictor adds."""
-    growth = {}
+    growth, lines = {}, harness.lines_of(row for row in rows if row.metric == metric)
     for mode in ("joint", "sequential"):
-        points = harness.line_of(row for row in rows if (row.provider, row.metric) == (mode, metric))
+        points = lines.get(mode, [])
         if len(points) < 2:
             return
         (first, _, before, _), (last, _, after, _) = points[0], points[-1]
@@ -307,25 +290,21 @@ def print_growth(rows: list[Row], metric: str) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__, "simulate")
     parser.add_argument("subject", nargs="?", choices=("detector", "classifier"), default="detector")
-    parser.add_argument("--config", help="voc_flow_r50.yaml, of the classifier cifar10_flow_vit.yaml")
     parser.add_argument("--counts", type=int, nargs="+", help="1 2 4 8 12, of the classifier 4 8 16")
     parser.add_argument("--modes", nargs="+", choices=[*DETECTOR, *CLASSIFIER])
-    parser.add_argument("--batch", type=int, help="1 on a CPU, else 8 (the paper's); of the classifier 16")
-    parser.add_argument("--proposals", type=int, help="100 on a CPU, else 300")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="224 320, or 800 1088")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = harness.parsed(parser, usual_of)
     if args.device == "simulate" and args.subject == "classifier":
         parser.error("a classifier cannot be simulated: use --device cpu or cuda")
-    if args.child:
-        mode, _, joint = args.child[0].partition("/")
-        print(json.dumps((ratio_in_turns if joint else point)(args, mode, int(args.child[1]))))
-        return
-    rows = harness.reported(args, rows_of(args))
+    rows = harness.reported(rows_of(args), args.save and args.name)
     metric = "activations" if args.device == "simulate" else "saved activations"
     if args.save and len(set(args.counts)) > 1:
-        print(draw(args.name, rows[-1], metric))
+        last = rows[-1]  # with the file's rows of its setting
+        known = [row for row in harness.load_rows(args.name) if (row.metric, row.note) == (metric, last.note)]
+        lines = harness.lines_of(row for row in known if row.provider != "parallel")
+        panels = {last.note: (f"blocks ({last.x_name})", lines)}
+        path = harness.RESULTS / f"{args.name}.png"
+        print(harness.draw_panels(path, last.device, f"{metric} (MiB)", panels))
     print_growth(rows, metric)
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from classification import STUDY, accuracy, batches, labels_of, probabilities, sampled, seen
-from harness import RESULTS, Line, Row, draw_panels, printed, save_rows
+from classification import STUDY, accuracy, labels_of, probabilities, sampled
+from harness import RESULTS, Line, Row, draw_panels, lines_of, reported
 from PIL import Image
 from runs import Key, op_of
 
+from dfm_d2.classification.data.loader import build_class_test_loader
 from dfm_d2.flow import stream_key
 
 # Severities of each: standard deviation (of 255), that of the blur in shares of the side, side of the
@@ -65,16 +66,13 @@ def corrupted_batches(loader: list[list[dict]], kind: str, severity: float) -> l
 def scores_of(variant: str, out: Path) -> dict[Key, float]:
     """Of every corruption by every sampler; a model without a flow has one answer, "eval"."""
     cfg, model = STUDY.load(out)
-    clean, scores = batches(cfg, cfg.DATASETS.TEST[0]), {}
+    clean, scores = list(build_class_test_loader(cfg, cfg.DATASETS.TEST[0])), {}
     labels = labels_of(clean)
     cases = [("clean", 0.0)] + [(kind, s) for kind, severities in SEVERITIES.items() for s in severities]
     for kind, severity in cases:
         test = clean if kind == "clean" else corrupted_batches(clean, kind, severity)
-        if hasattr(model, "sampler"):
-            images = seen(model, test)
-            found = {name: sampled(model, images, **changes) for name, changes in SAMPLERS.items()}
-        else:
-            found = {"eval": probabilities(model, test)}
+        is_flow = hasattr(model, "sampler")
+        found = sampled(model, test, SAMPLERS) if is_flow else {"eval": probabilities(model, test)}
         for name, probs in found.items():
             scores[variant, name, "accuracy", "%", kind, f"{severity:g}"] = accuracy(probs, labels)
     return scores
@@ -85,14 +83,10 @@ def panels_of(rows: list[Row]) -> dict[str, tuple[str, dict[str, Line]]]:
     panels = {}
     for kind, severities in SEVERITIES.items():
         levels = {("clean", "0"): 0} | {(kind, f"{s:g}"): level for level, s in enumerate(severities, 1)}
-        lines: dict[str, list] = {}
-        for row in rows:
-            if (row.x_name, row.x_value) in levels:
-                name = row.provider if row.mode == "eval" else f"{row.provider}, {row.mode}"
-                level = levels[row.x_name, row.x_value]
-                lines.setdefault(name, []).append((level, row.p20, row.p50, row.p80))
-        title = f"{kind}: {', '.join(f'{severity:g}' for severity in severities)}"
-        panels[title] = ("severity (0: clean)", lines)
+        places = [(row, levels.get((row.x_name, row.x_value))) for row in rows]
+        seen_at = [row._replace(x_value=str(level)) for row, level in places if level is not None]
+        lines = lines_of(seen_at, lambda row: f"{row.provider}, {row.mode}".removesuffix(", eval"))
+        panels[f"{kind}: {', '.join(f'{s:g}' for s in severities)}"] = ("severity (0: clean)", lines)
     return panels
 
 
@@ -101,7 +95,7 @@ def main() -> None:
     for variant in args.variants or ["flow", "backprop"]:
         rows += STUDY.rows(args, variant, partial(scores_of, variant), any_rate=True)
     name = f"robustness_{op_of(args)}"
-    print(save_rows(name, printed(rows)))
+    reported(rows, name)
     title = f"{op_of(args)}: corrupted test images"
     print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels_of(rows)))
 

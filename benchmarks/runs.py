@@ -10,12 +10,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import MIB, ROOT, Row, commit, device_name, measured
+from harness import MIB, ROOT, Row, commit, device_name, measured, raw_parser
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
@@ -26,6 +26,7 @@ from dfm_d2.framework import CfgNode
 
 # Where a value is in the rows: provider, mode, metric, unit, x_name, x_value.
 Key = tuple[str, str, str, str, str, object]
+Scores = Callable[[Path], Mapping[Key, float]]  # of a training, by its folder
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,7 @@ class Study:
 
     def parser(self, description: str) -> argparse.ArgumentParser:
         """The arguments that all of its benchmarks have."""
-        parser = argparse.ArgumentParser(
-            description=description,
-            epilog=f"variants: {', '.join(self.variants)}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = raw_parser(description, epilog=f"variants: {', '.join(self.variants)}")
         parser.add_argument("--config", required=True)
         parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this, less one")
         parser.add_argument("--variants", nargs="+", choices=self.variants, metavar="VARIANT")
@@ -55,13 +52,7 @@ class Study:
         return parser
 
     def trained(
-        self,
-        args: argparse.Namespace,
-        variant: str,
-        seed: int,
-        folder: str = "",
-        more: Iterable = (),
-        any_rate: bool = False,
+        self, args: argparse.Namespace, variant: str, seed: int, folder="", more=(), any_rate=False
     ) -> Path:
         """The folder of a training, which is run if it is not done; see `result_of`.
 
@@ -92,9 +83,8 @@ class Study:
         How it evaluates, where its files lie, the classes that it found, and the device unless one is asked
         for, may differ.
         """
-        wanted = load_config(self.task, config, opts)
-        had = load_config(self.task, str(out / "config.yaml"), [])
-        for cfg in (wanted, had):
+        both = load_config(self.task, config, opts), load_config(self.task, str(out / "config.yaml"), [])
+        for cfg in both:
             cfg.OUTPUT_DIR = cfg.VERSION = ""
             cfg.MODEL.DFM.NUM_CLASSES = 0
             if "MODEL.DEVICE" not in opts[::2]:
@@ -104,7 +94,7 @@ class Study:
             cfg.TEST = None
             for node in (cfg.MODEL.DFM, cfg.MODEL.get("CLASSIFIER", {})):
                 node.pop("SAMPLER", None)
-        return wanted.dump() == had.dump()
+        return both[0].dump() == both[1].dump()
 
     def load(self, out: Path) -> tuple[CfgNode, torch.nn.Module]:
         """The config of a training, its data sets registered, and its model in evaluation mode."""
@@ -114,28 +104,19 @@ class Study:
         return cfg, load_for_inference(self.task, cfg, resolve_classes(cfg))
 
     def rows(
-        self,
-        args: argparse.Namespace,
-        variant: str,
-        scores: Callable[[Path], Mapping[Key, float]],
-        more: Iterable = (),
-        any_rate: bool = False,
+        self, args: argparse.Namespace, variant: str, scores: Scores, more=(), any_rate=False
     ) -> list[Row]:
-        """Train a variant with all seeds; the rows of its scores, quantiles over the seeds.
-
-        scores: of a training, by its folder. more, any_rate: see `trained`.
-        """
+        """Train a variant with all seeds; the rows of its scores, quantiles over the seeds. See `trained`."""
         seeds = range(args.seeds)
         outs = [self.trained(args, variant, seed, more=more, any_rate=any_rate) for seed in seeds]
         # The rate is the training's own: one that was done before may have had another.
         rate = load_config(self.task, str(outs[0] / "config.yaml"), []).SOLVER.BASE_LR
         of, found = result_of(outs[0]), [scores(out) for out in outs]
-        note = f"seeds 0-{args.seeds - 1}, {of['iterations']} iterations, BASE_LR {rate:g}"
-        rows = []
+        note = f"seeds 0-{args.seeds - 1}, {of['iterations']} iterations, BASE_LR {rate:g}: "
+        made, rows = {"on": of["device"], "made_by": of["commit"]}, []
         for key in dict.fromkeys(key for scored in found for key in scored):
             values = [scored[key] for scored in found if key in scored]
-            said = f"{note}: {' '.join(f'{value:.4g}' for value in values)}"
-            made = {"on": of["device"], "made_by": of["commit"]}
+            said = note + " ".join(f"{value:.4g}" for value in values)
             rows.append(measured(op_of(args), *key, values=values, note=said, **made))
         return rows
 
@@ -152,11 +133,8 @@ def result_of(out: Path) -> dict:
 
 def costs_of(variant: str, out: Path) -> dict[Key, float]:
     """Time and peak memory of a training."""
-    found, tail = result_of(out), ("seeds", "all")
-    return {
-        (variant, "train", "time", "s", *tail): found["seconds"],
-        (variant, "train", "peak memory", "MiB", *tail): found["peak_mib"],
-    }
+    found, units = result_of(out), {"time": ("seconds", "s"), "peak memory": ("peak_mib", "MiB")}
+    return {(variant, "train", name, unit, "seeds", "all"): found[key] for name, (key, unit) in units.items()}
 
 
 def main(tool: str, *arguments: str) -> int:
@@ -165,11 +143,10 @@ def main(tool: str, *arguments: str) -> int:
     out, begun = Path(arguments[-1]), time.perf_counter()
     status = importlib.import_module(tool).run_command(list(arguments))
     if status == 0:
-        seconds = time.perf_counter() - begun
         on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         found = {
-            "seconds": seconds,
+            "seconds": time.perf_counter() - begun,
             "peak_mib": torch.cuda.max_memory_allocated() / MIB if on_gpu else peak,
             "commit": commit(),
             "device": device_name("cuda" if on_gpu else "cpu"),

@@ -1,11 +1,10 @@
 #!/usr/bin/env python
 """Steps a second of training against the number of processes, and the bytes that a step sends.
 
-python benchmarks/scaling.py [--processes 1 2] [--modes data predictor] [--device cpu|cuda] [--save]
-                             [--opts KEY VALUE ...]
-    Each process has --images images a step (weak scaling). "data": each process has all predictors;
-    "predictor": the processes share out the predictors of the images of all. Trains tools/train_net.py for
-    --iterations on the generated set of --data (made if it is not there).
+python benchmarks/scaling.py [--processes 1 2] [--config FILE] [--device cpu|cuda] [--save]
+    Each process has 4 images a step (weak scaling) and one thread. "data": each process has all predictors;
+    "predictor": the processes share out the predictors of the images of all. Trains tools/train_net.py for 23
+    iterations on a generated set in data/scaling (made if it is not there).
 python benchmarks/scaling.py --volumes
     Bytes a process sends in a step, by formula (docs/scaling.md), for R50-FPN, batch 16, 8 and 64 processes.
 """
@@ -18,21 +17,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import (
-    MIB,
-    ROOT,
-    Row,
-    arguments,
-    device_name,
-    measured,
-    parsed,
-    quantiles,
-    random_detector,
-    reported,
-)
+import harness
+from harness import MIB, ROOT, Row, measured, quantiles
 
 from dfm_d2.detection.data.shapes import write_shapes
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
+
+DATA, IMAGES = ROOT / "data" / "scaling", 4  # images a process and step
 
 
 def iterations_of(args: argparse.Namespace, mode: str, processes: int) -> list[dict]:
@@ -41,9 +32,9 @@ def iterations_of(args: argparse.Namespace, mode: str, processes: int) -> list[d
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "OUTPUT_DIR": folder,
-            "DATASETS.VOC_ROOT": args.data,
-            "SOLVER.IMS_PER_BATCH": processes * args.images,
-            "SOLVER.MAX_ITER": args.iterations,
+            "DATASETS.VOC_ROOT": DATA,
+            "SOLVER.IMS_PER_BATCH": processes * IMAGES,
+            "SOLVER.MAX_ITER": 23,
             "SOLVER.LOG_PERIOD": 1,
             "TEST.EVAL_PERIOD": 0,
             "DATALOADER.NUM_WORKERS": 0,
@@ -52,9 +43,8 @@ def iterations_of(args: argparse.Namespace, mode: str, processes: int) -> list[d
             "MODEL.DFM.PREDICTOR_RANKS": processes if shared_out else 1,
         }
         command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", args.config]
-        command += ["--num-gpus", str(processes)]
-        command += [str(part) for pair in options.items() for part in pair] + args.opts
-        threads = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        command += ["--num-gpus", str(processes), *(str(part) for pair in options.items() for part in pair)]
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
         if done.returncode:
             raise SystemExit(f"{mode} parallel with {processes} processes failed:\n{done.stderr[-3000:]}")
@@ -63,26 +53,26 @@ def iterations_of(args: argparse.Namespace, mode: str, processes: int) -> list[d
 
 def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     """Rows of steps and images a second, and of the share of a step that waits for data."""
-    if not Path(args.data).exists():
-        write_shapes(Path(args.data), num_train=64, num_val=2, size=128, seed=0)
-    hardware, note, alone = device_name(args.device), f"{args.threads} threads a process", None
+    if not DATA.exists():
+        write_shapes(DATA, num_train=64, num_val=2, size=128, seed=0)
+    hardware, alone = harness.device_name(args.device), None
     # One process is the same in both modes.
     runs = [("data", 1)] if 1 in args.processes else []
-    runs += [(mode, processes) for mode in args.modes for processes in args.processes if processes > 1]
+    runs += [(mode, number) for mode in ("data", "predictor") for number in args.processes if number > 1]
     for mode, processes in runs:
         lines = iterations_of(args, mode, processes)
         steps = [1 / line["time"] for line in lines]
         alone = quantiles(steps)[1] if processes == 1 else alone
         found = {
             ("steps", "1/s"): steps,
-            ("images", "1/s"): [processes * args.images * value for value in steps],
+            ("images", "1/s"): [processes * IMAGES * value for value in steps],
             ("data", "%"): [100 * line["data_time"] / line["time"] for line in lines],
         }
         if alone is not None:
             found["steps of one process", "%"] = [100 * value / alone for value in steps]
         for metric, values in found.items():
             where = ("training", f"{mode} parallel", "sequential", *metric, "processes", processes)
-            yield measured(*where, values=values, on=hardware, note=note)
+            yield measured(*where, values=values, on=hardware, note="1 threads a process")
 
 
 def volumes() -> None:
@@ -93,7 +83,7 @@ def volumes() -> None:
     print(f"{'D':>3} {'W':>3} {'G':>3} {'DDP':>6} {'data par.':>9} {'predictor par.':>14} {'pipeline':>9}")
     for count in (6, 12):
         opts = ["MODEL.DEVICE", "cpu", "MODEL.DFM.NUM_PREDICTORS", count]
-        blocks = random_detector(str(ROOT / "configs" / "voc_flow_r50.yaml"), opts)[1].blocks()
+        blocks = harness.random_detector(str(ROOT / "configs" / "voc_flow_r50.yaml"), opts)[1].blocks()
         size = {name: 4 * sum(p.numel() for _, p in block) for name, block in blocks.items()}
         shared, head = size["shared"], size["predictor0"]
         for world, group in ((w, g) for w in (8, 64) for g in (2, 4, 8) if g <= count):
@@ -114,20 +104,14 @@ def ring(amount: float, ranks: float) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--modes", nargs="+", choices=("data", "predictor"), default=["data", "predictor"])
     parser.add_argument("--config", default=str(ROOT / "configs" / "shapes_flow_r18.yaml"))
-    parser.add_argument("--data", default=str(ROOT / "data" / "scaling"))
-    parser.add_argument("--images", type=int, default=4, help="a process and step")
-    parser.add_argument("--iterations", type=int, default=23)
-    parser.add_argument("--threads", type=int, default=1, help="a process")
     parser.add_argument("--volumes", action="store_true")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides, last")
-    args = parsed(parser, lambda _: {"name": "scaling"})
+    args = harness.parsed(parser, lambda _: {"name": "scaling"})
     if args.volumes:
         return volumes()
-    reported(args, rows_of(args))
+    harness.reported(rows_of(args), args.save and args.name)
 
 
 if __name__ == "__main__":

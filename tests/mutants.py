@@ -7,6 +7,7 @@ SUBJECTS run until one fails; those that start another interpreter would not see
 
 import argparse
 import ast
+import contextlib
 import importlib
 import os
 import random
@@ -71,10 +72,8 @@ def mutants_of(path):
 def mutate(path, operator, occurrence):
     """The mutated text, or None where it is no Python."""
     text = mutate_code(path.read_text(), OPERATORS[operator], occurrence)
-    try:
+    with contextlib.suppress(SyntaxError):
         return text if text and compile(text, str(path), "exec") else None
-    except SyntaxError:
-        return None
 
 
 def survives(path, text, tests):

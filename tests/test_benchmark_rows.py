@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import classification  # noqa: E402
 import harness  # noqa: E402
-from harness import Row, draw_panels, line_of, load_rows, quantiles, save_rows  # noqa: E402
+from harness import Row, draw_panels, lines_of, load_rows, quantiles, reported  # noqa: E402
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "digits_flow_cnn.yaml")
 
@@ -20,10 +20,14 @@ def row(provider: str, value: float, x: str = "0", op: str = "a") -> Row:
     return Row(op, provider, "eval", "accuracy", "%", "block", x, *numbers, "cpu", "2.8", "abc", "a, note")
 
 
-def test_rows_come_back_and_only_what_was_measured_again_is_replaced(tmp_path, monkeypatch):
+def test_rows_are_printed_and_only_what_was_measured_again_is_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    save_rows("x", [row("flow", 1.5), row("flow", 2.5, "1"), row("backprop", 3.0), row("flow", 9.0, op="b")])
-    save_rows("x", [row("flow", 4.0)])
+    reported([row("flow", 1.5), row("flow", 2.5, "1"), row("backprop", 3.0), row("flow", 9.0, op="b")], "x")
+    assert reported([row("flow", 7.0)]) == [row("flow", 7.0)]  # without a name none is saved
+    capsys.readouterr()
+    assert reported(iter([row("flow", 4.0)]), "x") == [row("flow", 4.0)]
+    printed = capsys.readouterr().out
+    assert "flow" in printed and "accuracy 4 % [3, 5]" in printed and str(tmp_path / "x.csv") in printed
     found = {(r.op, r.provider, r.x_value): r.p50 for r in load_rows("x")}
     assert found == {("a", "flow", "0"): 4.0, ("a", "backprop", "0"): 3.0, ("b", "flow", "0"): 9.0}
     assert load_rows("x")[-1] == row("flow", 4.0)
@@ -47,15 +51,15 @@ def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch
     assert harness.commit() == clean + "+"
 
 
-def test_quantiles_of_one_value_are_that_value():
+def test_quantiles_and_lines_in_the_order_of_x_and_a_picture(tmp_path):
     assert quantiles([3.0]) == (3.0, 3.0, 3.0)
     assert quantiles([0.0, 10.0]) == pytest.approx((2.0, 5.0, 8.0))
-
-
-def test_lines_are_in_the_order_of_x_and_a_picture_is_written(tmp_path):
-    line = line_of([row("flow", 2.0, "10"), row("flow", 1.0, "9")])
-    assert line == [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)]
-    panels = {"one": ("block", {"flow": line}), "two": ("block", {})}
+    lines = lines_of([row("flow", 2.0, "10"), row("flow", 1.0, "9"), row("backprop", 5.0)])
+    assert lines == {
+        "flow": [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)],
+        "backprop": [(0.0, 4.0, 5.0, 6.0)],
+    }
+    panels = {"one": ("block", lines), "two": ("block", {})}
     path = draw_panels(tmp_path / "a.png", "title", "accuracy (%)", panels)
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -70,7 +74,6 @@ def test_images_of_a_sorted_set_are_taken_from_all_of_it():
 def test_variants_take_the_learning_rate_of_their_method():
     assert classification.tuned_as("no_readout") == classification.tuned_as("uniform_time") == "flow"
     assert classification.tuned_as("backprop_pool_2") == "backprop"
-    assert classification.tuned_as("stochastic_ff") == "stochastic_ff"
 
 
 @pytest.mark.parametrize(
@@ -85,10 +88,9 @@ def test_variants_take_the_learning_rate_of_their_method():
     ],
 )
 def test_a_training_of_other_values_is_not_taken(tmp_path, changes, same):
-    ran = ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
-    cfg = classification.load_config(classification.CLASSIFICATION, CONFIG, ran)
+    ran, study = ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10"], classification.STUDY
+    cfg = classification.load_config(study.task, CONFIG, [*ran, "MODEL.DEVICE", "cpu"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    study = classification.STUDY
-    assert study.same_training(CONFIG, changes, tmp_path) is same
-    any_rate = study.same_training(CONFIG, changes, tmp_path, any_rate=True)
-    assert any_rate is (same or changes[0] == "SOLVER.BASE_LR")
+    any_rate = same or changes[0] == "SOLVER.BASE_LR"
+    for expected, options in ((same, {}), (any_rate, {"any_rate": True})):
+        assert study.same_training(CONFIG, changes, tmp_path, **options) is expected

@@ -11,10 +11,11 @@ VIT = (
     "MODEL.CLASSIFIER.BACKBONE timm MODEL.CLASSIFIER.BLOCKS 2 MODEL.CLASSIFIER.TIMM.OPTIONS "
     '["img_size=8","patch_size=4","embed_dim=16","depth=3","num_heads=2"]'
 ).split()
+_SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}  # that of VIT
 TIMM_CNN = "MODEL.CLASSIFIER.BACKBONE timm MODEL.CLASSIFIER.TIMM.NAME test_convnext2".split()
 
 
-def classifier_cfg(*opts: str, method: str = "flow"):
+def make_classifier(*opts: str, method: str = "flow", seed: int = 0):
     """Three residual pairs of 8 channels on grey images; opts: KEY VALUE overrides."""
     cfg = get_cfg()
     add_dfm_config(cfg)
@@ -25,12 +26,17 @@ def classifier_cfg(*opts: str, method: str = "flow"):
     c.CNN.CHANNELS, c.CNN.NORM, c.HIDDEN_DIM, c.EMBED_DIM = (8, 8, 8), "GN", 16, 6
     merge_config_opts(cfg, ["UPDATE.METHOD", method, *opts])
     choose_method(cfg)
-    return cfg
-
-
-def make_classifier(*opts: str, method: str = "flow", seed: int = 0):
     torch.manual_seed(seed)
-    return build_model(classifier_cfg(*opts, method=method))
+    return build_model(cfg)
+
+
+def save_timm_vit(path, **changes) -> torch.nn.Module:
+    """The backbone of VIT for grey images, and a file of its weights."""
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=5, **_SHAPE | changes)
+    torch.save(model.state_dict(), path)
+    return model
 
 
 def class_inputs(number: int = 4, size: int = 8, channels: int = 1) -> list[dict]:

@@ -6,25 +6,23 @@ Shapes: B images, C channels, H x W pixels of a map, N tokens, P cells a side of
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
-from dfm_d2.classification.timm_files import check_timm_weights, read_timm_weights, timm_options
 from dfm_d2.errors import UserError
 
 _GROUP_CHANNELS = 8  # of a group norm
 
 
 class SplitBackbone(nn.Module, ABC):
-    """A backbone in `num_blocks` blocks.
+    """A backbone in `num_blocks` blocks."""
 
-    channels: of the pooled output of each block, `P^2` times those of its map.
-    """
-
-    channels: list[int]
+    channels: list[int]  # of the pooled output of each block, `P^2` times those of its map
 
     def __init__(self, pool: int):
         super().__init__()
@@ -53,13 +51,24 @@ class SplitBackbone(nn.Module, ABC):
         """A block's output averaged to P x P cells: `(B, C P^2)`."""
         return adaptive_avg_pool2d(self.grid(x), self.pool).flatten(1)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """The pooled output of the last block."""
+        for index in range(self.num_blocks):
+            images = self.forward_block(index, images)
+        return self.pooled(images)
+
+    @torch.no_grad()
+    def block_outputs(self, images: Tensor) -> list[Tensor]:
+        """The pooled output of every block, for inference."""
+        pooled = []
+        for index in range(self.num_blocks):
+            images = self.forward_block(index, images)
+            pooled.append(self.pooled(images))
+        return pooled
+
 
 class StagedBackbone(SplitBackbone):
-    """Convolutional stages, one after the other.
-
-    Args:
-        stages: modules of each block. channels: of the map of each block. pool: P.
-    """
+    """Convolutional stages: the modules of each block, and the channels of its map. pool: P."""
 
     def __init__(self, stages: Sequence[Sequence[nn.Module]], channels: Sequence[int], pool: int):
         super().__init__(pool)
@@ -78,10 +87,9 @@ class StagedBackbone(SplitBackbone):
 
 
 class ViTBackbone(SplitBackbone):
-    """timm's VisionTransformer: the embedding is of the first block, the final norm of the last.
+    """timm's VisionTransformer without its classifier; groups: the layers of each block. pool: P.
 
-    Args:
-        model: without a classifier. groups: the layers of each block. pool: P.
+    The embedding is of the first block, the final norm of the last.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[int]], pool: int):
@@ -146,11 +154,7 @@ def _norm(name: str, channels: int) -> nn.Module:
 
 
 def build_split_backbone(cfg) -> SplitBackbone:
-    """The backbone of `MODEL.CLASSIFIER`.
-
-    Raises:
-        UserError: it cannot be built or not be split so; the message names the key.
-    """
+    """The backbone of `MODEL.CLASSIFIER`. UserError, naming the key, where it cannot be built or split so."""
     classifier = cfg.MODEL.CLASSIFIER
     if classifier.BACKBONE == "timm":
         return _timm_backbone(classifier, len(cfg.MODEL.PIXEL_MEAN))
@@ -164,13 +168,12 @@ def _groups(number: int, blocks: int) -> list[list[int]]:
     """`number` stages in `blocks` groups of about one size; 0: one each."""
     if blocks > number:
         raise UserError(
-            f"MODEL.CLASSIFIER.BLOCKS is {blocks}, but the backbone has {number} stages: set it to at most "
-            f"{number}."
+            f"MODEL.CLASSIFIER.BLOCKS is {blocks}, but the backbone has {number} stages: set it lower."
         )
     return [part.tolist() for part in np.array_split(np.arange(number), blocks or number)]
 
 
-def _staged(stages: list[list[nn.Module]], channels: Sequence[int], classifier) -> StagedBackbone:
+def _staged(stages: Sequence[Sequence[nn.Module]], channels: Sequence[int], classifier) -> StagedBackbone:
     groups = _groups(len(stages), classifier.BLOCKS)
     merged = [[module for stage in group for module in stages[stage]] for group in groups]
     return StagedBackbone(merged, [channels[group[-1]] for group in groups], classifier.POOL)
@@ -185,22 +188,29 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=5)
         raise UserError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm; such are {close}.")
-    options = timm_options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
+    options = _timm_options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
     given = {}
-    if weights and weights != "hub":
-        given = read_timm_weights(weights)
+    if weights not in ("", "hub"):
+        given = _timm_weights(weights)
         options["pretrained_cfg_overlay"] = {"file": weights}
     is_vit = timm.models.is_model_in_modules(name, ["vision_transformer"])
+    options |= {"num_classes": 0} if is_vit else {"features_only": True}
     try:
-        model = timm.create_model(
-            name, **options, **({"num_classes": 0} if is_vit else {"features_only": True})
-        )
+        model = timm.create_model(name, **options)
     except (TypeError, RuntimeError, AssertionError, OSError) as error:
         raise UserError(
             f"timm cannot build {name} with MODEL.CLASSIFIER.TIMM.OPTIONS {list(classifier.TIMM.OPTIONS)} "
             f"and WEIGHTS {weights!r}: {error}"
         ) from error
-    check_timm_weights(model, given, weights)
+    # Stages of timm's feature networks are layers_0, not layers.0.
+    known = {key.replace("_", ".") for key in given}
+    missing = [key for key, _ in model.named_parameters() if key.replace("_", ".") not in known]
+    if given and missing:  # timm would leave them random without a word
+        raise UserError(
+            f"MODEL.CLASSIFIER.TIMM.WEIGHTS {weights} has no {missing[0]}, and {len(missing)} of the model's "
+            "parameters in all are not in it: give timm's state dict of MODEL.CLASSIFIER.TIMM.NAME with its "
+            "OPTIONS."
+        )
     if isinstance(model, VisionTransformer):
         return ViTBackbone(model, _groups(len(model.blocks), classifier.BLOCKS), classifier.POOL)
     # Of others than CNNs, such as Swin, maps come with their channels last.
@@ -209,20 +219,40 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
             f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages with "
             "maps (C, H, W): take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
         )
-    stages, waiting = [], []
+    stages: list[list[nn.Module]] = [[]]
     for child, module in model.items():
-        waiting.append(module)
+        stages[-1].append(module)
         if child in model.return_layers:
-            stages.append(waiting)
-            waiting = []
-    return _staged(stages, model.feature_info.channels(), classifier)
+            stages.append([])
+    return _staged(stages[:-1], model.feature_info.channels(), classifier)
 
 
-@torch.no_grad()
-def block_outputs(backbone: SplitBackbone, images: Tensor) -> list[Tensor]:
-    """The pooled output of every block, for inference."""
-    pooled = []
-    for index in range(backbone.num_blocks):
-        images = backbone.forward_block(index, images)
-        pooled.append(backbone.pooled(images))
-    return pooled
+def _timm_options(texts: Sequence[str]) -> dict:
+    """{"img_size": 32} of ["img_size=32"]."""
+    options = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        try:
+            if not (key and sign):
+                raise ValueError
+            options[key] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"MODEL.CLASSIFIER.TIMM.OPTIONS has {text!r}: write name=value, the value as in yaml."
+            ) from error
+    return options
+
+
+def _timm_weights(path: str) -> dict:
+    """The state dict of a file, read without running code of it."""
+    from timm.models import load_state_dict
+
+    if not Path(path).is_file():
+        raise UserError(f"MODEL.CLASSIFIER.TIMM.WEIGHTS {path} is missing: give a file, hub or nothing.")
+    try:
+        return load_state_dict(path)
+    except Exception as error:  # unpicklers raise nearly anything on a damaged file
+        raise UserError(
+            f"MODEL.CLASSIFIER.TIMM.WEIGHTS {path} is no state dict of timm "
+            f"({type(error).__name__}: {error}): get it again."
+        ) from error

@@ -9,18 +9,17 @@ METHODS = {
     "flow": "FlowClassifier",
     "backprop": "BackpropClassifier",
     "forward_forward": "ForwardForwardClassifier",
-    "stochastic_forward_forward": "StochasticForwardForwardClassifier",
 }
+_STOCHASTIC = "the stochastic Forward-Forward lost everywhere and is gone (docs/classification.md)"
 
 KEYS = (
     # How a classifier learns; it chooses MODEL.META_ARCHITECTURE.
-    Key("UPDATE.METHOD", "flow", choices=tuple(METHODS)),
+    Key("UPDATE.METHOD", "flow", choices=tuple(METHODS), gone={"stochastic_forward_forward": _STOCHASTIC}),
     Key("MODEL.PIXEL_MEAN", lengths=(1, 3)),
     # ---- data What the names `root_<split>` read: a folder or a tar of <split>/<class>/<image>, or a folder
     # of idx files (gzip or not). Where torchvision's CIFAR lies or is downloaded to.
     Key("DATASETS.ROOT", ""),
-    # Share of the training images that is not trained on: the temperature of the probabilities is fitted on
-    # it before each evaluation. 0: the temperature is LOSS.READOUT_TEMPERATURE.
+    # Share of the training images that is not trained on, as the set "held_out", to choose values by.
     Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
     # Side in pixels to which images are resized; 0: they are taken as they are, all of one size.
     Key("INPUT.IMAGE_SIZE", 0, least=0),
@@ -33,7 +32,7 @@ KEYS = (
         "MODEL.CLASSIFIER.BACKBONE",
         "cnn",
         choices=("cnn", "timm"),
-        gone={"resnet": "it was removed: take timm and a ResNet of its as MODEL.CLASSIFIER.TIMM.NAME"},
+        gone={"resnet": "it was removed: take timm"},
     ),
     # The number of blocks, each of them consecutive stages of the backbone (of a ViT: layers); 0: one each.
     Key("MODEL.CLASSIFIER.BLOCKS", 0, least=0),
@@ -49,12 +48,7 @@ KEYS = (
     # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
     Key("MODEL.CLASSIFIER.TIMM.WEIGHTS", ""),
     # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
-    Key(
-        "MODEL.CLASSIFIER.EMBEDDING",
-        "orthonormal",
-        choices=("orthonormal", "learned"),
-        gone={"given": "it was removed: choose orthonormal or learned"},
-    ),
+    Key("MODEL.CLASSIFIER.EMBEDDING", "orthonormal", choices=("orthonormal", "learned")),
     Key("MODEL.CLASSIFIER.EMBED_DIM", 0, least=0),  # E; 0: K, but at least 16
     Key("MODEL.CLASSIFIER.RADIUS", 1.0, above=0),  # length of an embedding; noise has length sqrt(E)
     Key("MODEL.CLASSIFIER.HIDDEN_DIM", 128, least=2),  # of a block's predictor
@@ -77,10 +71,7 @@ KEYS = (
     Key("MODEL.CLASSIFIER.SAMPLER.NOISE", 1.0, least=0),  # standard deviation of the noise; 0 is a control
     # Indices of the blocks that answer, negative from the last; empty: all.
     Key("MODEL.CLASSIFIER.SAMPLER.BLOCKS", [], of=int),
-    # "velocity": blocks move one state by the mean of their velocities; "probability": each moves its own,
-    # and the class probabilities are averaged.
-    Key("MODEL.CLASSIFIER.SAMPLER.AGGREGATION", "velocity", choices=("velocity", "probability")),
-    # The weight of a block in that mean: equal, or its own greatest class probability.
+    # The weight of a block in the mean velocity: equal, or its own greatest class probability.
     Key("MODEL.CLASSIFIER.SAMPLER.WEIGHTS", "confidence", choices=("uniform", "confidence")),
     Key("MODEL.CLASSIFIER.SAMPLER.SEED", 0),
     # ---- Hinton's Forward-Forward: an image is positive with the probability sigmoid(SHARPNESS (goodness -
@@ -88,25 +79,32 @@ KEYS = (
     Key("MODEL.CLASSIFIER.FF.THRESHOLD", 1.0, above=0),
     Key("MODEL.CLASSIFIER.FF.SHARPNESS", 4.0, above=0),
     Key("MODEL.CLASSIFIER.FF.LABEL_SCALE", 1.0, least=0),
-    # The stochastic variant: noisy copies of an image, the noise on a block's input, and the weight of the
-    # dimension of the copies against that of the batch.
-    Key("MODEL.CLASSIFIER.FF.COPIES", 4, least=2),
-    Key("MODEL.CLASSIFIER.FF.NOISE", 0.3, least=0),
-    Key("MODEL.CLASSIFIER.FF.COPY_WEIGHT", 1.0, least=0),
 )
 
 # Of earlier config files: {key: (its default, what replaced it)}; "" for the keys of the detector.
-_OF_DETECTORS = (
-    "DATASETS.COCO_TRAIN_IMAGES DATASETS.COCO_TRAIN_JSON DATASETS.COCO_VAL_IMAGES DATASETS.COCO_VAL_JSON "
-    "DATASETS.VOC_ROOT INPUT.CROP_RESIZE INPUT.CROP_SIZE INPUT.DETR_CROP TEST.AP MODEL.DFM.AGGREGATION "
-    "MODEL.DFM.ASSIGNMENT MODEL.DFM.COUPLING MODEL.DFM.ENDPOINT_NOISE MODEL.DFM.FROM_NOISE "
-    "MODEL.DFM.GT_REPEAT MODEL.DFM.HEAD MODEL.DFM.LOSS MODEL.DFM.NUM_PREDICTORS MODEL.DFM.NUM_PROPOSALS "
-    "MODEL.DFM.ON_POLICY MODEL.DFM.SAMPLER MODEL.DFM.SIGNAL_SCALE MODEL.DFM.TIME MODEL.DFM.TIME_RATE"
-)
-REMOVED = {name: ({}, "") for name in _OF_DETECTORS.split()} | {
+_OF_DETECTORS = {
+    "DATASETS": "COCO_TRAIN_IMAGES COCO_TRAIN_JSON COCO_VAL_IMAGES COCO_VAL_JSON VOC_ROOT",
+    "INPUT": "CROP_RESIZE CROP_SIZE DETR_CROP",
+    "TEST": "AP",
+    "MODEL.DFM": "AGGREGATION ASSIGNMENT COUPLING ENDPOINT_NOISE FROM_NOISE GT_REPEAT NUM_PREDICTORS "
+    "NUM_PROPOSALS ON_POLICY SIGNAL_SCALE TIME TIME_RATE",
+    "MODEL.DFM.HEAD": "BOX_WEIGHTS DYNAMIC_DIM FEEDFORWARD_DIM HIDDEN_DIM INTERACTION IN_FEATURES NUM_CLS "
+    "NUM_HEADS NUM_REG POOLER_CANONICAL_SIZE POOLER_RESOLUTION POOLER_SAMPLING_RATIO",
+    "MODEL.DFM.LOSS": "CLS CLS_WEIGHT FOCAL_ALPHA FOCAL_GAMMA GIOU_WEIGHT L1_WEIGHT VELOCITY_MAX "
+    "VELOCITY_WEIGHT",
+    "MODEL.DFM.SAMPLER": "ENSEMBLE_STEPS METHOD NMS_THRESH NOISE_PASSES NUM_PROPOSALS PREDICTORS "
+    "RENEWAL_THRESH SCORE_THRESH SEED STEPS TIME_GRID",
+}
+REMOVED = {
+    f"{section}.{name}": ({}, "") for section, names in _OF_DETECTORS.items() for name in names.split()
+} | {
     "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
+    "MODEL.CLASSIFIER.FF.COPIES": (4, _STOCHASTIC),
+    "MODEL.CLASSIFIER.FF.NOISE": (0.3, _STOCHASTIC),
+    "MODEL.CLASSIFIER.FF.COPY_WEIGHT": (1.0, _STOCHASTIC),
     "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint"),
     "MODEL.CLASSIFIER.LOSS.WEIGHTING": ("plain", "the endpoint error weighs the same at every t"),
+    "MODEL.CLASSIFIER.SAMPLER.AGGREGATION": ("velocity", "blocks move one state by their mean velocity"),
 }
 
 
@@ -142,8 +140,6 @@ def problems(cfg) -> Iterator[str]:
         yield f"MODEL.CLASSIFIER.CNN.CHANNELS is {channels}, STRIDES {strides}; give both for each stage."
     if len(set(named)) < len(named):
         yield f"MODEL.CLASSIFIER.SAMPLER.BLOCKS is {named}; name each block once (empty: all)."
-    if method == "stochastic_forward_forward" and cfg.SOLVER.IMS_PER_BATCH < 2:  # it compares images
-        yield f"UPDATE.METHOD {method} needs SOLVER.IMS_PER_BATCH of at least 2."
     if c.SHUFFLE_X0 and cfg.SOLVER.IMS_PER_BATCH < 2:  # one image has no other's noise
         yield "MODEL.CLASSIFIER.SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2."
     if 0 < size <= shift:

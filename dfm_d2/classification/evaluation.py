@@ -30,20 +30,16 @@ class ClassificationEvaluator(DatasetEvaluator):
         self._found = []
 
     def process(self, inputs: Iterable[dict], outputs: Iterable[dict]) -> None:
-        """Take the model's outputs, {"probs": (K,)} an image.
-
-        Raises UserError for probabilities that are not finite.
-        """
+        """Take the model's outputs, {"probs": (K,)} an image. UserError for those that are not finite."""
         for source, output in zip(inputs, outputs):
             probs = output["probs"].detach().double().cpu().numpy()
             if not np.isfinite(probs).all():
                 raise UserError(f"{source['file_name']} has class probabilities that are not finite.")
-            self._found.append(
-                {"image_id": source["image_id"], "label": source["label"], "probs": probs.tolist()}
-            )
+            known = {key: source[key] for key in ("image_id", "label")}
+            self._found.append(known | {"probs": probs.tolist()})
 
     def evaluate(self) -> OrderedDict:
-        """accuracy (percent), nll (nats), ece (percent) and accuracy-<class>; {} on processes but the main.
+        """accuracy, nll, ece and accuracy-<class>, in percent and nats; {} on processes but the main.
 
         Raises UserError where not one image could be read.
         """

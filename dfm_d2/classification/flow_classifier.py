@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, silu
 
-from dfm_d2.classification.backbone import block_outputs, build_split_backbone
-from dfm_d2.classification.base import Classifier, block_name, classifier_arguments
+from dfm_d2.classification.base import Classifier, block_name
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
 from dfm_d2.errors import UserError
 from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
@@ -23,11 +22,7 @@ from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
 
 class ClassPredictor(nn.Module):
-    """Two residual layers, the second modulated by the time.
-
-    Args:
-        in_channels: C. embed_dim: E. hidden_dim: width, even.
-    """
+    """Two residual layers, the second modulated by the time. in_channels: C. embed_dim: E."""
 
     def __init__(self, *, in_channels: int, embed_dim: int, hidden_dim: int):
         super().__init__()
@@ -45,11 +40,7 @@ class ClassPredictor(nn.Module):
         nn.init.zeros_(self.answer.bias)
 
     def forward(self, features: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The raw answer `(B, S, E)`.
-
-        Args:
-            features: `(B, C)`. x_t: `(B, S, E)`. t: `(B, S)` in [0, 1].
-        """
+        """The raw answer `(B, S, E)` to features `(B, C)`, x_t `(B, S, E)` and t `(B, S)` in [0, 1]."""
         dtype = self.features.weight.dtype
         seen = self.features(gelu(self.norm_in(features.to(dtype))))
         stream = seen[:, None] + self.state(x_t.to(dtype))
@@ -63,8 +54,7 @@ class ClassPredictor(nn.Module):
 class EndpointLoss:
     """`mean |x_1_hat - x_1|^2 + w_r CE(<x_1_hat, e_k> / T)` (docs/classification.md, equation 3).
 
-    Args:
-        readout_weight: w_r; 0 leaves the term out. temperature: T.
+    readout_weight: w_r; 0 leaves the term out. temperature: T.
     """
 
     readout_weight: float = 1.0
@@ -73,18 +63,13 @@ class EndpointLoss:
     def __call__(
         self, x_1_hat: Tensor, target: Tensor, embeddings: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Weighted scalars "flow" and "readout".
-
-        Args:
-            x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`. labels: `(B,)`.
-        """
+        """Weighted scalars "flow" and "readout". x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`."""
         # Detached: learned embeddings must not come to their endpoints, where all would be one.
         losses = {"flow": (x_1_hat - target.detach()).square().sum(-1).mean()}
         if self.readout_weight > 0:
             logits = x_1_hat @ embeddings.T / self.temperature
             repeated = labels[:, None].expand(-1, x_1_hat.shape[1])
-            term = cross_entropy(logits.flatten(0, 1), repeated.flatten())
-            losses["readout"] = self.readout_weight * term
+            losses["readout"] = self.readout_weight * cross_entropy(logits.flatten(0, 1), repeated.flatten())
         return losses
 
 
@@ -121,12 +106,8 @@ class FlowClassifier(Classifier):
     ):
         super().__init__(temperature=criterion.temperature, **common)
         sampler.blocks_of(self.num_blocks)  # before training, not after it
-        self.label_space = label_space
-        self.criterion = criterion
-        self.sampler = sampler
-        self.noise_samples = noise_samples
-        self.time_power = time_power
-        self.shuffle_x_0 = shuffle_x_0
+        self.label_space, self.criterion, self.sampler = label_space, criterion, sampler
+        self.noise_samples, self.time_power, self.shuffle_x_0 = noise_samples, time_power, shuffle_x_0
         self.path = CondOTPath()
         embed_dim = label_space.weight.shape[1]
         self.block_predictors = nn.ModuleList(
@@ -137,15 +118,13 @@ class FlowClassifier(Classifier):
     @classmethod
     def from_config(cls, cfg) -> dict:
         c = cfg.MODEL.CLASSIFIER
-        common = classifier_arguments(cfg, build_split_backbone(cfg))
+        common = super().from_config(cfg)
+        settings = ClassSamplerSettings(**{name.lower(): value for name, value in c.SAMPLER.items()})
         return common | {
             "label_space": build_label_space(c, common["num_classes"]),
             "hidden_dim": c.HIDDEN_DIM,
-            "criterion": EndpointLoss(
-                readout_weight=c.LOSS.READOUT_WEIGHT,
-                temperature=c.LOSS.READOUT_TEMPERATURE,
-            ),
-            "sampler": ClassSampler(sampler_settings(c.SAMPLER), c.LOSS.READOUT_TEMPERATURE),
+            "criterion": EndpointLoss(c.LOSS.READOUT_WEIGHT, c.LOSS.READOUT_TEMPERATURE),
+            "sampler": ClassSampler(settings, c.LOSS.READOUT_TEMPERATURE),
             "noise_samples": c.NOISE_SAMPLES,
             "time_power": c.TIME_POWER,
             "shuffle_x_0": c.SHUFFLE_X0,
@@ -153,23 +132,17 @@ class FlowClassifier(Classifier):
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters of each block, "block0", ...; learned embeddings are "shared"."""
-        blocks = self.backbone_blocks()
+        blocks = super().blocks()
         for name, parameter in self.block_predictors.named_parameters():
             blocks[block_name(int(name.split(".")[0]))].append((f"block_predictors.{name}", parameter))
-        learned = [
-            (f"label_space.{name}", parameter) for name, parameter in self.label_space.named_parameters()
-        ]
+        learned = [(f"label_space.{name}", p) for name, p in self.label_space.named_parameters()]
         return blocks | ({SHARED_BLOCK: learned} if learned else {})
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedFlow:
-        """Images, labels and S points of the path for every block.
-
-        Noise and t depend on (seed, iteration, image id, block), and on nothing else.
-        """
+        """Images, labels and S points of the path for every block, by (seed, iteration, image id, block)."""
         images, labels, keys = super().prepare(batched_inputs, iteration)
-        x_1 = self.label_space.encode(labels)
-        shape = self.num_blocks, self.noise_samples
+        x_1, shape = self.label_space.encode(labels), (self.num_blocks, self.noise_samples)
         x_0 = normals(keys, (*shape, x_1.shape[1]), x_1)
         u = keyed_uniform(keys, shape[0] * shape[1], STREAM_STAGE_TIME, self.device).view(-1, *shape)
         t = u**self.time_power
@@ -191,14 +164,12 @@ class FlowClassifier(Classifier):
 
     def _losses(self, index: int, pooled: Tensor, prepared: PreparedFlow) -> dict[str, Tensor]:
         """The local loss of a block, and the share of its points that it reads out right."""
-        sample = prepared.samples[index]
-        shape = len(prepared.labels), self.noise_samples
-        x_t, t = sample.x_t.unflatten(0, shape), sample.t.view(shape)
+        sample, shape = prepared.samples[index], (len(prepared.labels), self.noise_samples)
+        x_0, x_1, x_t = (x.unflatten(0, shape) for x in (sample.x_0, sample.x_1, sample.x_t))
+        t, target = sample.t.view(shape), x_1
         x_1_hat = self._endpoint(index, pooled, x_t, t)
-        target = sample.x_1.unflatten(0, shape)
         if self.shuffle_x_0:
-            wrong = (sample.x_1 - sample.x_0.unflatten(0, shape).roll(1, 0).flatten(0, 1)).unflatten(0, shape)
-            target = x_t + (1 - t)[..., None] * wrong
+            target = x_t + (1 - t)[..., None] * (x_1 - x_0.roll(1, 0))
         embeddings = self.label_space.embeddings.to(x_1_hat.dtype)
         losses = self.criterion(x_1_hat, target, embeddings, prepared.labels)
         name = block_name(index)
@@ -210,22 +181,15 @@ class FlowClassifier(Classifier):
         """The endpoint `(B, S, E)` of a block, from pooled `(B, C)`, `x_t` `(B, S, E)` and t `(B, S)`."""
         return at_least_float32(self.block_predictors[index](pooled, x_t, t)).to(x_t.dtype)
 
-    # --------------------------------------------------------------- inference
-
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
-        """Logits `(B, M, K)`, with aggregation "probability" `(B, M D, K)`."""
-        return self.flow_logits(block_outputs(self.backbone, images), image_ids)
-
-    def flow_logits(self, pooled: Sequence[Tensor], image_ids: Sequence[int | str]) -> Tensor:
-        """Those of the pooled outputs `(B, C_d)` of every block, which serve many samplers."""
-        ends = [trajectory.x for trajectory in self.trajectories(pooled, image_ids)]
-        return self.label_space.logits(torch.cat(ends, 1))
+        """Logits `(B, M, K)`."""
+        return self.label_space.logits(self.trajectory(self.backbone.block_outputs(images), image_ids).x)
 
     @torch.no_grad()
-    def trajectories(
+    def trajectory(
         self, pooled: Sequence[Tensor], image_ids: Sequence[int | str], keep: bool = False
-    ) -> list[Trajectory]:
-        """The flows of images by their blocks' pooled outputs, see block_outputs and ClassSampler.sample."""
+    ) -> Trajectory:
+        """The flow by the pooled outputs `(B, C_d)` of every block; keep: its states and steps, too."""
 
         def endpoint(index: int, x_t: Tensor, t: Tensor) -> Tensor:
             return self._endpoint(index, pooled[index], x_t, t)
@@ -234,34 +198,15 @@ class FlowClassifier(Classifier):
         return self.sampler.sample(endpoint, self.num_blocks, x_0, self.label_space, keep)
 
 
-def sampler_settings(sampler) -> ClassSamplerSettings:
-    """The settings of a node MODEL.CLASSIFIER.SAMPLER."""
-    return ClassSamplerSettings(
-        steps=sampler.STEPS,
-        samples=sampler.SAMPLES,
-        method=sampler.METHOD,
-        noise=sampler.NOISE,
-        blocks=tuple(sampler.BLOCKS),
-        aggregation=sampler.AGGREGATION,
-        weights=sampler.WEIGHTS,
-        seed=sampler.SEED,
-    )
-
-
 def build_label_space(classifier, num_classes: int) -> LabelSpace:
-    """The class embeddings of a node MODEL.CLASSIFIER.
-
-    Raises:
-        UserError: orthonormal embeddings of a dimension below K.
-    """
+    """The class embeddings of a node MODEL.CLASSIFIER. UserError for K orthonormal ones in less than K."""
     dim = classifier.EMBED_DIM or max(num_classes, 16)
-    if classifier.EMBEDDING == "orthonormal":
-        if dim < num_classes:
-            raise UserError(
-                f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
-                "dimensions or more: set it to 0, or EMBEDDING to learned."
-            )
-        return LabelSpace.orthonormal(num_classes, dim, radius=classifier.RADIUS)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(num_classes, dim, generator=generator)
-    return LabelSpace(start, learned=True, radius=classifier.RADIUS)
+    if classifier.EMBEDDING == "learned":
+        start = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(0))
+        return LabelSpace(start, learned=True, radius=classifier.RADIUS)
+    if dim < num_classes:
+        raise UserError(
+            f"MODEL.CLASSIFIER.EMBED_DIM is {dim}, but {num_classes} orthonormal classes need as many "
+            "dimensions or more: set it to 0, or EMBEDDING to learned."
+        )
+    return LabelSpace.orthonormal(num_classes, dim, radius=classifier.RADIUS)

@@ -3,6 +3,7 @@
 Shapes: B images, M noise samples, D blocks, E embedding dimensions, K classes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from dfm_d2.flow import (
     stream_key,
     warped_grid,
 )
-from dfm_d2.flow.noise import STREAM_NOISE
 
 # Of (block, x_t `(B, M, E)`, t `(B, M)`): the endpoint `(B, M, E)`.
 Endpoint = Callable[[int, Tensor, Tensor], Tensor]
@@ -33,8 +33,7 @@ class ClassSamplerSettings:
     samples: int = 4
     method: str = "euler"
     noise: float = 1.0
-    blocks: tuple[int, ...] = ()
-    aggregation: str = "velocity"
+    blocks: Sequence[int] = ()
     weights: str = "confidence"
     seed: int = 0
 
@@ -54,11 +53,7 @@ class ClassSampler:
         return self.settings.noise * normals(keys, shape, space.weight)
 
     def blocks_of(self, num_blocks: int) -> list[int]:
-        """The indices of the blocks that answer, from 0.
-
-        Raises:
-            UserError: a block that is not there, or that is named twice.
-        """
+        """The indices of the blocks that answer. UserError for one that is not there or named twice."""
         named = list(self.settings.blocks) or list(range(num_blocks))
         if not all(-num_blocks <= block < num_blocks for block in named):
             raise UserError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS names {named}, there are {num_blocks} blocks.")
@@ -69,27 +64,16 @@ class ClassSampler:
 
     def sample(
         self, endpoint: Endpoint, num_blocks: int, x_0: Tensor, space: LabelSpace, keep: bool = False
-    ) -> list[Trajectory]:
-        """Trajectories from `x_0` `(B, M, E)`: one, or with "probability" one a block.
-
-        Args:
-            keep: their states and steps, too.
-
-        Raises:
-            UserError: see blocks_of.
-        """
+    ) -> Trajectory:
+        """The trajectory from `x_0` `(B, M, E)`; keep: its states and steps, too."""
         blocks = self.blocks_of(num_blocks)
-        groups = [blocks] if self.settings.aggregation == "velocity" else [[block] for block in blocks]
+
+        def mean_endpoint(x_t: Tensor, t: Tensor) -> Tensor:
+            times = t[:, None].expand(x_t.shape[:2])
+            return self._mean([endpoint(block, x_t, times) for block in blocks], space)
+
         solver = ODESolver(self.settings.method)
-
-        def field(group: list[int]):
-            def mean_endpoint(x_t: Tensor, t: Tensor) -> Tensor:
-                times = t[:, None].expand(x_t.shape[:2])
-                return self._mean([endpoint(block, x_t, times) for block in group], space)
-
-            return endpoint_field(mean_endpoint)
-
-        return [solver.sample(field(g), x_0, self.grid, return_intermediates=keep) for g in groups]
+        return solver.sample(endpoint_field(mean_endpoint), x_0, self.grid, return_intermediates=keep)
 
     def _mean(self, endpoints: list[Tensor], space: LabelSpace) -> Tensor:
         """Of the blocks' endpoints at one `x_t`; their mean velocity leads to their mean endpoint."""
@@ -103,10 +87,8 @@ class ClassSampler:
         return (weights * stacked).sum(0) / weights.sum(0)
 
 
-def normals(keys: Sequence[int], shape: tuple[int, ...], like: Tensor, stream: int = STREAM_NOISE) -> Tensor:
+def normals(keys: Sequence[int], shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Standard normals `(len(keys), *shape)`, row i of `keys[i]`, of dtype and device of `like`."""
-    count = 1
-    for side in shape:
-        count *= side
-    drawn = keyed_normal(keys, -(-count // 4), stream, like.device)
+    count = math.prod(shape)
+    drawn = keyed_normal(keys, -(-count // 4), device=like.device)
     return drawn.flatten(1)[:, :count].reshape(len(keys), *shape).to(like.dtype)

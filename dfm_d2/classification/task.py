@@ -25,17 +25,13 @@ CLASSIFICATION = Task(
     removed=config.REMOVED,
     complete=config.choose_method,
     problems=config.problems,
-    models=tuple(
-        f"dfm_d2.classification.{name}"
-        for name in ("flow_classifier", "backprop", "forward_forward", "stochastic_forward_forward")
-    ),
+    models=("dfm_d2.classification.flow_classifier", "dfm_d2.classification.baselines"),
     find_data=Imported(_REGISTRATION, "locate_class_sets"),
     register=Imported(_REGISTRATION, "register_class_sets"),
     train_loader=Imported(_LOADER, "build_class_train_loader"),
     test_loader=Imported(_LOADER, "build_class_test_loader"),
     evaluator=_evaluator,
     summary=Imported(_EVALUATION, "class_summary"),
-    before_evaluation=Imported("dfm_d2.classification.calibration", "calibrate"),
     after_training=Imported("dfm_d2.classification.training_pictures", "write_class_pictures"),
     without_pretrained=_without_pretrained,
 )

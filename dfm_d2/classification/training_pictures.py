@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dfm_d2.classification.backbone import block_outputs
 from dfm_d2.classification.data.loader import class_item
 from dfm_d2.classification.flow_classifier import FlowClassifier
 from dfm_d2.classification.sampler import ClassSampler
@@ -20,16 +20,11 @@ from dfm_d2.engine.run import load_for_inference
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.visualize.curves import draw_class_curves, draw_class_flow
 
-# Test images whose flow is drawn.
-_SAMPLES = 40
-_STEPS = 8
+_SAMPLES, _STEPS = 40, 8  # test images whose flow is drawn, in as many steps
 
 
 def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]:
-    """Draw the metrics in `OUTPUT_DIR`, and for a FlowClassifier also its flow; returns the paths.
-
-    The flow is that of `model_final.pth`, for test images that can be read.
-    """
+    """Draw the metrics in `OUTPUT_DIR`, and the flow of a FlowClassifier's `model_final.pth`. The paths."""
     folder = Path(cfg.OUTPUT_DIR)
     written = [draw_class_curves(folder / "curves.png", *_curves(cfg, read_metrics(folder / METRICS_FILE)))]
     if cfg.MODEL.META_ARCHITECTURE == "FlowClassifier" and cfg.DATASETS.TEST:
@@ -44,37 +39,33 @@ def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]
 def _curves(cfg: CfgNode, lines: list[dict]) -> tuple[dict, dict]:
     """Losses of the blocks and accuracies, {name: [(epoch, value)]}."""
     images = sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN)
-    losses: dict[str, list] = {}
-    accuracies: dict[str, list] = {}
+    losses, accuracies = defaultdict(list), defaultdict(list)
     for line in lines:
         # The line of the last evaluation has the iteration that would come next.
         epoch = min(line["iteration"] + 1, cfg.SOLVER.MAX_ITER) * cfg.SOLVER.IMS_PER_BATCH / images
         for block, value in loss_by_block(line).items():
-            losses.setdefault(block, []).append((epoch, value))
-        for key, value in line.items():
-            if key.startswith("right/"):
-                accuracies.setdefault(f"train, {key[len('right/') :]}", []).append((epoch, 100 * value))
+            losses[block].append((epoch, value))
+        for key in (key for key in line if key.startswith("right/")):
+            accuracies[f"train, {key.removeprefix('right/')}"].append((epoch, 100 * line[key]))
         if "accuracy" in line:
-            accuracies.setdefault("test", []).append((epoch, line["accuracy"]))
+            accuracies["test"].append((epoch, line["accuracy"]))
     return losses, accuracies
 
 
 @torch.no_grad()
 def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str], path: Path) -> list[Path]:
-    entries = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    entries, items = DatasetCatalog.get(cfg.DATASETS.TEST[0]), []
     # Spread over the set, which may be sorted by class.
-    chosen = np.linspace(0, len(entries) - 1, min(_SAMPLES, len(entries))).astype(int)
-    items = []
-    for i in chosen:
+    for i in np.linspace(0, len(entries) - 1, min(_SAMPLES, len(entries))).astype(int):
         with contextlib.suppress(ImageError):  # the evaluation has named it
             items.append(class_item(entries[i], cfg))
     if not items:
         return []
-    images, ids = model.normalised(items), [item["image_id"] for item in items]
     # The path is shown: in several steps, of one sample, whatever inference does.
-    settings = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1, aggregation="velocity")
+    settings = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1)
     model.sampler = ClassSampler(settings, model.criterion.temperature)
-    trajectory = model.trajectories(block_outputs(model.backbone, images), ids, keep=True)[0]
+    pooled = model.backbone.block_outputs(model.normalised(items))
+    trajectory = model.trajectory(pooled, [item["image_id"] for item in items], keep=True)
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()
     embeddings = model.label_space.embeddings.detach().cpu().numpy()
     labels = [item["label"] for item in items]

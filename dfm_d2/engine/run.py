@@ -118,7 +118,6 @@ def evaluate(task: Task, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in cfg.DATASETS.TEST:
         folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"
-        task.before_evaluation(cfg, model)
         evaluator = task.evaluator(cfg, name, Path(cfg.OUTPUT_DIR) / folder)
         batches = tqdm(task.test_loader(cfg, name), desc=name, unit="batch", leave=False, disable=None)
         with batches, inference_autocast(cfg):

@@ -48,7 +48,6 @@ class Task:
     removed: keys that config files of earlier versions have, as ``merge_config_file`` takes them.
     complete: set, in place, what follows from other keys; after every merge.
     check_start: UserError if training from scratch would leave random layers untrained.
-    before_evaluation: of a config and a model, what its evaluation wants done first.
     after_training: of a config and the class names, what the main process does with a finished training.
     without_pretrained: the config for a model whose weights a whole checkpoint replaces.
     """

@@ -7,8 +7,7 @@ from data_helpers import write_idx
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dfm_d2.classification.data.registration import HELD_OUT, register_class_sets
-from dfm_d2.classification.data.sources import read_digits
+from dfm_d2.classification.data.registration import HELD_OUT, read_digits, register_class_sets
 from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.stream import SampleStream

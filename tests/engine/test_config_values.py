@@ -73,7 +73,9 @@ BAD_CLASSIFIERS = {
     "C.SAMPLER.BLOCKS [0,0]": "name each block once",
     "C.SAMPLER.BLOCKS ['b']": "each must be a whole number.",
     "C.SHUFFLE_X0 True SOLVER.IMS_PER_BATCH 1": "SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2",
-    "UPDATE.METHOD stochastic_forward_forward SOLVER.IMS_PER_BATCH 1": "needs SOLVER.IMS_PER_BATCH of at",
+    "UPDATE.METHOD stochastic_forward_forward": "the stochastic Forward-Forward lost everywhere and is gone",
+    "C.SAMPLER.AGGREGATION probability": "this option was removed: blocks move one state",
+    "D.HEAD.HIDEN_DIM 3": "the unknown key MODEL.DFM.HEAD.HIDEN_DIM",
     "INPUT.RANDOM_SHIFT 9 INPUT.IMAGE_SIZE 9": "RANDOM_SHIFT is 9; it must be less than INPUT.IMAGE_SIZE",
     "MODEL.PIXEL_MEAN [1.0,2.0]": "it must have 1 or 3 numbers.",
 }

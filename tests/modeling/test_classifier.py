@@ -1,14 +1,16 @@
-"""Classifiers: whose gradients go where, what inference depends on, embeddings and backbones."""
+"""Classifiers: whose gradients go where, what inference depends on, backbones, Forward-Forward."""
 
 import pytest
 import torch
-from tiny_classifier import TIMM_CNN, VIT, class_inputs, classifier_cfg, make_classifier
+from tiny_classifier import TIMM_CNN, VIT, class_inputs, make_classifier, save_timm_vit
+from toy_model import moved, train_steps
 
+from dfm_d2.classification.baselines import unit_square
 from dfm_d2.classification.flow_classifier import EndpointLoss
-from dfm_d2.framework import build_model
-from dfm_d2.local_update import HandOver, check_blocks, sum_losses
+from dfm_d2.local_update import HandOver, SavedActivations, check_blocks, sum_losses
 
 COLOUR = ["MODEL.PIXEL_MEAN", "[120.0,120.0,120.0]", "MODEL.PIXEL_STD", "[60.0,60.0,60.0]"]
+LEARNED = ["MODEL.CLASSIFIER.EMBEDDING", "learned"]
 BACKBONES = {
     "cnn": ([], 8, 1),
     "vit": (VIT, 8, 1),
@@ -22,10 +24,11 @@ def stage_losses(model, inputs, iteration=7):
     return {item.blocks[0]: item.losses for item in items}
 
 
+@pytest.mark.parametrize("method", ["flow", "forward_forward"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_block_s_loss_has_gradients_in_its_own_block_only(name):
+def test_a_block_s_loss_has_gradients_in_its_own_block_only(method, name):
     opts, size, channels = BACKBONES[name]
-    model = make_classifier(*opts).train()
+    model = make_classifier(*opts, method=method).train()
     inputs = class_inputs(4, size, channels)
     check_blocks(model.blocks(), [(n, p) for n, p in model.named_parameters() if p.requires_grad])
     for index in range(model.num_blocks):
@@ -34,12 +37,9 @@ def test_a_block_s_loss_has_gradients_in_its_own_block_only(name):
         assert list(losses) == [f"block{d}" for d in range(model.num_blocks)]
         sum_losses(losses[f"block{index}"]).backward()
         for block, named in model.blocks().items():
-            touched = {n: p.grad is not None for n, p in named}
-            if block == f"block{index}":
-                # The output of a ViT's class token is not pooled, its parameters are.
-                assert all(touched.values()), [n for n, t in touched.items() if not t]
-            else:
-                assert not any(touched.values()), (block, [n for n, t in touched.items() if t])
+            # The output of a ViT's class token is not pooled, its parameters are touched.
+            expected = [n for n, _ in named] if block == f"block{index}" else []
+            assert [n for n, p in named if p.grad is not None] == expected, block
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -49,7 +49,10 @@ def test_the_blocks_in_a_row_are_the_backbone(name):
     x = images = model.normalised(class_inputs(2, size, channels))
     for index in range(model.num_blocks):
         x = model.backbone.forward_block(index, x)
-        assert model.backbone.pooled(x).shape == (2, model.backbone.channels[index])
+        pooled = model.backbone.pooled(x)
+        assert pooled.shape == (2, model.backbone.channels[index])
+        assert torch.equal(model.backbone.block_outputs(images)[index], pooled)
+    assert torch.equal(model.backbone(images), pooled)
     if name.startswith("vit"):
         torch.testing.assert_close(x, model.backbone.model.forward_features(images))
     assert list(model.blocks()) == ["shared"]
@@ -78,40 +81,40 @@ def test_a_time_power_draws_the_same_numbers_nearer_to_the_noise():
 
 
 def test_blocks_that_answer_count_from_the_last_too():
-    def probs(blocks):
-        model = make_classifier("MODEL.CLASSIFIER.SAMPLER.BLOCKS", blocks).eval()
-        return model(class_inputs(1))[0]["probs"]
-
-    assert torch.equal(probs("[-1]"), probs("[2]"))
-    assert torch.equal(probs("[-3,-1]"), probs("[0,2]"))
-    assert not torch.equal(probs("[-1]"), probs("[0]"))
+    named = ("[-1]", "[2]", "[-3,-1]", "[0,2]")
+    models = [make_classifier("MODEL.CLASSIFIER.SAMPLER.BLOCKS", blocks).eval() for blocks in named]
+    last, third, two, same_two = (model(class_inputs(1))[0]["probs"] for model in models)
+    assert torch.equal(last, third) and torch.equal(two, same_two) and not torch.equal(last, two)
 
 
-@pytest.mark.parametrize("aggregation", ["velocity", "probability"])
-def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(aggregation):
-    opts = ["MODEL.CLASSIFIER.SAMPLER.SAMPLES", "3", "MODEL.CLASSIFIER.SAMPLER.AGGREGATION", aggregation]
-    model, inputs = make_classifier(*opts).double().eval(), class_inputs(2)
+@pytest.mark.parametrize("method", ["flow", "forward_forward"])
+def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(method):
+    opts = ["MODEL.CLASSIFIER.SAMPLER.SAMPLES", "3"]
+    model, inputs = make_classifier(*opts, method=method).double().eval(), class_inputs(2)
     together = [x["probs"] for x in model(inputs)]
-    alone = [model([x])[0]["probs"] for x in inputs]
-    for a, b in zip(together, alone):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for a, x in zip(together, inputs):
+        torch.testing.assert_close(a, model([x])[0]["probs"], rtol=1e-9, atol=1e-12)
         assert abs(float(a.sum()) - 1) < 1e-10
     assert all(torch.equal(a, x["probs"]) for a, x in zip(together, model(inputs)))
-    other = make_classifier(*opts, "MODEL.CLASSIFIER.SAMPLER.SEED", "1").double().eval()
-    assert not torch.equal(other(inputs)[0]["probs"], together[0])
+    other = make_classifier(*opts, "MODEL.CLASSIFIER.SAMPLER.SEED", "1", method=method).double().eval()
+    assert torch.equal(other(inputs)[0]["probs"], together[0]) == (method == "forward_forward")
 
 
-def test_one_euler_step_answers_the_weighted_mean_endpoint():
-    opts = ["MODEL.CLASSIFIER.SAMPLER.STEPS", "1", "MODEL.CLASSIFIER.SAMPLER.WEIGHTS", "uniform"]
-    model, inputs = make_classifier(*opts).eval(), class_inputs(2)
+@pytest.mark.parametrize("weights", ["uniform", "confidence"])
+def test_one_euler_step_answers_the_weighted_mean_endpoint(weights):
+    model = make_classifier("MODEL.CLASSIFIER.SAMPLER.WEIGHTS", weights).eval()
+    inputs, temperature = class_inputs(2), model.criterion.temperature
     x_0 = model.sampler.noise(["0", "1"], model.label_space)
+    images, t = model.normalised(inputs), torch.zeros(2, 4)
     with torch.no_grad():
-        x, ends = model.normalised(inputs), []
-        for d in range(model.num_blocks):
-            x = model.backbone.forward_block(d, x)
-            ends.append(model._endpoint(d, model.backbone.pooled(x), x_0, torch.zeros(2, 4)))
-    expected = model.label_space.logits(torch.stack(ends).mean(0))
-    torch.testing.assert_close(model.logits_of(inputs), expected)
+        pooled = enumerate(model.backbone.block_outputs(images))
+        ends = torch.stack([model._endpoint(d, features, x_0, t) for d, features in pooled])
+        found = model.class_logits(images, ["0", "1"])
+    w = (model.label_space.logits(ends) / temperature).softmax(-1).amax(-1, keepdim=True)
+    w = torch.ones_like(w) if weights == "uniform" else w
+    torch.testing.assert_close(found, model.label_space.logits((w * ends).sum(0) / w.sum(0)))
+    probs = (found / temperature).softmax(-1).mean(1)
+    torch.testing.assert_close(torch.stack([x["probs"] for x in model(inputs)]), probs)
 
 
 def test_the_loss_is_the_squared_error_and_the_cross_entropy_of_the_read_out():
@@ -126,17 +129,14 @@ def test_the_loss_is_the_squared_error_and_the_cross_entropy_of_the_read_out():
 
 def test_shuffled_noise_has_the_velocity_of_another_image():
     """The target x_t + (1 - t)(x_1 - x_0') is x_1 only where x_0' = x_0."""
-    plain, control = (make_classifier("MODEL.CLASSIFIER.SHUFFLE_X0", str(s)).train() for s in (False, True))
-    inputs = class_inputs(4)
-    a, b = (stage_losses(m, inputs)["block0"]["loss_flow/block0"] for m in (plain, control))
-    assert b > a
-    one = class_inputs(1)  # alone, the other image is itself
-    a, b = (stage_losses(m, one)["block0"]["loss_flow/block0"] for m in (plain, control))
-    torch.testing.assert_close(a, b)
+    models = [make_classifier("MODEL.CLASSIFIER.SHUFFLE_X0", str(s)).train() for s in (False, True)]
+    for number in (4, 1):  # alone, the other image is itself
+        a, b = (stage_losses(m, class_inputs(number))["block0"]["loss_flow/block0"] for m in models)
+        assert b > a if number > 1 else torch.allclose(a, b)
 
 
 def test_learned_embeddings_learn_by_the_read_out_term_alone():
-    model = make_classifier("MODEL.CLASSIFIER.EMBEDDING", "learned").train()
+    model = make_classifier(*LEARNED).train()
     losses = stage_losses(model, class_inputs())
     assert [n for n, _ in model.blocks()["shared"]] == ["label_space.weight"]
     losses["block1"]["loss_flow/block1"].backward(retain_graph=True)
@@ -145,31 +145,20 @@ def test_learned_embeddings_learn_by_the_read_out_term_alone():
     assert model.label_space.weight.grad.norm() > 0
 
 
-def test_the_temperature_is_that_of_greatest_likelihood():
-    model = make_classifier()
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(4000, 1, 3, generator=generator)
-    labels = torch.multinomial((logits[:, 0] / 2.5).softmax(-1), 1, generator=generator)[:, 0]
-    assert model.fit_temperature(logits, labels) == pytest.approx(2.5, rel=0.1)
-    assert "temperature" in model.state_dict()
-
-
 WRONG = {
     "blocks": (["MODEL.CLASSIFIER.BLOCKS", "9"], "BLOCKS is 9, but the backbone has 3 stages"),
     "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm"),
     "option form": ([*VIT[:-1], '["depth"]'], "OPTIONS has 'depth': write name=value"),
     "option": ([*VIT[:-1], '["depht=2"]'], "timm cannot build vit_tiny_patch16_224"),
     "no stages": ([*TIMM_CNN[:3], "test_efficientnet"], "has no row of stages"),
-    "channels last": (
-        [*TIMM_CNN[:3], "swin_tiny_patch4_window7_224"],
-        "has no row of stages with maps",
-    ),
+    "channels last": ([*TIMM_CNN[:3], "swin_tiny_patch4_window7_224"], "has no row of stages with maps"),
     "option's value": ([*VIT[:-1], '["img_size=["]'], "has 'img_size=\\['"),
     "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
     "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "EMBED_DIM is 2, but 3 orthonormal classes need"),
-    "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[4]"], "names \\[4\\], there are 3 blocks"),
+    "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[3]"], "names \\[3\\], there are 3 blocks"),
     "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),
     "sampler block twice": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[0,-3]"], "names a block of 3 twice"),
+    "classes": (["MODEL.DFM.NUM_CLASSES", "0"], "NUM_CLASSES must be at least 2"),
 }
 
 
@@ -177,10 +166,12 @@ WRONG = {
 def test_what_cannot_be_built_is_one_sentence(name):
     opts, said = WRONG[name]
     with pytest.raises(ValueError, match=said):
-        make_classifier(*opts).eval()(class_inputs(1))
+        make_classifier(*opts)
 
 
 def test_inputs_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="wants 8 x 8: set INPUT.IMAGE_SIZE 8, or img_size=16"):
+        make_classifier(*VIT).prepare(class_inputs(2, 16), 0)
     model, inputs = make_classifier(), class_inputs(2)
     with pytest.raises(RuntimeError, match="train through dfm_d2.engine"):
         model.train()(inputs)
@@ -193,54 +184,89 @@ def test_inputs_that_do_not_fit_are_named():
         model.eval()(class_inputs(1, channels=3))
 
 
-@pytest.mark.parametrize("what", ["another model", "fewer layers", "empty", "damaged"])
-def test_weights_of_timm_that_would_leave_layers_random_are_refused(tmp_path, what):
-    import timm
-
-    path = tmp_path / "weights.pth"
-    if what == "another model":
-        torch.save(timm.create_model("test_convnext2", num_classes=3).state_dict(), path)
-    elif what == "fewer layers":
-        shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-        torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape).state_dict(), path)
-    else:
-        path.write_bytes(b"" if what == "empty" else b"junk" * 100)
-    found = {
-        "another model": "weights.pth has no cls_token, and",
-        "fewer layers": "weights.pth has no blocks.2.norm1.weight",
-    }
-    with pytest.raises(ValueError, match=found.get(what, "weights.pth is no state dict of timm")):
-        make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(path))
-
-
-def test_images_that_a_vit_does_not_take_are_a_sentence():
-    model = make_classifier(*VIT)
-    with pytest.raises(ValueError, match="wants 8 x 8: set INPUT.IMAGE_SIZE 8, or img_size=16"):
-        model.prepare(class_inputs(2, 16), 0)
-
-
-def test_pretrained_weights_of_timm_are_loaded_from_a_file(tmp_path):
-    import timm
-
+def test_pretrained_weights_of_timm_are_loaded_from_a_file_that_has_all(tmp_path):
+    """Those that would leave layers random are refused."""
     torch.manual_seed(3)
-    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "in_chans": 1}
-    trained = timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape)
-    torch.save(trained.state_dict(), tmp_path / "vit.pth")
-    model = make_classifier(*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(tmp_path / "vit.pth")).eval()
-    x = model.normalised(class_inputs(2))
+    path = tmp_path / "vit.pth"
+    trained, weights = save_timm_vit(path), ["MODEL.CLASSIFIER.TIMM.WEIGHTS", str(path)]
+    model = make_classifier(*VIT, *weights).eval()
+    x = images = model.normalised(class_inputs(2))
     for index in range(model.num_blocks):
-        last = x = model.backbone.forward_block(index, x)
-    expected = trained.eval().forward_features(model.normalised(class_inputs(2)))
-    torch.testing.assert_close(last, expected)
+        x = model.backbone.forward_block(index, x)
+    torch.testing.assert_close(x, trained.eval().forward_features(images))
+    writes = {
+        "vit.pth has no cls_token, and": lambda: torch.save({"stem.weight": torch.ones(3)}, path),
+        "vit.pth has no blocks.2.norm1.weight": lambda: save_timm_vit(path, depth=2),
+        "vit.pth is no state dict of timm .*EOFError": lambda: path.write_bytes(b""),
+        "vit.pth is no state dict of timm": lambda: path.write_bytes(b"junk" * 100),
+    }
+    for said, write in writes.items():
+        write()
+        with pytest.raises(ValueError, match=said):
+            make_classifier(*VIT, *weights)
 
 
-def test_the_config_is_refused_without_classes():
-    cfg = classifier_cfg("MODEL.DFM.NUM_CLASSES", "0")
-    with pytest.raises(ValueError, match="NUM_CLASSES must be at least 2"):
-        build_model(cfg)
+def test_goodness_is_compared_with_the_threshold():
+    model = make_classifier("MODEL.CLASSIFIER.FF.SHARPNESS", "2.0", method="forward_forward")
+    found = model._losses(0, torch.tensor([1.5, 0.5, 1.0, 2.0]))
+    own, wrong = torch.tensor([0.5, -0.5]) * 2, torch.tensor([0.0, 1.0]) * 2
+    expected = -(own.sigmoid().log().mean() + (1 - wrong.sigmoid()).log().mean())
+    torch.testing.assert_close(found["loss_goodness/block0"], expected)
+    assert float(found["right/block0"]) == 0.5
 
 
-@pytest.mark.parametrize(("named", "said"), [("[3]", "there are 3 blocks"), ("[0,-3]", "twice")])
-def test_blocks_that_answer_are_there_and_named_once(named, said):
-    with pytest.raises(ValueError, match=said):
-        make_classifier("MODEL.CLASSIFIER.SAMPLER.BLOCKS", named)
+def test_labels_are_seen_in_the_image_and_the_negative_one_is_wrong():
+    model, inputs = make_classifier(method="forward_forward"), class_inputs(6)
+    images = model.normalised(inputs)
+    waves = torch.stack([model.labelled(images[:1], torch.tensor([k]))[0] - images[0] for k in range(3)])
+    assert float((torch.corrcoef(waves.flatten(1)) - torch.eye(3)).abs().max()) < 0.5
+    pair, labels, _ = model.prepare(inputs, 0)
+    torch.testing.assert_close(pair[:6], model.labelled(images, labels))
+    for index, item in enumerate(inputs):
+        drawn = [k for k in range(3) if torch.allclose(pair[6 + index], images[index] + waves[k], atol=1e-5)]
+        assert len(drawn) == 1 and drawn != [item["label"]]
+    assert torch.equal(model.prepare(inputs[2:3], 0).images[1], pair[8])
+
+
+def test_the_first_block_does_not_vote_and_none_hands_on_its_goodness():
+    """Hinton leaves the first layer out: the label in the image alone decides about it."""
+    x = torch.rand(3, 4, 5, 5) * torch.tensor([1.0, 10.0, 100.0]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(unit_square(x).square().flatten(1).mean(1), torch.ones(3))
+    model = make_classifier(method="forward_forward").eval()
+    images = model.normalised(class_inputs(2))
+    found = model.class_logits(images, ["0", "1"])
+    with torch.no_grad():
+        goodness = list(model._goodness(model.labelled(images, torch.tensor([1, 1]))))
+    torch.testing.assert_close(found[:, 0, 1], model.sharpness * (goodness[1] + goodness[2]))
+
+
+@pytest.mark.parametrize("update", ["sequential", "in backward", "parallel"])
+@pytest.mark.parametrize("opts", [[], VIT, LEARNED, ["UPDATE.METHOD", "forward_forward"]])
+def test_the_update_modes_agree_in_float64_after_adamw_steps(opts, update):
+    models = [make_classifier(*opts).double().train() for _ in range(2)]
+    _, joint = train_steps(models[0], "joint", class_inputs(), steps=3)
+    _, local = train_steps(models[1], update, class_inputs(), steps=3)
+    assert joint.keys() == local.keys()
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_sequential_holds_the_activations_of_one_block_at_a_time():
+    """Of equal blocks, the peak with four is that with two; with one backward it is about twice as much."""
+
+    def peak(update: str, depth: int) -> int:
+        options = f'["img_size=16","patch_size=4","embed_dim=32","depth={depth}","num_heads=2"]'
+        model = make_classifier(*VIT[:2], "MODEL.CLASSIFIER.TIMM.OPTIONS", options).train()
+        with SavedActivations(exclude=model.parameters()) as saved:
+            train_steps(model, update, class_inputs(8, size=16))
+        return saved.peak
+
+    assert peak("sequential", 4) < 1.05 * peak("sequential", 2)
+    assert peak("joint", 4) > 1.7 * peak("joint", 2)
+
+
+def test_backprop_trains_everything_jointly():
+    model = make_classifier(method="backprop").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, metrics = train_steps(model, "joint", class_inputs(), steps=3)
+    assert {"loss_readout/head", "right/head", "grad_norm/shared"} == metrics.keys()
+    assert dict(model.named_parameters()).keys() <= moved(model, before)

@@ -1,33 +1,50 @@
-"""ForwardForwardClassifier: Hinton's Forward-Forward (arXiv 2212.13345), a baseline without flow.
+"""The baselines, on the same backbones: backprop, and Hinton's Forward-Forward (arXiv 2212.13345).
 
-A block learns to answer images with their own label strongly and those with a wrong one weakly. Labels are
-drawn over the whole image as waves (arXiv 2312.14924), which convolutions see everywhere.
+A block of Forward-Forward learns to answer images with their own label strongly and those with a wrong one
+weakly. Labels are drawn over the whole image as waves (arXiv 2312.14924), which convolutions see everywhere.
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, softplus
 
-from dfm_d2.classification.backbone import build_split_backbone
-from dfm_d2.classification.base import Classifier, block_name, classifier_arguments
+from dfm_d2.classification.base import Classifier, PreparedImages, block_name
 from dfm_d2.flow import at_least_float32, keyed_uniform
 from dfm_d2.flow.noise import STREAM_NEGATIVE
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
-from dfm_d2.local_update import BlockLosses, HandOver
+from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
 
-# Of the waves, in pixels, in turns.
-_WAVELENGTHS = (3.0, 6.0)
+_WAVELENGTHS = (3.0, 6.0)  # of the labels, in pixels, in turns
 
 
-class PreparedPair(NamedTuple):
-    """images: `(2 B, C, H, W)`, with their labels and then with wrong ones."""
+@META_ARCH_REGISTRY.register()
+class BackpropClassifier(Classifier):
+    """Cross-entropy of a linear layer on the pooled output of the last block, one backward through all."""
 
-    images: Tensor
+    is_local = False
+
+    @configurable
+    def __init__(self, **common):
+        super().__init__(temperature=1.0, **common)
+        self.head = nn.Linear(self.backbone.channels[-1], self.num_classes)
+
+    def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """One block, "shared": gradients pass through everything."""
+        return {SHARED_BLOCK: [(name, p) for name, p in self.named_parameters() if p.requires_grad]}
+
+    def block_losses(self, prepared: PreparedImages, hand_over: HandOver) -> Iterator[BlockLosses]:
+        """One item, of everything."""
+        logits = at_least_float32(self.head(self.backbone(prepared.images)))
+        right = (logits.detach().argmax(-1) == prepared.labels).to(logits.dtype).mean()
+        losses = {"loss_readout/head": cross_entropy(logits, prepared.labels), "right/head": right}
+        yield BlockLosses((SHARED_BLOCK,), losses)
+
+    def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
+        return self.head(self.backbone(images))[:, None]
 
 
 @META_ARCH_REGISTRY.register()
@@ -45,38 +62,30 @@ class ForwardForwardClassifier(Classifier):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
-        ff = cfg.MODEL.CLASSIFIER.FF
-        return classifier_arguments(cfg, build_split_backbone(cfg)) | {
-            "threshold": ff.THRESHOLD,
-            "sharpness": ff.SHARPNESS,
-            "label_scale": ff.LABEL_SCALE,
-        }
-
-    def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters of each block, "block0", ..."""
-        return self.backbone_blocks()
+        options = {name.lower(): value for name, value in cfg.MODEL.CLASSIFIER.FF.items()}
+        return super().from_config(cfg) | options
 
     @torch.no_grad()
-    def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedPair:
-        """Images with their own and with a wrong label, drawn by (seed, iteration, image id)."""
+    def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> PreparedImages:
+        """Images `(2 B, C, H, W)`, with their own and then with a wrong label, drawn by the keys."""
         images, labels, keys = super().prepare(batched_inputs, iteration)
         drawn = keyed_uniform(keys, 1, STREAM_NEGATIVE, self.device)[:, 0]
         wrong = (labels + 1 + (drawn * (self.num_classes - 1)).long()) % self.num_classes
-        return PreparedPair(torch.cat([self.labelled(images, labels), self.labelled(images, wrong)]))
+        pair = torch.cat([self.labelled(images, labels), self.labelled(images, wrong)])
+        return PreparedImages(pair, labels, keys)
 
     def labelled(self, images: Tensor, labels: Tensor) -> Tensor:
         """Normalised images `(B, C, H, W)` with the waves of labels `(B,)` added."""
-        height, width = images.shape[-2:]
-        down = torch.arange(height, device=images.device, dtype=images.dtype)[:, None]
-        right = torch.arange(width, device=images.device, dtype=images.dtype)
+        like = {"device": images.device, "dtype": images.dtype}
+        down, right = (torch.arange(side, **like) for side in images.shape[-2:])
         angles = math.pi * labels.to(images.dtype) / self.num_classes
-        lengths = torch.tensor(_WAVELENGTHS, device=images.device, dtype=images.dtype)
+        lengths = torch.tensor(_WAVELENGTHS, **like)
         frequency = 2 * math.pi / lengths[labels % len(_WAVELENGTHS)]
-        across = angles.cos()[:, None, None] * right + angles.sin()[:, None, None] * down
+        across = angles.cos()[:, None, None] * right + angles.sin()[:, None, None] * down[:, None]
         waves = math.sqrt(2) * torch.sin(frequency[:, None, None] * across)
         return images + self.label_scale * waves[:, None]
 
-    def block_losses(self, prepared: PreparedPair, hand_over: HandOver) -> Iterator[BlockLosses]:
+    def block_losses(self, prepared: PreparedImages, hand_over: HandOver) -> Iterator[BlockLosses]:
         """Block after block, each on the detached output of the one before."""
         for index, goodness in enumerate(self._goodness(prepared.images)):
             yield BlockLosses((block_name(index),), self._losses(index, goodness))
