@@ -64,7 +64,6 @@ class Task:
     removed: Mapping[str, tuple[Any, str]]
     complete: Callable[[Config], None] = _nothing
     check_start: Callable[[Config], None] = _nothing
-    before_evaluation: "Callable[[Config, nn.Module], None]" = _nothing
     after_training: Callable[[Config, Sequence[str]], None] = _nothing
     without_pretrained: Callable[[Config], Config] = _unchanged
 

@@ -29,8 +29,6 @@ STREAM_PERMUTATION = 3
 STREAM_POLICY = 5
 STREAM_STAGE_TIME = 7
 STREAM_NEGATIVE = 8
-# That of block d of a stochastic classifier is this + d.
-STREAM_COPIES = 64
 
 
 def stream_key(*parts: int | str) -> int:
