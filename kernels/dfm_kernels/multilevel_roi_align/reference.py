@@ -97,7 +97,7 @@ def multilevel_roi_align(
     scales: Sequence[float],
     output_size: int,
     sampling_ratio: int,
-    canonical_size: float,
+    canonical_size: float = 224.0,
 ) -> Tensor:
     """The specification of the op, which says what the arguments are."""
     num_images, num_proposals = boxes_xyxy.shape[:2]
