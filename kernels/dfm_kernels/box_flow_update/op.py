@@ -49,7 +49,6 @@ def box_flow_update(x_t, answers, class_logits, t, t_next, image_sizes, **option
         )
     if not use_triton("box_flow_update", x_t, _unsupported(x_t, class_logits)):
         return reference.box_flow_update(x_t, answers, class_logits, t, t_next, image_sizes, **options)
-    # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.box_flow_update.triton import box_flow_update as on_triton
 
     tensors = [x_t, answers, class_logits, expand_t(t, x_t), expand_t(t_next, x_t), image_sizes]

@@ -65,7 +65,6 @@ def dynamic_interaction(roi, weight_in, weight_out, norm_in, norm_out) -> Tensor
         raise ValueError(f"norms of {sets} predictors and H = {hidden} do not divide M = {num_queries}")
     if not use_triton("dynamic_interaction", roi, _unsupported(roi, weight_in, weight_out)):
         return reference.dynamic_interaction(roi, weight_in, weight_out, norm_in, norm_out)
-    # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.dynamic_interaction.triton import dynamic_interaction as on_triton
 
     tensors = [roi, weight_in, weight_out, *(x.reshape(sets, -1) for x in (*norm_in, *norm_out))]

@@ -49,7 +49,6 @@ def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, 
             f"{tuple(target_x_1.shape)} and target_classes {tuple(target_classes.shape)} must be "
             "(B, N, K), (B, N, 4) twice and (B, N)"
         )
-    # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.flow_loss.triton import flow_loss as on_triton
 
     tensors = [class_logits, x_1_hat, target_classes, target_x_1, expand_t(t, x_1_hat), normalizer]

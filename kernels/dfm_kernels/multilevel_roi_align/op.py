@@ -54,7 +54,6 @@ def multilevel_roi_align(
     if not use_triton("multilevel_roi_align", boxes_xyxy, _unsupported(features, boxes_xyxy, scales)):
         options = scales, output_size, sampling_ratio, canonical_size
         return reference.multilevel_roi_align(features, boxes_xyxy, *options)
-    # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.multilevel_roi_align.triton import multilevel_roi_align as on_triton
 
     numbers = [scales[0], canonical_size]

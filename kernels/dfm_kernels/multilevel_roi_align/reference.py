@@ -27,13 +27,9 @@ def size_tensor(
     """
     if not torch.jit.is_tracing():
         return torch.tensor(sizes, device=device, dtype=dtype)
-    rows = [
-        torch.stack([torch.as_tensor(s) for s in row])
-        if isinstance(row, (tuple, list, torch.Size))
-        else torch.as_tensor(row)
-        for row in sizes
-    ]
-    return torch.stack(rows).to(device=device, dtype=dtype)
+    if isinstance(sizes, (tuple, list)):
+        return torch.stack([size_tensor(size, device, dtype) for size in sizes])
+    return torch.as_tensor(sizes, device=device, dtype=dtype)
 
 
 def assign_levels(

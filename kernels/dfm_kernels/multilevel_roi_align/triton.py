@@ -139,10 +139,7 @@ def _empty_pooled(features: list[Tensor], boxes_xyxy: Tensor, output_size: int) 
 def multilevel_roi_align(
     features: list[Tensor], boxes_xyxy: Tensor, output_size: int, sampling_ratio: int, numbers: list[float]
 ) -> Tensor:
-    """`(M, P, P, C)` in the features' dtype; boxes float32.
-
-    numbers: scale of the finest level, and the canonical size.
-    """
+    """`(M, P, P, C)` in the features' dtype; boxes float32; numbers: the finest scale, the canonical size."""
     # Pixels of one channel after another would make every load of a warp its own transaction.
     levels = [f.contiguous(memory_format=torch.channels_last) for f in features]
     pooled = _empty_pooled(features, boxes_xyxy, output_size)
