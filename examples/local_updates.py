@@ -30,7 +30,7 @@ class DeepNet(nn.Module):
     def blocks(self):
         blocks = {f"layer{d}": [] for d in range(len(self.layers))}
         for name, parameter in self.named_parameters():
-            number = name.split(".")[1] if not name.startswith("first") else "0"
+            number = "0" if name.startswith("first") else name.split(".")[1]
             blocks[f"layer{number}"].append((name, parameter))
         return blocks
 
@@ -47,9 +47,7 @@ class DeepNet(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
@@ -65,16 +63,14 @@ def main() -> None:
                 batch = [train[i] for i in torch.randint(len(train), (64,)).tolist()]
                 metrics = update.step(model, model.prepare(batch, step), optimizer)
         with torch.no_grad():
-            x, labels = model.prepare(test, 0)
-            x = model.first(x)
+            images, labels = model.prepare(test, 0)
+            x = model.first(images)
             for layer in model.layers:
                 x = x + layer(x)
-            right = (model.readouts[-1](x).argmax(1) == labels).float().mean()
-        loss = float(metrics[f"loss/layer{args.depth - 1}"])
-        print(
-            f"{name:15s} last loss {loss:.3f}  test accuracy {100 * right:.1f}%  "
-            f"activations kept for a backward, at most: {saved.peak / 2**20:.2f} MiB"
-        )
+            right = 100 * (model.readouts[-1](x).argmax(1) == labels).float().mean()
+        loss, peak = float(metrics[f"loss/layer{args.depth - 1}"]), saved.peak / 2**20
+        print(f"{name:15s} last loss {loss:.3f}  test accuracy {right:.1f}%  ", end="")
+        print(f"activations kept for a backward, at most: {peak:.2f} MiB")
 
 
 if __name__ == "__main__":

@@ -26,55 +26,38 @@ def load_onnx(path):
     return lambda inputs: session.run(None, inputs), about
 
 
-def load_pt2(path):
+def load_with_torch(path):
     import torch
-    import torchvision  # noqa: F401  (registers torchvision::nms, which the graph calls)
+    import torchvision  # noqa: F401  (registers torchvision::nms, which the graphs call)
 
     extra = {ABOUT: ""}
-    module = torch.export.load(path, extra_files=extra).module()
-    return on_tensors(lambda inputs: module(**inputs)), extra[ABOUT]
+    if path.endswith(".ts"):
+        module = torch.jit.load(path, _extra_files=extra)
+    elif path.endswith(".aoti.pt2"):
+        from torch._inductor import aoti_load_package
 
+        module = aoti_load_package(path)
+        extra = module.get_metadata()
+    else:
+        module = torch.export.load(path, extra_files=extra).module()
 
-def load_aoti(path):
-    import torch._inductor
-    import torchvision  # noqa: F401
-
-    package = torch._inductor.aoti_load_package(path)
-    return on_tensors(lambda inputs: package(**inputs)), package.get_metadata()[ABOUT]
-
-
-def load_torchscript(path):
-    import torch
-    import torchvision  # noqa: F401
-
-    extra = {ABOUT: ""}
-    module = torch.jit.load(path, _extra_files=extra)
-
-    def run(inputs):  # one image at a time: a trace has batch 1
-        found = []
-        for i, (height, width) in enumerate(inputs["image_sizes"].int().tolist()):
-            noise = [inputs["x_0"][i]] if "x_0" in inputs else []
+    def one_by_one(images, image_sizes, x_0=None):  # a trace has batch 1
+        for i, (height, width) in enumerate(image_sizes.int().tolist()):
+            noise = [] if x_0 is None else [x_0[i]]
             # The fields of Detectron2's Instances in the order of their names, and the size of the image.
-            boxes, classes, scores, _ = module(inputs["images"][i, :, :height, :width], *noise)
-            found.append((boxes, scores, classes, torch.tensor(len(scores))))
-        return zip(*found)
-
-    return on_tensors(run), extra[ABOUT]
-
-
-LOADERS = {".aoti.pt2": load_aoti, ".pt2": load_pt2, ".onnx": load_onnx, ".ts": load_torchscript}
-
-
-def on_tensors(run):
-    """Numpy arrays in and out, for a function of tensors."""
-    import torch
+            boxes, classes, scores, _ = module(images[i, :, :height, :width], *noise)
+            yield boxes, scores, classes, torch.tensor(len(scores))
 
     @torch.no_grad()
-    def on_arrays(inputs):
-        found = run({name: torch.from_numpy(value) for name, value in inputs.items()})
+    def run(inputs):
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        found = zip(*one_by_one(**tensors)) if path.endswith(".ts") else module(**tensors)
         return [[row.numpy() for row in rows] for rows in found]
 
-    return on_arrays
+    return run, extra[ABOUT]
+
+
+LOADERS = {".onnx": load_onnx, ".pt2": load_with_torch, ".ts": load_with_torch}
 
 
 def read(path, about):

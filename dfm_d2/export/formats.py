@@ -53,7 +53,7 @@ def export_model(
     if format == "onnx" and missing:
         raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'dfm_d2[export]'")
     if format == "aoti":
-        require_compiler()
+        _require_compiler()
     path = Path(folder) / FORMATS[format]
     extra = {ABOUT: json.dumps(about)}
     with recording():
@@ -97,29 +97,17 @@ def _onnx_file(program: ExportedProgram, output_names: Sequence[str], extra: Map
     table = torch.export.default_decompositions()
     for op in (torch.ops.aten._embedding_bag.default, torch.ops.aten._embedding_bag_forward_only.default):
         table[op] = _embedding_bag
-    written = torch.onnx.export(
-        program.run_decompositions(table),
-        dynamo=True,
-        verbose=False,
-        opset_version=_OPSET,
-        output_names=list(output_names),
-    )
-    proto = written.model_proto
+    program, options = program.run_decompositions(table), {"dynamo": True, "verbose": False}
+    proto = torch.onnx.export(
+        program, opset_version=_OPSET, output_names=list(output_names), **options
+    ).model_proto
     onnx.helper.set_model_props(proto, extra)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
 
 
 def _embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    scale_grad_by_freq: bool = False,
-    mode: int = 0,
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int = -1,
+    weight, indices, offsets, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=None, *others
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bags that are all of one size, as those of the reference's RoIAlign: weighted sums.
 
@@ -140,14 +128,13 @@ def _embedding_bag(
     return total, unused, unused, unused
 
 
-def require_compiler() -> str:
-    """The C++ compiler that AOTInductor would call. Raises UserError where there is none."""
+def _require_compiler() -> None:
     # Private, but this is the search that the compilation makes, environment variables included.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        return get_cpp_compiler()
+        get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise UserError(
             "AOTInductor needs a C++ compiler and found none: install g++, set the environment variable CXX "

@@ -1,48 +1,43 @@
 """Compiling the kernels without a GPU: registers, spills and shared memory of what ships."""
 
-import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
 import triton.backends.nvidia.compiler as nvidia
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfm_kernels.box_flow_update import triton as box_flow_update
-from dfm_kernels.dynamic_interaction import triton as dynamic_interaction
-from dfm_kernels.flow_loss import triton as flow_loss
+from dfm_kernels.box_flow_update.triton import box_flow_update
+from dfm_kernels.dynamic_interaction.triton import dynamic_interaction
 from dfm_kernels.flow_loss.reference import KINDS
-from dfm_kernels.multilevel_roi_align import triton as multilevel_roi_align
+from dfm_kernels.flow_loss.triton import flow_loss
+from dfm_kernels.multilevel_roi_align.triton import multilevel_roi_align
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Parameters by the ends of their names; the rest are float32 numbers.
-_TYPES = {"_ptr": "*fp32", "_stride": "i32"}
-# Pointers to the dtype of a configuration: raw answers, logits, features, grids, the matrices of queries.
-_VALUE_POINTERS = {
-    *("answer_ptr", "logit_ptr", "pooled_ptr", *(f"level{i}_ptr" for i in range(5))),
-    *("roi_ptr", "weight_in_ptr", "weight_out_ptr", "mixed_ptr", "d_mixed_ptr"),
-    *("d_roi_ptr", "d_weight_in_ptr", "d_weight_out_ptr"),
-}
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", int: "i32", float: "fp32"}
 
 
 class Configuration(NamedTuple):
-    """One kernel as it is launched. name: for people. values: dtype of what _VALUE_POINTERS name."""
+    """One kernel as an op launches it. name: for people."""
 
     name: str
     kernel: triton.JITFunction
+    signature: dict
     constants: dict
-    values: str = "fp32"
-    options: dict = {}
+    options: dict
 
 
 class Compiled(NamedTuple):
@@ -56,57 +51,69 @@ class Compiled(NamedTuple):
 
 
 def configurations() -> Iterator[Configuration]:
-    """VOC, COCO and LVIS classes, every variant of every kernel, float32 and bfloat16 answers."""
-    both = ("fp32", "bf16")
-    variants = itertools.product((20, 80, 1203), ("uniform", "confidence"), both)
-    for num_classes, aggregation, values in variants:
-        yield Configuration(
-            f"box_flow_update K={num_classes} {aggregation} {values}",
-            box_flow_update._box_flow_update_fwd_kernel,
-            box_flow_update.constants(num_classes, aggregation),
-            values,
+    """VOC, COCO and LVIS classes, every variant of every kernel, float32 and bfloat16 answers.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET).
+    """
+    boxes, t, both = torch.zeros(1, 1, 4), torch.zeros(1), (torch.float32, torch.bfloat16)
+    for num_classes, aggregation, dtype in product((20, 80, 1203), ("uniform", "confidence"), both):
+        answers = [torch.zeros(2, 1, 1, size, dtype=dtype) for size in (4, num_classes)]
+        tensors = [boxes, *answers, t, t, torch.zeros(1, 2)]
+        name = f"box_flow_update K={num_classes} {aggregation} {_TYPES[dtype]}"
+        yield from _launched([name], box_flow_update, tensors, [1.0] * 5, aggregation == "confidence")
+    # Beyond K = 80 the tile is the same.
+    for num_classes, kind, gradients, dtype in product((20, 80), KINDS, ("without", "with"), both):
+        logits, classes = torch.zeros(1, 1, num_classes, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64)
+        tensors, options = (
+            [logits, boxes, classes, boxes, t, t],
+            (kind == "quality_focal", gradients == "with"),
         )
-    variants = itertools.product((20, 80), KINDS, (False, True), both)  # beyond K = 80 the tile is the same
-    for num_classes, kind, gradients, values in variants:
-        yield Configuration(
-            f"flow_loss K={num_classes} {kind} {'with' if gradients else 'without'} gradients {values}",
-            flow_loss._flow_loss_kernel,
-            flow_loss.constants(num_classes, kind, gradients),
-            values,
-        )
-    # Four levels, fixed and adaptive samples; the backward is in float32 only.
-    for channels, cells, samples in ((128, 5, 1), (256, 7, 2), (256, 7, 0)):
-        for direction, values in (("forward", "fp32"), ("forward", "bf16"), ("backward", "fp32")):
-            yield Configuration(
-                f"multilevel_roi_align C={channels} P={cells} S={samples} {direction} {values}",
-                multilevel_roi_align._roi_align_kernel,
-                multilevel_roi_align.constants(4, channels, cells, samples)
-                | {"BACKWARD": direction == "backward"},
-                values,
-            )
+        name = f"flow_loss K={num_classes} {kind} {gradients} gradients {_TYPES[dtype]}"
+        yield from _launched([name], flow_loss, tensors, [1.0] * 4, *options)
+    # Four levels, fixed and adaptive samples.
+    for (channels, cells, samples), dtype in product(((128, 5, 1), (256, 7, 2), (256, 7, 0)), both):
+        name = f"multilevel_roi_align C={channels} P={cells} S={samples} {_TYPES[dtype]}"
+        names = [f"{name} forward", f"{name} backward"]
+        features = [torch.zeros(1, channels, 8, 8, dtype=dtype, requires_grad=True) for _ in range(4)]
+        yield from _launched(names, multilevel_roi_align, features, boxes, cells, samples, [0.25, 224.0])
     # Small and full heads; float32 is multiplied as TF32.
-    for shape in ((25, 128, 32), (49, 256, 64)):
-        for values, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            name = "dynamic_interaction P^2={} C={} H={}".format(*shape)
-            for title, variant in _interaction_variants(shape, dtype).items():
-                yield Configuration(f"{name} {title} {values}", *variant[:2], values, variant[2])
+    for (cells, channels, hidden), dtype in product(((25, 128, 32), (49, 256, 64)), both):
+        name = f"dynamic_interaction P^2={cells} C={channels} H={hidden} {_TYPES[dtype]}"
+        shapes = ((1, cells, channels), (1, channels, hidden), (1, hidden, channels))
+        tensors = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+        tensors += [torch.zeros(1, size) for size in (hidden, hidden, channels, channels)]
+        yield from _launched([f"{name} forward"], dynamic_interaction, tensors, False)
+        names = [f"{name} {title}" for title in ("forward and statistics", "backward out", "backward in")]
+        tensors[0].requires_grad_()
+        yield from _launched(names, dynamic_interaction, tensors, True)
 
 
-def _interaction_variants(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, tuple]:
-    """{title: (kernel, constants, options)}"""
-    op = dynamic_interaction
-    outer, inner = op.backward_constants(shape, dtype)
-    found = {
-        f"forward{' and statistics' * statistics}": (
-            op._dynamic_interaction_fwd_kernel,
-            op.forward_constants(shape, statistics),
-            op.FORWARD,
-        )
-        for statistics in (False, True)
-    }
-    found["backward out"] = (op._dynamic_interaction_bwd_out_kernel, outer, op.BACKWARD)
-    found["backward in"] = (op._dynamic_interaction_bwd_in_kernel, inner, op.BACKWARD)
-    return found
+def _launched(names: Sequence[str], op: Callable, *arguments) -> list[Configuration]:
+    """What an op and, where it has one, its backward launch, one of `names` each; nothing is computed."""
+    found = []
+
+    def record(kernel, *values, grid, warmup, **keywords):
+        constants = {key: value for key, value in keywords.items() if key in kernel.arg_names}
+        signature = dict(zip(kernel.arg_names, map(_type_of, values)))
+        options = {key: value for key, value in keywords.items() if key not in constants}
+        found.append((kernel, signature | dict.fromkeys(constants, "constexpr"), constants, options))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        answer = op(*arguments)
+        first = answer if isinstance(answer, Tensor) else answer[0]
+        if first.requires_grad:
+            first.sum().backward()
+    if len(found) != len(names):
+        raise RuntimeError(f"{names} launch {len(found)} kernels: unset TRITON_INTERPRET to compile them")
+    return [Configuration(name, *launch) for name, launch in zip(names, found)]
+
+
+def _type_of(value: object) -> str | tuple:
+    """Of an argument of a kernel, as Triton names it."""
+    if isinstance(value, tuple):
+        return tuple(map(_type_of, value))
+    return f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else _TYPES[type(value)]
 
 
 def missing_targets() -> dict[str, str]:
@@ -125,32 +132,18 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
     """Compile one configuration for one of TARGETS.
 
     Raises:
-        RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET), or the assembler fails.
+        RuntimeError: the assembler fails.
     """
-    if not isinstance(configuration.kernel, triton.JITFunction):
-        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET to compile them")
-    signature = {name: _type_of(name, configuration) for name in configuration.kernel.arg_names}
-    source = ASTSource(configuration.kernel, signature, configuration.constants)
-    kernel = triton.compile(source, target=TARGETS[target], options=configuration.options)
+    name, function, signature, constants, options = configuration
+    source = ASTSource(function, signature, constants)
+    kernel = triton.compile(source, target=TARGETS[target], options=options)
     if "ptx" in kernel.asm:
         registers, spills = _assemble(kernel.asm["ptx"], target)
     else:
         code = kernel.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])
-    return Compiled(configuration.name, target, registers, spills, kernel.metadata.shared)
-
-
-def _type_of(name: str, configuration: Configuration) -> str:
-    if name in configuration.constants:
-        return "constexpr"
-    if name in _VALUE_POINTERS:
-        return f"*{configuration.values}"
-    if name == "class_ptr":
-        return "*i64"
-    if name.startswith("num_"):
-        return "i32"
-    return next((kind for end, kind in _TYPES.items() if name.endswith(end)), "fp32")
+    return Compiled(name, target, registers, spills, kernel.metadata.shared)
 
 
 def _assemble(ptx: str, target: str) -> tuple[int, int]:
@@ -162,11 +155,8 @@ def _assemble(ptx: str, target: str) -> tuple[int, int]:
     name = "sm_90a" if target == "sm_90" else target
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "kernel.ptx").write_text(ptx)
-        done = subprocess.run(
-            [assembler, "-v", f"--gpu-name={name}", f"{work}/kernel.ptx", "-o", f"{work}/kernel.cubin"],
-            capture_output=True,
-            text=True,
-        )
+        command = [assembler, "-v", f"--gpu-name={name}", f"{work}/kernel.ptx", "-o", f"{work}/kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{assembler.name} for {name}: {done.stderr.strip()}")
     registers = re.search(r"Used (\d+) registers", done.stderr)

@@ -2,7 +2,8 @@
 
 "auto" takes Triton for CUDA tensors and the reference for the rest; "torch" is always the reference;
 "triton" is the kernel, and an error where it cannot run. Under TRITON_INTERPRET=1
-Triton's interpreter runs the kernels on CPU tensors, for tests. This module does not import torch.
+Triton's interpreter runs the kernels on CPU tensors, for tests. This module does not import torch, and an op
+imports its kernel only once it is chosen: where there is no Triton, the reference must do without.
 """
 
 import importlib.util

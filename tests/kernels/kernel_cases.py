@@ -14,10 +14,9 @@ from dfm_kernels.dynamic_interaction import dynamic_interaction
 from dfm_kernels.flow_loss import flow_loss
 from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 from hypothesis import HealthCheck
-from torch import Tensor
+from torch import Tensor, float32
 
-FLOW = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.5)}
-FLOW |= {"aggregation": "uniform"}
+FLOW = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.5), "aggregation": "uniform"}
 LOSS = {"signal_scale": 2.0, "kind": "focal", "alpha": 0.25, "gamma": 2.0, "velocity_max": 25.0}
 SCALES = (0.25, 0.125, 0.0625)
 # The device of a fixture is the same for all examples.
@@ -80,22 +79,13 @@ def loss_case(device="cpu", b=2, n=5, k=4, dtype=torch.float32, seed=0, **option
 
 
 def pool_case(
-    device="cpu",
-    b=2,
-    n=3,
-    c=3,
-    cells=2,
-    samples=1,
-    levels=3,
-    size=(64, 96),
-    dtype=torch.float32,
-    seed=0,
-    boxes=None,
+    device="cpu", b=2, n=3, c=3, cells=2, samples=1, levels=3, size=(64, 96), dtype=float32, seed=0, at=None
 ) -> Case:
-    """Boxes of all sizes, some beyond the image of `size` (height, width), or the given ones."""
+    """Boxes of all sizes, some beyond the image of `size` (height, width), or those of `at`."""
     generator, normal = _random(seed)
     features = [normal(b, c, *(-(-side // 2 ** (2 + i)) for side in size)) for i in range(levels)]
     features = [f.to(device, dtype).requires_grad_() for f in features]
+    boxes = at
     if boxes is None:
         centre = torch.rand(b, n, 2, generator=generator) * torch.tensor(size[::-1])
         side = torch.exp(4 * torch.rand(b, n, 2, generator=generator) + 1)
@@ -108,10 +98,9 @@ def pool_case(
         rtol, atol = tolerance[dtype]
         return {"rtol": rtol, "atol": atol if name == "answer" else 8 * atol}
 
-    options = (SCALES[:levels], cells, samples, 28.0)
-    return Case(
-        lambda *x: multilevel_roi_align(x[:-1], x[-1], *options), [*features, boxes.to(device)], limits
-    )
+    options = ([0.5 ** (2 + i) for i in range(levels)], cells, samples, 28.0)
+    tensors = [*features, boxes.to(device)]
+    return Case(lambda *x: multilevel_roi_align(x[:-1], x[-1], *options), tensors, limits)
 
 
 def interaction_case(device="cpu", m=3, cells=9, c=20, h=6, sets=1, dtype=torch.float32, seed=0) -> Case:
@@ -165,11 +154,8 @@ def compare(case: Case) -> dict[str, Tensor]:
     for name, value in found.items():
         if name.startswith("d_"):
             assert value.dtype == case.tensors[int(name[2:])].dtype, name
-        value, wanted, options = (
-            value.to(case.wide),
-            expected[name],
-            case.limits(name, expected[name], value.dtype),
-        )
+        wanted = expected[name]
+        options, value = case.limits(name, wanted, value.dtype), value.to(case.wide)
         if name == "velocity" and "x_next" in found:  # was divided by 1 - t, and so was its error
             remaining = (1 - case.tensors[3]).reshape(-1, 1, 1)
             value, wanted = value * remaining, wanted * remaining

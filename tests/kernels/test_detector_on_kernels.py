@@ -24,6 +24,12 @@ def tolerance():
     return {"rtol": 1e-4, "atol": 1e-5} if is_interpreted() else {"rtol": 2e-2, "atol": 2e-2}
 
 
+def assert_same(found, expected):
+    assert len(expected) > 0
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=0, atol=0.01)
+
+
 def test_a_detector_on_kernels_has_the_same_losses_and_gradients(make_model, make_input, kernel_device):
     losses, gradients = {}, {}
     for backend in ("torch", "triton"):
@@ -51,11 +57,8 @@ def test_a_detector_on_kernels_finds_the_same(make_model, make_input, kernel_dev
         model = make_model(**SMALL, KERNELS=backend, HEAD__INTERACTION="grid_linear", **options)
         found[backend] = model.eval().to(kernel_device)([make_input("a"), make_input("b", size=(40, 64))])
     for a, b in zip(found["torch"], found["triton"]):
-        a, b = a["instances"], b["instances"]
-        assert len(a) > 0
-        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-5)
-        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=0, atol=0.01)
-        assert torch.equal(a.pred_classes, b.pred_classes)
+        assert_same(a["instances"], b["instances"])
+        assert torch.equal(a["instances"].pred_classes, b["instances"].pred_classes)
 
 
 def test_a_file_is_written_in_plain_torch():
@@ -82,20 +85,14 @@ def test_the_mode_notices_synchronisation():
             wrong()
 
 
-@pytest.mark.parametrize(
-    ("meta_architecture", "interaction", "time"),
-    [
-        ("FlowDetector", "dynamic_conv", "partitioned"),
-        ("FlowDetector", "grid_linear", "shared"),
-        ("CascadeDetector", "dynamic_conv", "partitioned"),
-    ],
-)
+@pytest.mark.parametrize("architecture", ["FlowDetector", "FlowDetector shared", "CascadeDetector"])
 @torch.no_grad()
-def test_a_sampler_on_kernels_never_waits_for_the_device(
-    make_model, make_input, kernel_device, meta_architecture, interaction, time
-):
-    options = {"KERNELS": "triton", "TIME": time, "HEAD__INTERACTION": interaction, "SAMPLER__STEPS": 2}
-    model = make_model(meta_architecture, **SMALL, **options).eval().to(kernel_device)
+def test_a_sampler_on_kernels_never_waits_for_the_device(make_model, make_input, kernel_device, architecture):
+    name, *shared = architecture.split()
+    options = {"TIME": "shared", "HEAD__INTERACTION": "grid_linear"} if shared else {"TIME": "partitioned"}
+    options |= {"KERNELS": "triton", "SAMPLER__STEPS": 2}
+    model = make_model(name, **SMALL, **({"HEAD__INTERACTION": "dynamic_conv"} | options))
+    model = model.eval().to(kernel_device)
     images, sizes = model._images([make_input("a")])
     features = model._features(images)
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
@@ -162,9 +159,7 @@ def test_a_captured_detector_finds_what_the_eager_one_finds(make_model, make_inp
     model(inputs[0])  # seen before, so captured now
     assert len(model.sampler.graphs) == 1
     for expected, x in zip(eager, inputs):
-        found = model(x)[0]["instances"]
-        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
-        torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=0, atol=0.01)
+        assert_same(model(x)[0]["instances"], expected)
     with torch.no_grad():
         for parameter in model.predictors.parameters():
             parameter.mul_(1.1)  # in place: the graph reads the new values

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dfm_kernels import BackendError, kernels
-from kernel_cases import compare, interaction_case, interaction_tolerance, run
+from kernel_cases import interaction_case, interaction_tolerance
 
 pytestmark = pytest.mark.usefixtures("tf32_is_allowed")
 
@@ -38,30 +38,6 @@ def test_vmap_is_that_of_each(kernel_device):
     for ours, theirs in zip(found, expected):
         scale = max(1.0, float(theirs.detach().abs().max()))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2 * interaction_tolerance() * scale)
-
-
-def test_strided_inputs(kernel_device):
-    case = interaction_case(kernel_device)
-    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors[:3]]
-    compare(case.with_tensors(0, *(x.requires_grad_() for x in strided)))
-
-
-def test_it_is_deterministic_and_saves_statistics_only_for_a_backward(kernel_device):
-    case = interaction_case(kernel_device)
-    first, second = run(case, "triton"), run(case, "triton")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    saved = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x)
-    with kernels("triton"), hooks:
-        with torch.no_grad():
-            case.function(*case.tensors)
-        assert not saved
-        mixed = case.function(*case.tensors)
-    # Its inputs and four numbers a cell; the reference keeps five more grids.
-    assert sum(saved) == sum(x.numel() for x in case.tensors) + 4 * mixed.shape[0] * mixed.shape[1]
-    (gradient,) = torch.autograd.grad(mixed.sum(), case.tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
-        gradient.sum().backward()
 
 
 def test_what_does_not_fit(kernel_device):

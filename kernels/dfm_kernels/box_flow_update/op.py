@@ -1,5 +1,7 @@
 """The choice between reference and kernel. Forward only: training decodes endpoints by itself."""
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -21,18 +23,8 @@ def _unsupported(x_t: Tensor, class_logits: Tensor) -> str:
     return ""
 
 
-def box_flow_update(
-    x_t: Tensor,
-    answers: Tensor,
-    class_logits: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    image_sizes: Tensor,
-    *,
-    signal_scale: float,
-    box_weights: tuple[float, float, float, float],
-    aggregation: str,
-) -> BoxFlowUpdate:
+@wraps(reference.box_flow_update, assigned=())
+def box_flow_update(x_t, answers, class_logits, t, t_next, image_sizes, **options) -> BoxFlowUpdate:
     """Everything between the heads of one step and the RoIAlign of the next.
 
     Shapes: B images, N proposals, D predictors, K classes.
@@ -56,29 +48,9 @@ def box_flow_update(
             f"{tuple(class_logits.shape)} must be (B, N, 4), (D, B, N, 4) and (D, B, N, K)"
         )
     if not use_triton("box_flow_update", x_t, _unsupported(x_t, class_logits)):
-        return reference.box_flow_update(
-            x_t,
-            answers,
-            class_logits,
-            t,
-            t_next,
-            image_sizes,
-            signal_scale=signal_scale,
-            box_weights=box_weights,
-            aggregation=aggregation,
-        )
-    # Only here: where there is no Triton, the reference must do without this import.
+        return reference.box_flow_update(x_t, answers, class_logits, t, t_next, image_sizes, **options)
     from dfm_kernels.box_flow_update.triton import box_flow_update as on_triton
 
-    found = on_triton(
-        x_t,
-        answers,
-        class_logits,
-        expand_t(t, x_t),
-        expand_t(t_next, x_t),
-        image_sizes,
-        signal_scale,
-        list(box_weights),
-        aggregation,
-    )
-    return BoxFlowUpdate(*found)
+    tensors = [x_t, answers, class_logits, expand_t(t, x_t), expand_t(t_next, x_t), image_sizes]
+    numbers = [options["signal_scale"], *options["box_weights"]]
+    return BoxFlowUpdate(*on_triton(tensors, numbers, options["aggregation"] == "confidence"))

@@ -173,10 +173,6 @@ def box_flow_update(
     endpoints = torch.stack(endpoints).clamp(-signal_scale, signal_scale)
     x_1_hat, class_probs = aggregate(endpoints, class_logits, aggregation)
     x_next = euler_step(x_t, x_1_hat, t, t_next)
-    return BoxFlowUpdate(
-        x_next=x_next,
-        x_1_hat=x_1_hat,
-        velocity=velocity_from_endpoint(x_t, x_1_hat, t),
-        boxes_xyxy=signal_to_boxes_xyxy(x_next, image_sizes, signal_scale),
-        class_probs=class_probs,
-    )
+    velocity = velocity_from_endpoint(x_t, x_1_hat, t)
+    boxes_xyxy = signal_to_boxes_xyxy(x_next, image_sizes, signal_scale)
+    return BoxFlowUpdate(x_next, x_1_hat, velocity, boxes_xyxy, class_probs)

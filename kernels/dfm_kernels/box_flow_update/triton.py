@@ -5,8 +5,6 @@ of boxes, along x and along y.
 Shapes: B images, N proposals, M = B N queries, D predictors, K classes.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -58,35 +56,12 @@ def _step(x, x_1, t, t_next, remaining, eps):
 
 @triton.jit
 def _box_flow_update_fwd_kernel(
-    x_ptr,
-    answer_ptr,
-    logit_ptr,
-    t_ptr,
-    t_next_ptr,
-    size_ptr,
-    x_next_ptr,
-    x_1_ptr,
-    velocity_ptr,
-    box_ptr,
-    prob_ptr,
-    num_queries,
-    num_proposals,
-    num_predictors,
-    num_classes,
-    t_stride,
-    t_next_stride,
-    s,
-    w_x,
-    w_y,
-    w_w,
-    w_h,
-    min_side,
-    max_log,
-    eps,
-    CONFIDENCE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    inputs, outputs, counts, numbers, CONFIDENCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
+    x_ptr, answer_ptr, logit_ptr, t_ptr, t_next_ptr, size_ptr = inputs
+    x_next_ptr, x_1_ptr, velocity_ptr, box_ptr, prob_ptr = outputs
+    num_queries, num_proposals, num_predictors, num_classes, t_stride, t_next_stride = counts
+    s, w_x, w_y, w_w, w_h, min_side, max_log, eps = numbers
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     k, axis = tl.arange(0, BLOCK_K), tl.arange(0, 2)
     inside = m < num_queries
@@ -137,69 +112,43 @@ def _box_flow_update_fwd_kernel(
     store_boxes(box_ptr, low * extent.to(tl.float32), high * extent.to(tl.float32), m, axis, inside)
 
 
-def constants(num_classes: int, aggregation: str) -> dict:
-    """Compile-time constants of the kernel."""
+@torch.library.custom_op("dfm::box_flow_update", mutates_args=())
+def box_flow_update(tensors: list[Tensor], numbers: list[float], confidence: bool) -> list[Tensor]:
+    """The fields of a BoxFlowUpdate, in one launch.
+
+    Args:
+        tensors: the reference's, `x_t` float32. numbers: the signal scale and the four box weights.
+        confidence: whether predictors are weighted by it.
+    """
+    x_t, answers, class_logits, t, t_next, _ = tensors
+    num_images, num_proposals = x_t.shape[:2]
+    num_queries, num_classes = num_images * num_proposals, class_logits.shape[-1]
+    outputs = _empty_outputs(tensors)
     block_k = max(triton.next_power_of_2(num_classes), 2)
-    return {
-        "CONFIDENCE": aggregation == "confidence",
-        "BLOCK_M": max(_TILE // block_k, 1),
-        "BLOCK_K": block_k,
-    }
+    block_m = max(_TILE // block_k, 1)
+    if num_queries > 0:
+        _box_flow_update_fwd_kernel[(triton.cdiv(num_queries, block_m),)](
+            tuple(x.contiguous() for x in tensors),
+            tuple(outputs),
+            (num_queries, num_proposals, len(answers), num_classes, stride_of(t), stride_of(t_next)),
+            (*numbers, MIN_SIDE, MAX_LOG_SCALE, _TIME_EPS),
+            # One predictor's weight cancels, but for a probability of exactly 0.
+            CONFIDENCE=confidence and len(answers) > 1,
+            BLOCK_M=block_m,
+            BLOCK_K=block_k,
+        )
+    return outputs
 
 
 def stride_of(t: Tensor) -> int:
-    """From an image's t to the next one's; one t may serve all images."""
-    return t.stride(0) if t.numel() > 1 else 0
+    """From an image's t to the next one's, of a contiguous t; one t may serve all images."""
+    return int(t.numel() > 1)
 
 
-@torch.library.custom_op("dfm::box_flow_update", mutates_args=())
-def box_flow_update(
-    x_t: Tensor,
-    answers: Tensor,
-    class_logits: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    image_sizes: Tensor,
-    signal_scale: float,
-    box_weights: Sequence[float],
-    aggregation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of a BoxFlowUpdate, in one launch; the arguments of the reference, `x_t` float32."""
-    num_images, num_proposals = x_t.shape[:2]
-    num_predictors, num_classes = answers.shape[0], class_logits.shape[-1]
-    x_t = x_t.contiguous()
-    boxes = [torch.empty_like(x_t) for _ in range(4)]
-    class_probs = x_t.new_empty(num_images, num_proposals, num_classes)
-    num_queries = num_images * num_proposals
-    # One predictor's weight cancels, but for a probability of exactly 0.
-    options = constants(num_classes, aggregation if num_predictors > 1 else "uniform")
-    if num_queries > 0:
-        _box_flow_update_fwd_kernel[(triton.cdiv(num_queries, options["BLOCK_M"]),)](
-            x_t,
-            answers.contiguous(),
-            class_logits.contiguous(),
-            t,
-            t_next,
-            image_sizes.contiguous(),
-            *boxes,
-            class_probs,
-            num_queries,
-            num_proposals,
-            num_predictors,
-            num_classes,
-            stride_of(t),
-            stride_of(t_next),
-            signal_scale,
-            *box_weights,
-            MIN_SIDE,
-            MAX_LOG_SCALE,
-            _TIME_EPS,
-            **options,
-        )
-    return *boxes, class_probs
+def _empty_outputs(tensors: list[Tensor]) -> list[Tensor]:
+    x_t, _, class_logits, *_ = tensors
+    boxes = [x_t.new_empty(x_t.shape) for _ in range(4)]
+    return [*boxes, x_t.new_empty(*x_t.shape[:2], class_logits.shape[-1])]
 
 
-@box_flow_update.register_fake
-def _(x_t, answers, class_logits, t, t_next, image_sizes, *options):
-    boxes = tuple(x_t.new_empty(x_t.shape) for _ in range(4))
-    return *boxes, x_t.new_empty(*x_t.shape[:2], class_logits.shape[-1])
+box_flow_update.register_fake(lambda tensors, *options: _empty_outputs(tensors))

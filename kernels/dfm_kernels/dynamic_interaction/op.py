@@ -1,5 +1,7 @@
 """The choice between reference and kernel."""
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,8 @@ def _unsupported(roi: Tensor, weight_in: Tensor, weight_out: Tensor) -> str:
     return ""
 
 
-def dynamic_interaction(
-    roi: Tensor,
-    weight_in: Tensor,
-    weight_out: Tensor,
-    norm_in: tuple[Tensor, Tensor],
-    norm_out: tuple[Tensor, Tensor],
-) -> Tensor:
+@wraps(reference.dynamic_interaction, assigned=())
+def dynamic_interaction(roi, weight_in, weight_out, norm_in, norm_out) -> Tensor:
     """`relu(LN(relu(LN(roi W_in)) W_out))`, one pair of matrices a query.
 
     Shapes: M queries, P^2 positions of the RoI grid, C channels, H dynamic channels, D sets of norms.
@@ -68,9 +65,8 @@ def dynamic_interaction(
         raise ValueError(f"norms of {sets} predictors and H = {hidden} do not divide M = {num_queries}")
     if not use_triton("dynamic_interaction", roi, _unsupported(roi, weight_in, weight_out)):
         return reference.dynamic_interaction(roi, weight_in, weight_out, norm_in, norm_out)
-    # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.dynamic_interaction.triton import dynamic_interaction as on_triton
 
-    tensors = (roi, weight_in, weight_out, *(x.reshape(sets, -1) for x in (*norm_in, *norm_out)))
+    tensors = [roi, weight_in, weight_out, *(x.reshape(sets, -1) for x in (*norm_in, *norm_out))]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return on_triton(*tensors, wanted)[0]
+    return on_triton(tensors, wanted)[0]

@@ -1,5 +1,7 @@
 """The choice between reference and kernel, which writes the gradients along with the loss."""
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -16,20 +18,8 @@ def _unsupported(class_logits: Tensor, x_1_hat: Tensor, target_x_1: Tensor) -> s
     return "" if class_logits.shape[-1] else "there is no class"
 
 
-def flow_loss(
-    class_logits: Tensor,
-    x_1_hat: Tensor,
-    target_classes: Tensor,
-    target_x_1: Tensor,
-    t: Tensor,
-    normalizer: Tensor,
-    *,
-    signal_scale: float,
-    kind: str,
-    alpha: float,
-    gamma: float,
-    velocity_max: float,
-) -> FlowLoss:
+@wraps(reference.flow_loss, assigned=())
+def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, **options) -> FlowLoss:
     """Classes, L1, GIoU and velocity of one predictor; the reference has the equations.
 
     Shapes: B images, N proposals, K classes.
@@ -47,22 +37,11 @@ def flow_loss(
         BackendError: "triton" was asked for where it cannot run.
         ValueError: shapes that do not belong together, or an unknown `kind`.
     """
-    if kind not in reference.KINDS:
-        raise ValueError(f"class loss must be 'focal' or 'quality_focal', got {kind!r}")
+    if options["kind"] not in reference.KINDS:
+        raise ValueError(f"class loss must be 'focal' or 'quality_focal', got {options['kind']!r}")
     if not use_triton("flow_loss", x_1_hat, _unsupported(class_logits, x_1_hat, target_x_1)):
-        return reference.flow_loss(
-            class_logits,
-            x_1_hat,
-            target_classes,
-            target_x_1,
-            t,
-            normalizer,
-            signal_scale=signal_scale,
-            kind=kind,
-            alpha=alpha,
-            gamma=gamma,
-            velocity_max=velocity_max,
-        )
+        tensors = class_logits, x_1_hat, target_classes, target_x_1, t, normalizer
+        return reference.flow_loss(*tensors, **options)
     batch = class_logits.shape[:2]
     if x_1_hat.shape != (*batch, 4) or target_x_1.shape != (*batch, 4) or target_classes.shape != batch:
         raise ValueError(
@@ -70,21 +49,10 @@ def flow_loss(
             f"{tuple(target_x_1.shape)} and target_classes {tuple(target_classes.shape)} must be "
             "(B, N, K), (B, N, 4) twice and (B, N)"
         )
-    # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.flow_loss.triton import flow_loss as on_triton
 
-    terms, *_ = on_triton(
-        class_logits,
-        x_1_hat,
-        target_classes,
-        target_x_1,
-        expand_t(t, x_1_hat),
-        normalizer,
-        signal_scale,
-        kind,
-        alpha,
-        gamma,
-        velocity_max,
-        torch.is_grad_enabled() and (class_logits.requires_grad or x_1_hat.requires_grad),
-    )
+    tensors = [class_logits, x_1_hat, target_classes, target_x_1, expand_t(t, x_1_hat), normalizer]
+    numbers = [options[name] for name in ("signal_scale", "alpha", "gamma", "velocity_max")]
+    wanted = torch.is_grad_enabled() and (class_logits.requires_grad or x_1_hat.requires_grad)
+    terms, *_ = on_triton(tensors, numbers, options["kind"] == "quality_focal", wanted)
     return FlowLoss(*terms.unbind())

@@ -76,16 +76,12 @@ def flow_loss(
 
     probs = logits.sigmoid()
     if kind == "focal":
-        p_y = probs * one_hot + (1 - probs) * (1 - one_hot)
-        weight = alpha * one_hot + (1 - alpha) * (1 - one_hot)
-        cls = (
-            weight * (1 - p_y) ** gamma * binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
-        )
+        wanted, p_y = one_hot, probs * one_hot + (1 - probs) * (1 - one_hot)
+        weight = (alpha * one_hot + (1 - alpha) * (1 - one_hot)) * (1 - p_y) ** gamma
     else:
-        quality = one_hot * iou.detach().clamp(0, 1)[..., None]
-        cls = (quality - probs).abs() ** gamma * binary_cross_entropy_with_logits(
-            logits, quality, reduction="none"
-        )
+        wanted = one_hot * iou.detach().clamp(0, 1)[..., None]
+        weight = (wanted - probs).abs() ** gamma
+    cls = weight * binary_cross_entropy_with_logits(logits, wanted, reduction="none")
 
     # Multiplying background rows by zero would turn their infinities into NaN; select instead.
     zero = x_1_hat.new_zeros(())

@@ -60,31 +60,20 @@ def _corners(centre, size, s):
 
 @triton.jit
 def _flow_loss_kernel(
-    logit_ptr,
-    x_ptr,
-    class_ptr,
-    target_ptr,
-    t_ptr,
-    normalizer_ptr,
+    inputs,
     partial_ptr,
-    d_cls_ptr,
-    d_l1_ptr,
-    d_giou_ptr,
-    d_velocity_ptr,
-    num_queries,
-    num_proposals,
-    num_classes,
-    t_stride,
-    s,
-    alpha,
-    gamma,
-    velocity_max,
-    area_eps,
+    gradients,
+    counts,
+    numbers,
     QUALITY: tl.constexpr,
     GRADIENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    logit_ptr, x_ptr, class_ptr, target_ptr, t_ptr, normalizer_ptr = inputs
+    d_cls_ptr, d_l1_ptr, d_giou_ptr, d_velocity_ptr = gradients
+    num_queries, num_proposals, num_classes, t_stride = counts
+    s, alpha, gamma, velocity_max, area_eps = numbers
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     axis = tl.arange(0, 2)
     inside = m < num_queries
@@ -179,88 +168,65 @@ def _flow_loss_kernel(
     tl.store(out + 3, tl.sum(velocity, axis=0) / normalizer)
 
 
-def constants(num_classes: int, kind: str, gradients: bool) -> dict:
-    """Compile-time constants of the kernel."""
-    return {
-        "QUALITY": kind == "quality_focal",
-        "GRADIENTS": gradients,
-        "BLOCK_M": _BLOCK_M,
-        "BLOCK_K": min(max(triton.next_power_of_2(num_classes), 2), 128),
-    }
-
-
 @torch.library.custom_op("dfm::flow_loss", mutates_args=())
-def flow_loss(
-    class_logits: Tensor,
-    x_1_hat: Tensor,
-    target_classes: Tensor,
-    target_x_1: Tensor,
-    t: Tensor,
-    normalizer: Tensor,
-    signal_scale: float,
-    kind: str,
-    alpha: float,
-    gamma: float,
-    velocity_max: float,
-    gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def flow_loss(tensors: list[Tensor], numbers: list[float], quality: bool, gradients: bool) -> list[Tensor]:
     """The four terms `(4,)` and, where asked for, their gradients, all of them float32.
 
     The gradients are those of cls by the logits `(B, N, K)`, of l1, giou and velocity by `x_1_hat`
-    `(B, N, 4)`; empty otherwise. Arguments as of the op; `x_1_hat` and `target_x_1` float32, K at least 1.
+    `(B, N, 4)`; empty otherwise.
+
+    Args:
+        tensors: the reference's; `x_1_hat` and `target_x_1` float32, K at least 1.
+        numbers: signal scale, alpha, gamma, velocity_max. quality: whether the kind is "quality_focal".
     """
-    num_images, num_proposals, num_classes = class_logits.shape
+    num_images, num_proposals, num_classes = tensors[0].shape
     num_queries = num_images * num_proposals
     programs = triton.cdiv(num_queries, _BLOCK_M)
-    partial = x_1_hat.new_empty(programs, 4)
-    found = _empty_gradients(class_logits, x_1_hat, gradients)
+    partial = tensors[1].new_empty(programs, 4)
+    found = _empty_gradients(tensors, gradients)
     if num_queries > 0:
         _flow_loss_kernel[(programs,)](
-            class_logits.contiguous(),
-            x_1_hat.contiguous(),
-            target_classes.contiguous(),
-            target_x_1.contiguous(),
-            t,
-            normalizer,
+            tuple(x.contiguous() for x in tensors),
             partial,
-            *found,
-            num_queries,
-            num_proposals,
-            num_classes,
-            stride_of(t),
-            signal_scale,
-            alpha,
-            gamma,
-            velocity_max,
-            _AREA_EPS,
-            **constants(num_classes, kind, gradients),
+            tuple(found),
+            (num_queries, num_proposals, num_classes, stride_of(tensors[4])),
+            (*numbers, _AREA_EPS),
+            QUALITY=quality,
+            GRADIENTS=gradients,
+            BLOCK_M=_BLOCK_M,
+            BLOCK_K=min(max(triton.next_power_of_2(num_classes), 2), 128),
         )
-    return partial.sum(0), *found
+    return [partial.sum(0), *found]
 
 
-def _empty_gradients(class_logits: Tensor, x_1_hat: Tensor, gradients: bool) -> tuple[Tensor, ...]:
+def _empty_gradients(tensors: list[Tensor], gradients: bool) -> list[Tensor]:
+    class_logits, x_1_hat, *_ = tensors
     shapes = [class_logits.shape, *[x_1_hat.shape] * 3] if gradients else [(0,)] * 4
-    return tuple(x_1_hat.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return [x_1_hat.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 @flow_loss.register_fake
-def _(class_logits, x_1_hat, *others):
-    return x_1_hat.new_empty(4), *_empty_gradients(class_logits, x_1_hat, others[-1])
+def _(tensors, numbers, quality, gradients):
+    return [tensors[1].new_empty(4), *_empty_gradients(tensors, gradients)]
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.logits_dtype = inputs[0].dtype
+    ctx.logits_dtype = inputs[0][0].dtype
 
 
 @once_differentiable
-def _gradients(ctx, d_terms, *_):
-    """The forward wrote the gradients; they are only scaled."""
+def _scaled(ctx, d_terms):
+    """By logits and `x_1_hat`: the forward wrote the gradients, they are only scaled."""
     d_cls, d_l1, d_giou, d_velocity = ctx.saved_tensors
     w_cls, w_l1, w_giou, w_velocity = d_terms.unbind()
     d_boxes = w_l1 * d_l1 + w_giou * d_giou + w_velocity * d_velocity
-    return (w_cls * d_cls).to(ctx.logits_dtype), d_boxes, *[None] * 10
+    return (w_cls * d_cls).to(ctx.logits_dtype), d_boxes
+
+
+def _gradients(ctx, d_outputs):
+    return [*_scaled(ctx, d_outputs[0]), *[None] * 4], None, None, None
 
 
 flow_loss.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,14 +1,13 @@
 """The choice between reference and kernel."""
 
 from collections.abc import Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
 
 from dfm_kernels.dispatch import use_triton
 from dfm_kernels.multilevel_roi_align import reference
-
-MAX_LEVELS = 5
 
 
 def _unsupported(features: Sequence[Tensor], boxes_xyxy: Tensor, scales: Sequence[float]) -> str:
@@ -17,20 +16,14 @@ def _unsupported(features: Sequence[Tensor], boxes_xyxy: Tensor, scales: Sequenc
         return f"boxes are {boxes_xyxy.dtype}, the kernel computes in float32"
     if len({f.dtype for f in features}) > 1 or features[0].dtype == torch.float64:
         return f"features are {[str(f.dtype) for f in features]}, the kernel takes one dtype, not float64"
-    if len(features) > MAX_LEVELS:
-        return f"there are {len(features)} feature levels, the kernel takes at most {MAX_LEVELS}"
     if any(fine != 2 * coarse for fine, coarse in zip(scales, scales[1:])):
         return f"scales {tuple(scales)} do not halve from level to level"
     return ""
 
 
+@wraps(reference.multilevel_roi_align, assigned=())
 def multilevel_roi_align(
-    features: Sequence[Tensor],
-    boxes_xyxy: Tensor,
-    scales: Sequence[float],
-    output_size: int,
-    sampling_ratio: int,
-    canonical_size: float = 224.0,
+    features, boxes_xyxy, scales, output_size, sampling_ratio, canonical_size=224.0
 ) -> Tensor:
     """Pool every proposal from the one level that fits its size. No gradient reaches the boxes.
 
@@ -58,10 +51,11 @@ def multilevel_roi_align(
         raise ValueError(
             f"features of {[f.shape[0] for f in features]} images but boxes of {boxes_xyxy.shape[0]}"
         )
-    options = (list(scales), output_size, sampling_ratio, canonical_size)
     if not use_triton("multilevel_roi_align", boxes_xyxy, _unsupported(features, boxes_xyxy, scales)):
+        options = scales, output_size, sampling_ratio, canonical_size
         return reference.multilevel_roi_align(features, boxes_xyxy, *options)
-    # Only here: where there is no Triton, the reference must do without this import.
     from dfm_kernels.multilevel_roi_align.triton import multilevel_roi_align as on_triton
 
-    return on_triton(list(features), boxes_xyxy.detach(), *options).permute(0, 3, 1, 2)
+    numbers = [scales[0], canonical_size]
+    pooled = on_triton(list(features), boxes_xyxy.detach(), output_size, sampling_ratio, numbers)
+    return pooled.permute(0, 3, 1, 2)

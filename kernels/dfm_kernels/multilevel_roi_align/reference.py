@@ -27,13 +27,9 @@ def size_tensor(
     """
     if not torch.jit.is_tracing():
         return torch.tensor(sizes, device=device, dtype=dtype)
-    rows = [
-        torch.stack([torch.as_tensor(s) for s in row])
-        if isinstance(row, (tuple, list, torch.Size))
-        else torch.as_tensor(row)
-        for row in sizes
-    ]
-    return torch.stack(rows).to(device=device, dtype=dtype)
+    if isinstance(sizes, (tuple, list)):
+        return torch.stack([size_tensor(size, device, dtype) for size in sizes])
+    return torch.as_tensor(sizes, device=device, dtype=dtype)
 
 
 def assign_levels(
@@ -97,7 +93,7 @@ def multilevel_roi_align(
     scales: Sequence[float],
     output_size: int,
     sampling_ratio: int,
-    canonical_size: float,
+    canonical_size: float = 224.0,
 ) -> Tensor:
     """The specification of the op, which says what the arguments are."""
     num_images, num_proposals = boxes_xyxy.shape[:2]

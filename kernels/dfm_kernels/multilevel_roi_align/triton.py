@@ -3,25 +3,22 @@
 The specification is the reference. A program pools one proposal, a tile of grid
 cells and channels at a time; the backward adds to the pyramid's gradient with atomics, in float32, so
 that its last bits depend on the order of execution.
-Shapes: B images, N proposals, M = B N, L levels (at most 5), C channels, P grid cells a side, S samples.
+Shapes: B images, N proposals, M = B N, L levels, C channels, P grid cells a side, S samples.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfm_kernels.multilevel_roi_align.op import MAX_LEVELS
-
 
 @triton.jit
 def _position(low, bin_size, divisor, cell, k, size):
     """First pixel, second pixel, share of the second and whether the sample counts, along one axis."""
     position = low + (cell + (k + 0.5) / divisor) * bin_size
-    last = (size - 1).to(tl.float32)
+    last = size - 1.0
     counts = (position >= -1) & (position <= last + 1)
     position = tl.minimum(tl.maximum(position, 0.0), last)
     first = tl.floor(position)
@@ -32,57 +29,35 @@ def _position(low, bin_size, divisor, cell, k, size):
 
 @triton.jit
 def _roi_align_kernel(
-    level0_ptr,
-    level1_ptr,
-    level2_ptr,
-    level3_ptr,
-    level4_ptr,
+    levels,
+    sides,
     box_ptr,
     pooled_ptr,
-    num_h0,
-    num_h1,
-    num_h2,
-    num_h3,
-    num_h4,
-    num_w0,
-    num_w1,
-    num_w2,
-    num_w3,
-    num_w4,
-    num_proposals,
-    num_channels,
-    num_min_level,
-    scale,
-    canonical_size,
-    NUM_LEVELS: tl.constexpr,
-    P: tl.constexpr,
+    counts,
+    numbers,
     SAMPLES: tl.constexpr,
     BACKWARD: tl.constexpr,
+    NUM_LEVELS: tl.constexpr,
+    P: tl.constexpr,
     BLOCK_CELLS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    num_proposals, num_channels, min_level = counts
+    scale, canonical_size = numbers
     m = tl.program_id(0).to(tl.int64)
     x0, y0 = tl.load(box_ptr + 4 * m), tl.load(box_ptr + 4 * m + 1)
     x1, y1 = tl.load(box_ptr + 4 * m + 2), tl.load(box_ptr + 4 * m + 3)
     # FPN's rule, arXiv 1612.03144, eq. 1. A box that is not finite has no level: the finest.
     side = tl.sqrt(tl.maximum(x1 - x0, 0.0) * tl.maximum(y1 - y0, 0.0))
-    wanted = tl.floor(4 + tl.log2(side / canonical_size + 1e-8)) - num_min_level
+    wanted = tl.floor(4 + tl.log2(side / canonical_size + 1e-8)) - min_level
     wanted = tl.where(wanted == wanted, wanted, 0.0)
     level = tl.minimum(tl.maximum(wanted, 0.0), NUM_LEVELS - 1.0).to(tl.int32)
 
-    pixel_ptr, height, width, level_scale = level0_ptr, num_h0, num_w0, scale
-    if NUM_LEVELS > 1:
-        if level == 1:
-            pixel_ptr, height, width, level_scale = level1_ptr, num_h1, num_w1, scale / 2
-    if NUM_LEVELS > 2:
-        if level == 2:
-            pixel_ptr, height, width, level_scale = level2_ptr, num_h2, num_w2, scale / 4
-    if NUM_LEVELS > 3:
-        if level == 3:
-            pixel_ptr, height, width, level_scale = level3_ptr, num_h3, num_w3, scale / 8
-    if NUM_LEVELS > 4:
-        if level == 4:
-            pixel_ptr, height, width, level_scale = level4_ptr, num_h4, num_w4, scale / 16
+    pixel_ptr, height, width, level_scale = levels[0], sides[0], sides[1], scale
+    for index in tl.static_range(1, NUM_LEVELS):
+        if level == index:
+            pixel_ptr, height, width = levels[index], sides[2 * index], sides[2 * index + 1]
+            level_scale = scale / 2**index
 
     left, top = x0 * level_scale - 0.5, y0 * level_scale - 0.5
     bin_w, bin_h = (x1 * level_scale - 0.5 - left) / P, (y1 * level_scale - 0.5 - top) / P
@@ -134,108 +109,87 @@ def _roi_align_kernel(
                 tl.store(where, value.to(pooled_ptr.dtype.element_ty), mask=tile)
 
 
-def constants(num_levels: int, num_channels: int, output_size: int, sampling_ratio: int) -> dict:
-    """Compile-time constants of the kernel but BACKWARD."""
-    return {
-        "NUM_LEVELS": num_levels,
-        "P": output_size,
-        "SAMPLES": sampling_ratio,
-        "BLOCK_CELLS": 4,
-        "BLOCK_C": min(triton.next_power_of_2(max(num_channels, 1)), 64),
-    }
-
-
-def _launch(levels, boxes_xyxy, pooled, scales, sampling_ratio, canonical_size, backward):
+def _launch(levels, boxes_xyxy, pooled, sampling_ratio, numbers, backward):
     """pooled: `(M, P, P, C)`, written, or read in the backward; levels the other way round."""
     if pooled.numel() == 0 or levels[0].numel() == 0:
         return
-    padded = [*levels, *[levels[0]] * (MAX_LEVELS - len(levels))]
+    num_channels = pooled.shape[3]
     _roi_align_kernel[(len(pooled),)](
-        *padded,
+        tuple(levels),
+        tuple(side for level in levels for side in level.shape[2:]),
         boxes_xyxy.contiguous(),
         pooled,
-        *[level.shape[2] for level in padded],
-        *[level.shape[3] for level in padded],
-        boxes_xyxy.shape[1],
-        pooled.shape[3],
-        round(-math.log2(scales[0])),
-        scales[0],
-        canonical_size,
+        (boxes_xyxy.shape[1], num_channels, round(-math.log2(numbers[0]))),
+        tuple(numbers),
+        SAMPLES=sampling_ratio,
         BACKWARD=backward,
-        **constants(len(levels), pooled.shape[3], pooled.shape[1], sampling_ratio),
+        NUM_LEVELS=len(levels),
+        P=pooled.shape[1],
+        BLOCK_CELLS=4,
+        BLOCK_C=min(triton.next_power_of_2(num_channels), 64),
     )
 
 
-def _empty_pooled(features: Sequence[Tensor], boxes_xyxy: Tensor, output_size: int) -> Tensor:
+def _empty_pooled(features: list[Tensor], boxes_xyxy: Tensor, output_size: int) -> Tensor:
     count = boxes_xyxy.shape[0] * boxes_xyxy.shape[1]
     return features[0].new_empty(count, output_size, output_size, features[0].shape[1])
 
 
 @torch.library.custom_op("dfm::multilevel_roi_align", mutates_args=())
 def multilevel_roi_align(
-    features: Sequence[Tensor],
-    boxes_xyxy: Tensor,
-    scales: Sequence[float],
-    output_size: int,
-    sampling_ratio: int,
-    canonical_size: float,
+    features: list[Tensor], boxes_xyxy: Tensor, output_size: int, sampling_ratio: int, numbers: list[float]
 ) -> Tensor:
-    """The arguments of the reference, boxes float32; `(M, P, P, C)` in the features' dtype."""
+    """`(M, P, P, C)` in the features' dtype; boxes float32; numbers: the finest scale, the canonical size."""
     # Pixels of one channel after another would make every load of a warp its own transaction.
     levels = [f.contiguous(memory_format=torch.channels_last) for f in features]
     pooled = _empty_pooled(features, boxes_xyxy, output_size)
-    _launch(levels, boxes_xyxy, pooled, scales, sampling_ratio, canonical_size, False)
+    _launch(levels, boxes_xyxy, pooled, sampling_ratio, numbers, False)
     return pooled
 
 
 @multilevel_roi_align.register_fake
-def _(features, boxes_xyxy, scales, output_size, sampling_ratio, canonical_size):
+def _(features, boxes_xyxy, output_size, *options):
     return _empty_pooled(features, boxes_xyxy, output_size)
 
 
-def _zero_levels(d_pooled: Tensor, boxes_xyxy: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+def _zero_levels(d_pooled: Tensor, boxes_xyxy: Tensor, sides: list[int]) -> list[Tensor]:
     """Gradients by the features, laid out as channels_last."""
     num_images, num_channels = boxes_xyxy.shape[0], d_pooled.shape[-1]
     return [
         d_pooled.new_zeros(num_images, *size, num_channels, dtype=torch.float32).permute(0, 3, 1, 2)
-        for size in zip(sizes[::2], sizes[1::2])
+        for size in zip(sides[::2], sides[1::2])
     ]
 
 
 @torch.library.custom_op("dfm::multilevel_roi_align_backward", mutates_args=())
 def _backward(
-    d_pooled: Tensor,
-    boxes_xyxy: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    sampling_ratio: int,
-    canonical_size: float,
+    d_pooled: Tensor, boxes_xyxy: Tensor, sides: list[int], sampling_ratio: int, numbers: list[float]
 ) -> list[Tensor]:
     """Gradients by the features, float32.
 
     Args:
-        d_pooled: `(M, P, P, C)`. sizes: `H_0, W_0, H_1, W_1, ...` of the levels.
+        d_pooled: `(M, P, P, C)`. sides: `H_0, W_0, H_1, W_1, ...` of the levels.
     """
-    levels = _zero_levels(d_pooled, boxes_xyxy, sizes)
-    _launch(levels, boxes_xyxy, d_pooled.contiguous(), scales, sampling_ratio, canonical_size, True)
+    levels = _zero_levels(d_pooled, boxes_xyxy, sides)
+    _launch(levels, boxes_xyxy, d_pooled.contiguous(), sampling_ratio, numbers, True)
     return levels
 
 
-@_backward.register_fake
-def _(d_pooled, boxes_xyxy, sizes, *options):
-    return _zero_levels(d_pooled, boxes_xyxy, sizes)
+_backward.register_fake(
+    lambda d_pooled, boxes_xyxy, sides, *options: _zero_levels(d_pooled, boxes_xyxy, sides)
+)
 
 
 def _setup_context(ctx, inputs, output):
-    features, boxes_xyxy, scales, _, sampling_ratio, canonical_size = inputs
+    features, boxes_xyxy, _, *options = inputs
     ctx.save_for_backward(boxes_xyxy)
     ctx.dtype = features[0].dtype
-    ctx.options = ([side for f in features for side in f.shape[2:]], scales, sampling_ratio, canonical_size)
+    ctx.options = ([side for f in features for side in f.shape[2:]], *options)
 
 
 def _gradients(ctx, d_pooled):
     found = _backward(d_pooled, *ctx.saved_tensors, *ctx.options)
-    return [gradient.to(ctx.dtype) for gradient in found], *[None] * 5
+    return [gradient.to(ctx.dtype) for gradient in found], *[None] * 4
 
 
 multilevel_roi_align.register_autograd(_gradients, setup_context=_setup_context)
