@@ -14,13 +14,12 @@ from dfm_d2.framework._builtin.resnet import build_resnet_backbone
 class FPN(Backbone):
     """Lateral 1x1 convolutions, a top-down sum or mean, 3x3 output convolutions; the last map subsampled."""
 
-    def __init__(self, bottom_up: Backbone, fpn):
-        """fpn: the section MODEL.FPN of a config.
-
-        Raises ValueError where the strides of IN_FEATURES do not double and for other FUSE_TYPEs.
-        """
+    def __init__(
+        self, bottom_up: Backbone, in_features: list[str], out_channels: int, norm="", fuse_type="sum"
+    ):
+        """Raises ValueError where the strides of `in_features` do not double and for other `fuse_type`s."""
         super().__init__()
-        self.in_features = tuple(fpn.IN_FEATURES)
+        self.in_features = tuple(in_features)
         shapes = bottom_up.output_shape()
         if not self.in_features or not set(self.in_features) <= set(shapes):
             raise ValueError(
@@ -32,15 +31,15 @@ class FPN(Backbone):
             raise ValueError(
                 f"MODEL.FPN.IN_FEATURES have strides {strides}: each must be twice the one before."
             )
-        if fpn.FUSE_TYPE not in ("sum", "avg"):
-            raise ValueError(f"MODEL.FPN.FUSE_TYPE is {fpn.FUSE_TYPE!r}: choose 'sum' or 'avg'.")
-        self._averages = fpn.FUSE_TYPE == "avg"
+        if fuse_type not in ("sum", "avg"):
+            raise ValueError(f"MODEL.FPN.FUSE_TYPE is {fuse_type!r}: choose 'sum' or 'avg'.")
+        self._averages = fuse_type == "avg"
         self._levels = [stride.bit_length() - 1 for stride in strides]
         self.size_divisibility = strides[-1]
         for level, name in zip(self._levels, self.in_features):
-            bias = fpn.NORM == ""
-            lateral = Conv2d(shapes[name].channels, fpn.OUT_CHANNELS, 1, fpn.NORM, bias=bias)
-            output = Conv2d(fpn.OUT_CHANNELS, fpn.OUT_CHANNELS, 3, fpn.NORM, bias=bias)
+            bias = norm == ""
+            lateral = Conv2d(shapes[name].channels, out_channels, 1, norm, bias=bias)
+            output = Conv2d(out_channels, out_channels, 3, norm, bias=bias)
             # After both exist, as in Detectron2, so that a seed gives the same weights.
             c2_xavier_fill(lateral)
             c2_xavier_fill(output)
@@ -49,7 +48,7 @@ class FPN(Backbone):
         self.bottom_up = bottom_up
         self._out_feature_strides = {f"p{k}": 2**k for k in [*self._levels, self._levels[-1] + 1]}
         self._out_features = list(self._out_feature_strides)
-        self._out_feature_channels = dict.fromkeys(self._out_features, fpn.OUT_CHANNELS)
+        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Feature maps by name, finest first, of images (B, C, H, W) padded to `size_divisibility`."""
@@ -68,7 +67,8 @@ class FPN(Backbone):
 
 def build_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """Build the FPN that `cfg.MODEL.FPN` describes on the ResNet of `cfg.MODEL.RESNETS`."""
-    return FPN(build_resnet_backbone(cfg, input_shape), cfg.MODEL.FPN)
+    bottom_up, fpn = build_resnet_backbone(cfg, input_shape), cfg.MODEL.FPN
+    return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, fpn.FUSE_TYPE)
 
 
 def build_backbone(cfg, input_shape: ShapeSpec | None = None) -> Backbone:
