@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 from dfm_kernels import BackendError, kernels
-from dfm_kernels.box_flow_update import aggregate, boxes_to_signal, decode_endpoint, euler_step
+from dfm_kernels.box_flow_update import (
+    aggregate,
+    boxes_to_signal,
+    decode_endpoint,
+    euler_step,
+    velocity_from_endpoint,
+)
 from dfm_kernels.box_flow_update import signal_to_boxes_xyxy as to_pixels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +57,10 @@ def test_euler_step_ends_exactly_and_never_divides_by_zero(dtype):
     assert torch.equal(euler_step(x_t, x_1, one, one), x_1)
     half = euler_step(x_t, x_1, torch.tensor(0.5, dtype=dtype), torch.tensor(0.75, dtype=dtype))
     torch.testing.assert_close(half, (x_t + x_1) / 2)
+    times = [torch.full(shape, 0.75, dtype=dtype) for shape in ((), (1,), (2,))]
+    velocities = [velocity_from_endpoint(x_t, x_1, t) for t in times]
+    assert all(torch.equal(velocity, 4 * (x_1 - x_t)) for velocity in velocities)
+    assert not velocity_from_endpoint(x_t, x_1, one).any()
 
 
 def test_aggregation_weights():

@@ -338,3 +338,15 @@ def test_noise_of_passes_lies_one_after_the_other():
     one = BoxSampler(dataclasses.replace(settings, noise_passes=1)).noise(["a", "b"])
     assert three.shape == (2, 15, 4) and torch.equal(three[:, :5], one)
     assert torch.equal(three[1, 10:], keyed_normal([stream_key("sampler", 7, "b", 2)], 5)[0])
+
+
+@torch.no_grad()
+def test_passes_are_runs_of_their_own(make_model, make_input):
+    model = make_model().eval()
+    pixels, sizes = model._images([make_input("a"), make_input("b")])
+    two = dataclasses.replace(model.sampler.settings, noise_passes=2)
+    x_0 = BoxSampler(two).noise(["a", "b"])
+    alone = [model.candidates(pixels, sizes, noise) for noise in x_0.chunk(2, dim=1)]
+    model.sampler.settings = two
+    for together, parts in zip(model.candidates(pixels, sizes, x_0), zip(*alone), strict=True):
+        torch.testing.assert_close(together, torch.cat(parts, dim=1))
