@@ -18,9 +18,8 @@ from dfm_d2.framework import build_model
 from dfm_d2.visualize.page import write_page
 
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1 "
-    "--window-size=1280,900 --virtual-time-budget=20000 --dump-dom"
+    "--headless --no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-sync "
+    "--disable-component-update --window-size=1280,900 --virtual-time-budget=20000 --dump-dom"
 ).split()
 # The answer of a test's script becomes an attribute of the document, which the browser prints.
 BEFORE_THE_PAGE = """<script>
@@ -133,15 +132,13 @@ def test_slider_toggles_and_tooltips(ask):
 
 def test_boxes_stay_in_the_frame_of_the_image(ask, recorded):
     wide = torch.tensor([-500.0, -500.0, 700.0, 700.0]).expand(12, 4)
-    left, right, *found = ask(
-        """
+    script = """
         const at = $("view").getBoundingClientRect(), image = all("svg image")[0].getBoundingClientRect();
         const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || "box";
         return [image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),
                 name((image.right + at.right) / 2), name(image.x + 5)];
-        """,
-        states=[wide, *recorded.states[1:]],
-    )
+    """
+    left, right, *found = ask(script, states=[wide, *recorded.states[1:]])
     assert left > 10 and right > 10, "no margin beside the image: this shows nothing"
     assert found == ["view", "view", "box"]
 
