@@ -21,8 +21,7 @@ def _curve(provider, options, iterations: int = 40):
     cfg = provider.get_cfg()
     cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 7, *options])
     optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 2))
-    scheduler = provider.build_lr_scheduler(cfg, optimizer)
-    rates = []
+    scheduler, rates = provider.build_lr_scheduler(cfg, optimizer), []
     for _ in range(iterations):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
@@ -51,7 +50,6 @@ def observe_build_lr_scheduler(provider):
 
 def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at=None, log=None):
     """A trainer that has put the scalars "loss" (iteration squared) and broke off at iteration `stop_at`."""
-
     log = [] if log is None else log
 
     class Trainer(provider.TrainerBase):

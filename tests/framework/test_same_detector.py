@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import torch
 import yaml
 from observations import differences
 from observe_backbones import fill_by_formula
-from providers import detectron2_provider
+from providers import detectron2_provider, run_python
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.detection.data.shapes import write_shapes
@@ -21,8 +19,7 @@ from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config
 from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 3 MODEL.DFM.NUM_PROPOSALS 8 SOLVER.BASE_LR 0.5"
 # For Detectron2's own script: fewer predictors, narrow.
 CONFIG = f"""
@@ -66,9 +63,7 @@ def test_detector_is_the_same(tmp_path):
     theirs = _describe(cfg)
     path = tmp_path / "config.yaml"
     path.write_text(cfg.dump())
-    env = {**os.environ, "DFM_FRAMEWORK": "builtin", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    command = [sys.executable, "-W", "ignore", __file__, str(path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = run_python(__file__, str(path), DFM_FRAMEWORK="builtin")
     assert done.returncode == 0, done.stderr
     ours = json.loads(done.stdout.splitlines()[-1])
     assert theirs.pop("provider") == ["detectron2", "detectron2.structures.boxes"]
@@ -100,9 +95,7 @@ def test_analyze_model(tmp_path):
     code, words = re.search(r'python -c "\n(import runpy\n.*?)\n" (--.*?)\n', docs, re.DOTALL).groups()
     code = code.replace("detectron2/tools/analyze_model.py", str(script))
     code, words = (text.replace("configs/shapes_flow_r18.yaml", "config.yaml") for text in (code, words))
-    command = [sys.executable, "-W", "ignore", "-c", code, *words.split(), "MODEL.DFM.SAMPLER.STEPS", "1"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", code, *words.split(), "MODEL.DFM.SAMPLER.STEPS", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout + done.stderr
     assert "predictors.1.class_logits.weight" in said and "(6, 16)" in said, "the classes of the data set"
