@@ -12,11 +12,7 @@ from dfm_d2.local_update import SavedActivations, attached_losses
 OPTIONS = [{"ON_POLICY": 1.0}, {"ON_POLICY": 0.0}, {"TIME": "shared"}, {"NUM_PREDICTORS": 1}]
 
 
-def name_of(options: dict) -> str:
-    return " ".join(f"{key}={value}" for key, value in options.items())
-
-
-@pytest.mark.parametrize("options", [*OPTIONS, {"ON_POLICY": 0.5}, {"BACKBONE_UPDATE": "local"}], ids=name_of)
+@pytest.mark.parametrize("options", [*OPTIONS, {"ON_POLICY": 0.5}, {"BACKBONE_UPDATE": "local"}], ids=str)
 @pytest.mark.parametrize("update", ["sequential", "in backward"])
 def test_sequential_equals_joint_in_float64(make_model, inputs, options, update):
     """The directions of all gradients by the weights after AdamW, their sizes by the norms of the blocks."""
@@ -39,7 +35,7 @@ def test_each_part_goes_forward_once_in_a_step(make_model, inputs, update):
 
 
 @pytest.mark.parametrize("interaction", ["dynamic_conv", "grid_linear"])
-@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_predictors_evaluated_together_have_the_losses_and_gradients_of_a_loop(
     make_model, inputs, options, interaction
 ):

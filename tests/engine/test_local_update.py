@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -41,14 +42,9 @@ def test_bfloat16_autocast_trains(update):
 
 
 def test_a_fresh_autocast_context_for_each_block():
-    entered = []
-
-    def autocast():
-        entered.append(1)
-        return contextlib.nullcontext()
-
+    autocast = mock.Mock(side_effect=contextlib.nullcontext)
     train_steps(make_toy(), "sequential", autocast=autocast)
-    assert len(entered) == 3 + 2  # the predictors, the shared block, and the end
+    assert autocast.call_count == 3 + 2  # the predictors, the shared block, and the end
 
 
 def at_each_block(model, look) -> list:

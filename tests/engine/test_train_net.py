@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_training
 import torch
 from test_checkpoints import Evil
 from tiny_model import tiny_cfg
@@ -127,15 +127,8 @@ def test_mistakes_are_named_before_torch_is_imported_and_nothing_malicious_runs(
         [*train, "MODEL.WEIGHTS", str(tmp_path / "evil.pth")],
     ]
     script = str(Path(__file__).with_name("tool_commands.py"))
-    done = subprocess.run(
-        [sys.executable, script, str(ROOT / "tools"), json.dumps(commands)],
-        cwd=tmp_path,
-        env=os.environ | {"DFM_FRAMEWORK": provider},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = [sys.executable, script, str(ROOT / "tools"), json.dumps(commands)]
+    done = tiny_training.run(arguments, folder=tmp_path, DFM_FRAMEWORK=provider)
     statuses, had_torch = json.loads(done.stdout.splitlines()[-1])
     assert statuses == [0, 0] + [2] * 8
     assert done.stderr.count("error: ") == 8 and "Traceback" not in done.stderr
