@@ -61,21 +61,21 @@ def test_present_but_broken_raises(broken_detectron2):
     assert "this Detectron2 is broken" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["MODEL.RESNETS.DEPTH", 19], "DEPTH is 19: choose from 18, 34, 50, 101"),
-        (["MODEL.RESNETS.DEPTH", 18], "RES2_OUT_CHANNELS must be 64 for depth 18 and 34, not 256"),
-        (["MODEL.RESNETS.NORM", "XN"], "norm 'XN'"),
-        (["MODEL.RESNETS.OUT_FEATURES", ["res9"]], "OUT_FEATURES is"),
-        (["MODEL.FPN.IN_FEATURES", ["res2", "res4"]], "strides"),
-        (["MODEL.FPN.IN_FEATURES", []], "FPN.IN_FEATURES"),
-        (["MODEL.FPN.FUSE_TYPE", "max"], "FUSE_TYPE is 'max'"),
-    ],
-)
-def test_bad_backbone_values_are_named(options, said):
-    with pytest.raises(ValueError, match=said):
-        BUILTIN.build_backbone(backbone_config(BUILTIN, 50, "FrozenBN", 2, options))
+BAD_BACKBONES = {
+    "MODEL.RESNETS.DEPTH 19": "DEPTH is 19: choose from 18, 34, 50, 101",
+    "MODEL.RESNETS.DEPTH 18": "RES2_OUT_CHANNELS must be 64 for depth 18 and 34, not 256",
+    "MODEL.RESNETS.NORM XN": "norm 'XN'",
+    "MODEL.RESNETS.OUT_FEATURES ['res9']": "OUT_FEATURES is",
+    "MODEL.FPN.IN_FEATURES ['res2','res4']": "strides",
+    "MODEL.FPN.IN_FEATURES []": "FPN.IN_FEATURES",
+    "MODEL.FPN.FUSE_TYPE max": "FUSE_TYPE is 'max'",
+}
+
+
+@pytest.mark.parametrize("options", BAD_BACKBONES)
+def test_bad_backbone_values_are_named(options):
+    with pytest.raises(ValueError, match=BAD_BACKBONES[options]):
+        BUILTIN.build_backbone(backbone_config(BUILTIN, 50, "FrozenBN", 2, options.split()))
 
 
 def test_inference_restores_training_mode_after_an_error():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from observations import differences
-from observe_backbones import fill_by_formula
+from observations import as_json, differences
+from observe_backbones import fill_by_formula, names_and_shapes
 from providers import detectron2_provider, run_python
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
@@ -39,20 +39,12 @@ def _describe(cfg) -> dict:
     image = (torch.arange(3 * 64 * 96) * 7 % 256).reshape(3, 64, 96).to(torch.uint8)
     truth = Instances((64, 96), gt_boxes=Boxes([[8.0, 8.0, 40.0, 50.0]]), gt_classes=torch.tensor([1]))
     batch = [{"image": image, "height": 128, "width": 192, "image_id": "a", "instances": truth}]
-    model.train()
-    losses = model(batch)
-    model.eval()
+    losses = model.train()(batch)
     with torch.no_grad():
-        found = model(batch)[0]["instances"]
-    return {
-        "provider": [PROVIDER, Boxes.__module__],
-        "config": yaml.safe_load(cfg.dump()),
-        "state": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
-        "losses": {name: loss.item() for name, loss in losses.items()},
-        "boxes": found.pred_boxes.tensor.tolist(),
-        "scores": found.scores.tolist(),
-        "classes": found.pred_classes.tolist(),
-    }
+        found = model.eval()(batch)[0]["instances"]
+    about = {"provider": [PROVIDER, Boxes.__module__], "config": yaml.safe_load(cfg.dump())}
+    about |= {"state": names_and_shapes(model), "losses": losses, "boxes": found.pred_boxes}
+    return as_json({**about, "scores": found.scores, "classes": found.pred_classes})
 
 
 @pytest.mark.d2
