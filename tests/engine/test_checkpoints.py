@@ -31,8 +31,7 @@ def test_a_round_trip_and_what_it_says_about_itself(tmp_path):
 def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     checkpointer = SafeCheckpointer(ToyModel(), str(tmp_path))
     checkpointer.save("model")
-    before = (tmp_path / "model.pth").read_bytes()
-    torch_save = torch.save
+    before, torch_save = (tmp_path / "model.pth").read_bytes(), torch.save
 
     def torn(data, file):
         torch_save(data, file)

@@ -79,11 +79,10 @@ BAD = [(DETECTION, *case) for case in BAD_DETECTORS.items()]
 BAD += [(CLASSIFICATION, *case) for case in BAD_CLASSIFIERS.items()]
 
 
-def said_of(task, overrides: str | list[str], file: str = "") -> str:
+def said_of(task, overrides: str, file: str = "") -> str:
     """What is said about a good config, or that file, with these overrides."""
-    words = overrides.split() if isinstance(overrides, str) else overrides
     names = {"D.": "MODEL.DFM.", "C.": "MODEL.CLASSIFIER."}
-    words = [names.get(word[:2], word[:2]) + word[2:] for word in words]
+    words = [names.get(word[:2], word[:2]) + word[2:] for word in overrides.split()]
     with pytest.raises(UserError) as caught:
         validate_config(task, load_config(task, file or GOOD[task], words))
     message = str(caught.value)

@@ -54,8 +54,7 @@ def test_stage_by_stage_gives_the_features_of_the_backbone(model, inputs):
         hand_over.open = lambda features: seen.extend(features) or features
         list(model.block_losses(prepared, hand_over))
         expected = model._features(prepared.images)
-    assert len(seen) == len(expected) == 4
-    assert all(torch.equal(a, b) for a, b in zip(seen, expected))
+    assert len(seen) == len(expected) == 4 and all(map(torch.equal, seen, expected))
 
 
 def test_frozen_stages_have_no_predictor_and_a_backbone_without_stages_is_one_line():

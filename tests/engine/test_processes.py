@@ -48,6 +48,7 @@ def item(position: int) -> dict:
     return {"image_id": name, "height": size[0], "width": size[1], "image": image, "instances": instances}
 
 
+@functools.cache  # one process trains each scenario once
 def train_on_grid(scenario: str, processes: int, members: int) -> dict:
     """The checkpoint after STEPS iterations, on the first process."""
     cfg = tiny_cfg(NUM_PROPOSALS=8, **SCENARIOS[scenario][0])
@@ -86,17 +87,12 @@ def train_in_process(rank: int, folder: Path, scenario: str, processes: int, mem
     dist.destroy_process_group()
 
 
-@functools.cache
-def in_one_process(scenario: str) -> dict:
-    return train_on_grid(scenario, 1, 1)
-
-
 @pytest.mark.parametrize(("scenario", "processes", "members"), GRIDS)
 def test_processes_train_what_one_trains(server, tmp_path, scenario, processes, members):
     """Parameters, the state of AdamW and what is reported, with uneven shares of a batch too."""
     arguments = (tmp_path, scenario, processes, members)
     torch.multiprocessing.start_processes(train_in_process, arguments, processes, start_method="spawn")
-    alone, found = in_one_process(scenario), torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    alone, found = train_on_grid(scenario, 1, 1), torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert alone["model"]["predictors.0.box_answer.weight"].dtype == torch.float64
     torch.testing.assert_close(found["model"], alone["model"], rtol=0, atol=1e-9)
     torch.testing.assert_close(found["optimizer"]["state"], alone["optimizer"]["state"], rtol=0, atol=1e-9)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny_training
@@ -85,10 +86,8 @@ def test_what_the_user_can_put_right_is_one_line(run, capsys, given):
 
 
 def test_a_traceback_is_for_bugs_and_on_demand(run, capsys, monkeypatch):
-    def prepare(*_):
-        raise ValueError("boom")
-
-    monkeypatch.setattr("dfm_d2.detection.detector.FlowDetector.prepare", prepare)
+    broken = mock.Mock(side_effect=ValueError("boom"))
+    monkeypatch.setattr("dfm_d2.detection.detector.FlowDetector.prepare", broken)
     with pytest.raises(ValueError, match="boom"):  # a command ends with a traceback and status 1
         run()
     monkeypatch.setenv("DFM_DEBUG", "1")
