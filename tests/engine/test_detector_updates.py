@@ -25,6 +25,17 @@ def test_sequential_equals_joint_in_float64(make_model, inputs, options, update)
     torch.testing.assert_close(local.state_dict(), joint.state_dict(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sequential_has_the_gradients_of_joint_in_float32(make_model, inputs, options):
+    joint, sequential = (make_model(**options).train() for _ in range(2))
+    train_steps(joint, "joint", inputs)
+    train_steps(sequential, "sequential", inputs)
+    for named, others in zip(joint.blocks().values(), sequential.blocks().values(), strict=True):
+        pairs = [(p.grad, q.grad) for (_, p), (_, q) in zip(named, others) if p.grad is not None]
+        expected, found = (torch.cat([grad.flatten() for grad in grads]) for grads in zip(*pairs))
+        assert 0 < expected.norm() and (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("update", ["joint", "sequential"])
 def test_each_part_goes_forward_once_in_a_step(make_model, inputs, update):
     model, calls = make_model().train(), []
