@@ -1,6 +1,7 @@
 """Who may know whom: imports only go down, and only the framework package knows Detectron2."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,11 @@ def _is_pure(path: Path) -> bool:
 def test_only_one_file_imports_detectron2():
     files = {path for _, path, module in IMPORTS if module.split(".")[0] == "detectron2"}
     assert files == {ROOT / "dfm_d2/framework/_providers.py"}
+
+
+def test_the_engine_names_neither_vertical():
+    named = re.compile(r"MODEL\.(CLASSIFIER|DFM\.HEAD)|bottom_up|stage_predictors|dense_predictor")
+    assert not [path for path in (ROOT / "dfm_d2/engine").glob("*.py") if named.search(path.read_text())]
 
 
 def test_nobody_touches_sys_modules():
