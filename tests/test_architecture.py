@@ -1,6 +1,7 @@
 """Who may know whom: imports only go down, and only the framework package knows Detectron2."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,11 @@ def test_no_config_gets_into_pure_packages():
         if _is_pure(path) and name in ("cfg", "CfgNode"):
             wrong.append(f"{_at(path, node)}: pass the values themselves")
     assert not wrong
+
+
+def test_the_engine_names_neither_vertical():
+    named = re.compile(r"MODEL\.(CLASSIFIER|DFM\.HEAD)|bottom_up|stage_predictors|dense_predictor")
+    assert not [path for path in (ROOT / "dfm_d2/engine").glob("*.py") if named.search(path.read_text())]
 
 
 def test_only_one_file_imports_detectron2_and_none_touches_sys_modules():

@@ -45,6 +45,8 @@ class ToyBackbone(nn.Module):
 class ToyModel(nn.Module):
     """D multilayer perceptrons on pooled features. ``noise``: draw from every global generator."""
 
+    backbone_prefix = "backbone.bottom_up"
+
     def __init__(self, num_predictors: int = 3, noise: bool = False) -> None:
         super().__init__()
         self.num_predictors, self.noise = num_predictors, noise

@@ -104,6 +104,10 @@ KEYS = (
     Key("TEST.DETECTIONS_PER_IMAGE", least=1),
 )
 
+# Keys that say what the weights mean and that their names and shapes do not show.
+_MEANING = "SIGNAL_SCALE TIME TIME_RATE HEAD.IN_FEATURES HEAD.BOX_WEIGHTS HEAD.POOLER_CANONICAL_SIZE"
+MEANING = tuple(f"MODEL.DFM.{name}" for name in _MEANING.split())
+
 _ON_POLICY = "MODEL.DFM.ON_POLICY trains on the states of inference"
 # What config files of earlier versions have: {key: (its default, what replaced it)}; "" for the classifier's
 # keys, and for what may have any value without harm.

@@ -39,13 +39,13 @@ def test_path_refuses_what_does_not_agree():
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_a_constant_endpoint_is_reached_exactly(method, num_steps):
     target = torch.randn(2, 3, 4)
-    field = flow.endpoint_field(lambda x, t: target)
-    found = ODESolver(method).sample(field, torch.randn(2, 3, 4), warped_grid(num_steps))
+    step_function = flow.endpoint_step_function(lambda x, t: target)
+    found = ODESolver(method).sample(step_function, torch.randn(2, 3, 4), warped_grid(num_steps))
     assert torch.equal(found.x, target)
 
 
 def _decay(x, t, t_next):
-    """dx/dt = -x, as a field."""
+    """dx/dt = -x, as a step function."""
     velocity = -x
     return flow.SolverStep(x + (t_next - t) * velocity, x + (1 - t) * velocity, velocity)
 
@@ -61,8 +61,8 @@ def test_order_of_convergence(method, order):
 
 
 def test_intermediates_are_kept_on_demand():
-    field = flow.endpoint_field(lambda x, t: torch.zeros_like(x))
-    arguments = field, torch.ones(1, 2), (0.0, 0.25, 1.0)
+    step_function = flow.endpoint_step_function(lambda x, t: torch.zeros_like(x))
+    arguments = step_function, torch.ones(1, 2), (0.0, 0.25, 1.0)
     found, plain = (ODESolver().sample(*arguments, return_intermediates=kept) for kept in (True, False))
     assert [s[0, 0].item() for s in found.states] == [1.0, 0.75, 0.0] and len(found.steps) == 2
     assert plain.states == [] and plain.steps == [] and torch.equal(plain.x, found.x)
