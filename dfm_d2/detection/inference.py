@@ -107,7 +107,8 @@ class BoxFlowModel(nn.Module):
     def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
         """States and answers of every solver step of the first noise pass, and the `(B, 2)` image sizes to
         decode them with."""
-        (field, image_sizes), settings = self.field(batched_inputs), self.sampler.settings
+        settings = self.sampler.settings
+        field, image_sizes = self.field(batched_inputs)
         x_0 = self.sampler.noise(self.image_ids(batched_inputs), self.device)[:, : settings.num_proposals]
         solver = ODESolver(settings.method)
         return solver.sample(field, x_0, settings.grid, return_intermediates=True), image_sizes

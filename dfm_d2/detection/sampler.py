@@ -20,7 +20,10 @@ Field = Callable[[Tensor, float, float], BoxFlowUpdate]
 
 @dataclass
 class SamplerSettings:
-    """What may change at test time without retraining. The keys are those of MODEL.DFM.SAMPLER."""
+    """What may change at test time without retraining. The keys are those of MODEL.DFM.SAMPLER.
+
+    ValueError for fewer than one proposal, step, pass or detection.
+    """
 
     num_proposals: int
     steps: int
@@ -32,6 +35,10 @@ class SamplerSettings:
     nms_thresh: float = 0.6
     detections_per_image: int = 100
     time_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.num_proposals, self.steps, self.noise_passes, self.detections_per_image) < 1:
+            raise ValueError(f"proposals, steps, passes and detections must be at least 1, got {self}")
 
     @property
     def grid(self) -> tuple[float, ...]:

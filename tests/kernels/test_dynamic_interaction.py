@@ -46,6 +46,8 @@ def test_what_does_not_fit(kernel_device):
         interact(roi, weight_out, weight_in, *norms)
     with pytest.raises(ValueError, match="norms of 2 predictors"):
         interact(*interaction_case(kernel_device, m=3, sets=2).tensors)
+    with pytest.raises(ValueError, match="do not fit"):
+        interact(roi, weight_in, weight_out, *norms[:2], *(x[..., :1] for x in norms[2:]))
     with kernels("triton"):
         with pytest.raises(BackendError, match="torch.float64"):
             interact(roi.double(), weight_in.double(), weight_out.double(), *norms)

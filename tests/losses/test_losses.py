@@ -63,6 +63,8 @@ def test_coupling_permutes_and_transport_is_optimal():
             torch.testing.assert_close(coupled.x_1[i, rows], gt.x_1[i, coupled.gt_index[i, rows]])
         costs[method] = (x_0 - coupled.x_1).square().sum((1, 2))
     assert (costs["optimal_transport"] < costs["independent"]).all()
+    with pytest.raises(ValueError, match="'optimal_transport' or 'independent', got 'ot'"):
+        couple(x_0, slots, "ot", keys)
     swapped = couple(x_0, slots, "optimal_transport", keys).x_1
     for a in range(6):
         for b in range(a):
