@@ -10,14 +10,9 @@ import torchvision
 from tiny_model import tiny_cfg
 from torch import nn
 
+from dfm_d2.engine import weights
 from dfm_d2.engine.checkpoint import SafeCheckpointer
-from dfm_d2.engine.weights import (
-    MSRA,
-    TORCHVISION,
-    check_pixels,
-    convert_torchvision_resnet,
-    load_numpy_pickle,
-)
+from dfm_d2.engine.weights import MSRA, TORCHVISION
 from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
 from dfm_d2.framework import build_backbone
 
@@ -52,7 +47,7 @@ def test_numpy_pickles_of_every_protocol(tmp_path, protocol):
         "d": OrderedDict(fortran=np.asfortranarray(np.arange(4.0).reshape(2, 2))),
     }
     (tmp_path / "weights.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    loaded = load_numpy_pickle(str(tmp_path / "weights.pkl"))
+    loaded = weights.load_numpy_pickle(str(tmp_path / "weights.pkl"))
     assert np.array_equal(loaded["a"], content["a"]) and loaded["c"] == content["c"]
     assert np.array_equal(loaded["d"]["fortran"], content["d"]["fortran"]) and loaded["b"] == 1.5
 
@@ -66,7 +61,7 @@ DAMAGED = [b"", b"hello", pickle.dumps({"a": np.zeros(100)})[:60]]
 def test_a_pickle_that_names_anything_else_or_is_damaged_is_refused(tmp_path, content):
     (tmp_path / "bad.pkl").write_bytes(content)
     with pytest.raises(CheckpointError, match="bad.pkl is") as caught:
-        load_numpy_pickle(str(tmp_path / "bad.pkl"))
+        weights.load_numpy_pickle(str(tmp_path / "bad.pkl"))
     assert isinstance(caught.value, UnsafeFileError) == ("not a plain file of numpy" in str(caught.value))
     assert isinstance(caught.value, UnsafeFileError) or content in DAMAGED
 
@@ -88,7 +83,7 @@ def test_a_torchvision_file_gives_the_same_features(tmp_path, depth, prefix):
         ours = detector["backbone"].bottom_up(images)["res5"]
         theirs = nn.Sequential(*list(resnet.children())[:-2])(images)
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
-    assert not convert_torchvision_resnet({"conv1.weight": torch.zeros(1)})
+    assert not weights.convert_torchvision_resnet({"conv1.weight": torch.zeros(1)})
 
 
 def caffe2_names() -> dict[str, np.ndarray]:
@@ -107,25 +102,23 @@ def test_a_caffe2_file_is_matched_by_name(tmp_path):
     detector.requires_grad_(True)  # the file has a few layers only, and what is frozen must be in it
     SafeCheckpointer(detector, cfg=config_for(MSRA)).load(str(tmp_path / "R-50.pkl"), [])
     bottom_up = detector["backbone"].bottom_up
-    for key, value in (
-        ("conv1_w", bottom_up.stem.conv1.weight),
-        ("res_conv1_bn_s", bottom_up.stem.conv1.norm.weight),
-        ("res2_0_branch1_w", bottom_up.res2[0].shortcut.weight),
-        ("res2_0_branch2a_w", bottom_up.res2[0].conv1.weight),
-    ):
+    found = {"conv1_w": bottom_up.stem.conv1.weight, "res_conv1_bn_s": bottom_up.stem.conv1.norm.weight}
+    found["res2_0_branch1_w"] = bottom_up.res2[0].shortcut.weight
+    found["res2_0_branch2a_w"] = bottom_up.res2[0].conv1.weight
+    for key, value in found.items():
         assert torch.equal(value, torch.from_numpy(content[key])), key
 
 
 def test_the_wrong_pixels_are_an_error(tmp_path):
     torchvisions, msras = config_for(TORCHVISION), config_for(MSRA)
-    check_pixels(torchvisions, TORCHVISION, "file")
-    check_pixels(msras, MSRA, "file")
+    weights.check_pixels(torchvisions, TORCHVISION, "file")
+    weights.check_pixels(msras, MSRA, "file")
     with pytest.raises(UserError, match="torchvision weights.* INPUT.FORMAT RGB.*STRIDE_IN_1X1 False"):
-        check_pixels(msras, TORCHVISION, "file")
+        weights.check_pixels(msras, TORCHVISION, "file")
     with pytest.raises(UserError, match=r"msra weights.* INPUT.FORMAT BGR.*PIXEL_STD \[1.0"):
-        check_pixels(torchvisions, MSRA, "file")
+        weights.check_pixels(torchvisions, MSRA, "file")
     torchvisions.MODEL.RESNETS.NUM_GROUPS = 32
-    check_pixels(torchvisions, MSRA, "file")  # ResNeXt of the same zoo: other pixels for each model
+    weights.check_pixels(torchvisions, MSRA, "file")  # ResNeXt of the same zoo: other pixels for each model
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(caffe2_names(), protocol=2))
     for name, cfg in (("resnet18.pth", msras), ("R-50.pkl", config_for(TORCHVISION))):
