@@ -13,7 +13,8 @@ KEYS = (
     Key("MODEL.RESNETS.RES2_OUT_CHANNELS", least=1),
     Key("MODEL.RESNETS.STEM_OUT_CHANNELS", least=1),
     Key("MODEL.RESNETS.WIDTH_PER_GROUP", least=1),
-    # ---- data A folder in VOC layout (Annotations/, ImageSets/Main/, JPEGImages/). The dataset names
+    # ---- data
+    # A folder in VOC layout (Annotations/, ImageSets/Main/, JPEGImages/). The dataset names
     # `voc_root_<split>` in DATASETS.TRAIN / DATASETS.TEST read ImageSets/Main/<split>.txt of it.
     Key("DATASETS.VOC_ROOT", ""),
     # COCO json by path: the names `coco_json_train` and `coco_json_val` read these.

@@ -107,7 +107,8 @@ class BoxFlowModel(nn.Module):
     def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
         """States and answers of every solver step of the first noise pass, and the `(B, 2)` image sizes to
         decode them with."""
-        (step_function, image_sizes), settings = self.step_function(batched_inputs), self.sampler.settings
+        settings = self.sampler.settings
+        step_function, image_sizes = self.step_function(batched_inputs)
         x_0 = self.sampler.noise(self.image_ids(batched_inputs), self.device)[:, : settings.num_proposals]
         solver = ODESolver(settings.method)
         return solver.sample(step_function, x_0, settings.grid, return_intermediates=True), image_sizes

@@ -16,7 +16,10 @@ from dfm_d2.flow import ODESolver, StepFunction, keyed_normal, stream_key, warpe
 
 @dataclass
 class SamplerSettings:
-    """What may change at test time without retraining. The keys are those of MODEL.DFM.SAMPLER."""
+    """What may change at test time without retraining. The keys are those of MODEL.DFM.SAMPLER.
+
+    ValueError for fewer than one proposal, step, pass or detection.
+    """
 
     num_proposals: int
     steps: int
@@ -28,6 +31,10 @@ class SamplerSettings:
     nms_thresh: float = 0.6
     detections_per_image: int = 100
     time_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.num_proposals, self.steps, self.noise_passes, self.detections_per_image) < 1:
+            raise ValueError(f"proposals, steps, passes and detections must be at least 1, got {self}")
 
     @property
     def grid(self) -> tuple[float, ...]:

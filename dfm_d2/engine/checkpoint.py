@@ -119,7 +119,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         # torch takes counters of batch norms as there where a file is of before they were.
         if {name for name in self.model.state_dict() if not name.endswith(".num_batches_tracked")} <= missing:
             raise CheckpointError(
-                f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and MODEL.RESNETS.DEPTH."
+                f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and the backbone's keys."
             )
         frozen = (name for name, value in self.model.named_parameters() if not value.requires_grad)
         random = next((name for name in frozen if name in missing), None)

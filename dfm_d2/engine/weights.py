@@ -91,7 +91,8 @@ def load_tensors(path: str) -> Any:
         ) from error
     except (EOFError, RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged ({first_line}): take an earlier checkpoint.") from error
+        what = "cannot be read" if isinstance(error, PermissionError) else "is damaged or not of torch.save"
+        raise CheckpointError(f"{path} {what} ({first_line}): take another file.") from error
 
 
 # Names of a torchvision ResNet, and what Detectron2 calls them; applied one after the other.
@@ -133,8 +134,10 @@ def convert_torchvision_resnet(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     starts = (key.removesuffix("layer1.0.conv1.weight") for key in state)
     prefix = next((p for p in starts if p not in state and f"{p}conv1.weight" in state), None)
+    if prefix is None:
+        return {}
     converted = {}
-    for key, value in state.items() if prefix is not None else ():
+    for key, value in state.items():
         name = key.removeprefix(prefix)
         for pattern, replacement in _DETECTRON2_NAMES:
             name = re.sub(pattern, replacement, name)

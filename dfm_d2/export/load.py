@@ -38,7 +38,10 @@ def load_file(path: str | Path) -> tuple[Run, dict[str, Any]]:
     try:
         run, about = loaders[ending](str(path))
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no {ending} file that can be read here: export it again") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} is no {ending} file that can be read here ({reason}): export it again"
+        ) from error
     if not about:
         raise UserError(f"{path} has no {ABOUT}: it was not written by tools/export_model.py")
     return run, json.loads(about)

@@ -99,6 +99,9 @@ def test_box_space_by_hand():
     space = BoxSpace(2.0)
     x = space.encode(torch.tensor([[0.0, 0.0, 60.0, 40.0]]), torch.tensor([40, 60]))
     torch.testing.assert_close(x, torch.tensor([[0.0, 0.0, 2.0, 2.0]]))
+    for scale in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="signal_scale must be greater than 0"):
+            BoxSpace(scale)
 
 
 def test_label_space_reads_out_what_it_encodes():

@@ -1,8 +1,10 @@
 """Small data sets on disk for the tests of data."""
 
 import json
+import os
 import tarfile
 from itertools import product
+from pathlib import Path
 
 import pytest
 from data_helpers import VocFolder, pixels_of
@@ -26,6 +28,18 @@ def make_cfg():
         return cfg
 
     return make
+
+
+@pytest.fixture
+def shared_data():
+    """shared_data(name): a real set in the folder of DFM_SHARED_DATA; skips where it is missing."""
+
+    def find(name):
+        default = Path(__file__).parents[3] / "shared" / "data"
+        path = Path(os.environ.get("DFM_SHARED_DATA", default)) / name
+        return path if path.exists() else pytest.skip(f"no {path}: set DFM_SHARED_DATA")
+
+    return find
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from data_helpers import pixels_of, write_idx
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dfm_d2.classification.data.registration import HELD_OUT, read_digits, register_class_sets
+from dfm_d2.classification.data.registration import HELD_OUT, read_digits, read_root, register_class_sets
 from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.stream import SampleStream
@@ -67,6 +67,13 @@ def test_the_digits_are_split():
     train, test = read_digits("train"), read_digits("test")
     assert (len(train), len(test), test[0].image_id) == (1438, 359, "1")
     assert train[0].read().shape == (8, 8, 1) and max(sample.read().max() for sample in train) == 240
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("mnist_t10k", (8000, 2000)), ("cifar10_jpg_12k.tar", (10000, 2000))]
+)
+def test_the_shared_sets(shared_data, name, sizes):
+    assert tuple(len(read_root(shared_data(name), split)) for split in ("train", "test")) == sizes
 
 
 @pytest.mark.parametrize(

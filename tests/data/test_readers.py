@@ -13,6 +13,7 @@ from PIL import Image
 from dfm_d2.data.problems import SHOWN, DataProblemError, Problem, ProblemReport
 from dfm_d2.detection.data.readers import parse_voc_xml, read_voc_split
 from dfm_d2.detection.data.registration import register_datasets
+from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 GOOD = voc_xml([("cat", 1, 2, 40.5, 30, 1)]).encode()
 BOMB = b"""<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">
@@ -130,3 +131,21 @@ def test_problems_are_logged_once_with_counts_or_fatal(voc, make_cfg, caplog):
     assert "and 3 more" in text
     with pytest.raises(DataProblemError, match="13 problems: z00.xml.*zero area"):
         register_datasets(make_cfg(voc.root, ON_ERROR="fatal"))
+
+
+@pytest.mark.parametrize(
+    "name, splits, images, boxes, difficult, classes, broken",
+    [
+        ("bccd", ("train", "val", "test"), [205, 87, 72], 4886, 0, 3, ["00338", "00343"]),
+        ("voc2012_subset", ("train", "val"), [252, 235], 1844, 219, 19, []),
+    ],
+)
+def test_real_sets(shared_data, make_cfg, name, splits, images, boxes, difficult, classes, broken):
+    names = tuple(f"voc_root_{split}" for split in splits)
+    reports = register_datasets(make_cfg(shared_data(name), names))
+    assert [len(DatasetCatalog.get(name)) for name in names] == images
+    targets = [t for name in names for entry in DatasetCatalog.get(name) for t in entry["annotations"]]
+    assert (len(targets), sum(t["difficult"] for t in targets)) == (boxes, difficult)
+    assert len(MetadataCatalog.get(names[0]).thing_classes) == classes
+    problems = [(p.file, p.kind) for report in reports.values() for p in report.problems]
+    assert sorted(problems) == [(f"BloodImage_{number}.xml", "zero_area") for number in broken]

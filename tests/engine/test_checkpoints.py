@@ -120,11 +120,13 @@ def test_weights_that_would_mean_something_else_are_refused(tmp_path):
     assert "was trained with INPUT.FORMAT RGB, but the config has BGR" in said
     SafeCheckpointer(ToyModel(), cfg=cfgs["RGB"]).load(str(path))
     SafeCheckpointer(ToyModel(), cfg=cfgs["BGR"]).load(str(path), [])  # fine-tuning may
-    then = cfgs["BGR"].clone()
-    then.MODEL.DFM.PREDICTION = "velocity"  # an option that was removed
-    SafeCheckpointer(ToyModel(), str(tmp_path), cfg=then).save("model")
-    said = error_of(ToyModel(), path, cfg=cfgs["BGR"])
-    assert "was trained with MODEL.DFM.PREDICTION velocity, but the config has endpoint" in said
+    # The other time, and an option that was removed.
+    for key, before, now in (("TIME", "shared", "partitioned"), ("PREDICTION", "velocity", "endpoint")):
+        then = cfgs["BGR"].clone()
+        then.MODEL.DFM[key] = before
+        SafeCheckpointer(ToyModel(), str(tmp_path), cfg=then).save("model")
+        said = error_of(ToyModel(), path, cfg=cfgs["BGR"])
+        assert f"was trained with MODEL.DFM.{key} {before}, but the config has {now}" in said
 
 
 def test_a_frozen_part_that_the_weights_lack_is_an_error(tmp_path):

@@ -43,6 +43,15 @@ def test_all_generators_come_back():
     assert drawn == (random.random(), np.random.randn(), torch.rand(1))
 
 
+def test_a_resume_with_another_number_of_threads_is_warned_of(caplog):
+    trainer = make_trainer(make_toy())
+    trainer.train(0, 1)
+    state = trainer.state_dict()
+    for threads, warned in ((state["threads"], False), (state["threads"] + 1, True)):
+        trainer.load_state_dict({**state, "threads": threads})
+        assert ("equal to rounding only" in caplog.text) == warned
+
+
 def test_metrics_are_cut_back(tmp_path):
     path = tmp_path / "metrics.json"
     cut_back(path, 5)

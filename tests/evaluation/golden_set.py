@@ -57,9 +57,9 @@ def outputs_of(golden):
     return pairs
 
 
-def evaluator_of(golden, output_dir=None, metadata=None, **keys):
+def evaluator_of(golden, output_dir, metadata=None):
     register("golden_ours", dataset_dicts(golden), golden["classes"], **(metadata or {}))
-    return DetectionEvaluator("golden_ours", output_dir, **keys)
+    return DetectionEvaluator("golden_ours", output_dir)
 
 
 def evaluate(evaluator, pairs):

@@ -30,7 +30,7 @@ def test_ap_is_that_of_detectron2(live, tmp_path):
         expected = measure_with_detectron2(golden, tmp_path)
         assert expected["voc07"] == pytest.approx(golden["expected"]["voc07"])
         assert expected["coco"] == pytest.approx(golden["expected"]["coco"], nan_ok=True)
-    ours = evaluate(evaluator_of(golden), outputs_of(golden))
+    ours = evaluate(evaluator_of(golden, tmp_path), outputs_of(golden))
     assert {"AP", "AP50", "AP75", "AP-cat"} <= set(expected["coco"])
     theirs = {**expected["coco"], "VOC07_AP50": expected["voc07"], "VOC_AP50": expected["voc"]}
     assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=0, abs=1e-6, nan_ok=True)
@@ -50,7 +50,7 @@ def test_plain_pycocotools_finds_the_same_from_the_files(golden, tmp_path):
     evaluation.accumulate()
     evaluation.summarize()
     assert [ours[key] for key in ("AP", "AP50", "AP75")] == pytest.approx(list(100 * evaluation.stats[:3]))
-    plain = evaluate(evaluator_of(golden), outputs_of(golden))
+    plain = evaluate(evaluator_of(golden, tmp_path), outputs_of(golden))
     assert ours == pytest.approx(plain, nan_ok=True)  # the ids of the categories change nothing
 
 
@@ -62,11 +62,11 @@ def test_no_detection_is_zero_and_no_ground_truth_is_nan(golden, tmp_path):
     assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == []
     for image in golden["images"]:
         image["objects"] = []
-    assert all(map(math.isnan, evaluate(evaluator_of(golden), outputs_of(golden)).values()))
+    assert all(map(math.isnan, evaluate(evaluator_of(golden, tmp_path), outputs_of(golden)).values()))
 
 
-def test_reset_forgets_and_the_table_has_a_row_per_class_and_the_mean(golden):
-    evaluator = evaluator_of(golden)
+def test_reset_forgets_and_the_table_has_a_row_per_class_and_the_mean(golden, tmp_path):
+    evaluator = evaluator_of(golden, tmp_path)
     metrics = evaluate(evaluator, outputs_of(golden))
     assert evaluate(evaluator, outputs_of(golden))["AP"] == metrics["AP"] > 0
     lines = format_table({"bbox": metrics}).splitlines()
@@ -76,8 +76,8 @@ def test_reset_forgets_and_the_table_has_a_row_per_class_and_the_mean(golden):
     assert lines[-1].split()[2] == f"{metrics['AP50']:.1f}"
 
 
-def test_what_cannot_be_evaluated_says_so(golden, caplog):
-    evaluator = evaluator_of(golden)
+def test_what_cannot_be_evaluated_says_so(golden, tmp_path, caplog):
+    evaluator = evaluator_of(golden, tmp_path)
     with pytest.raises(ValueError, match="'zebra' is not in the data set golden_ours"):
         evaluator.process([{"image_id": "zebra"}], [{"instances": instances_of([])}])
     source = {"image_id": golden["images"][0]["image_id"]}

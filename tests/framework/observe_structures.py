@@ -67,6 +67,7 @@ def observe_configurable(provider):
         "from config": thing(cfg).values,
         "by keyword": thing(cfg=cfg).values,
         "to from_config": thing(cfg, b=30).values,
+        "over from_config": thing(cfg, a=7, c=8).values,
         "without from_config": raised(lambda: make()(cfg)),
         "no classmethod": raised(lambda: no_classmethod(cfg)),
     }

@@ -105,6 +105,17 @@ def test_the_builtin_names_what_it_ignores(write, caplog):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "default", "value"),
+    [("RES5_DILATION", 1, 2), ("DEFORM_ON_PER_STAGE", [False] * 4, [True] * 4)],
+)
+def test_what_would_be_another_model_needs_detectron2(write, key, default, value):
+    cfg, name = BUILTIN.get_cfg(), f"MODEL.RESNETS.{key}"
+    merge_config_file(cfg, write(nested({name: default})))
+    merge_config_opts(cfg, [name, str(default)])
+    check_both(cfg, write, name, value, f"{name} to .*, which needs Detectron2: leave it out")
+
+
 REMOVED = {"MODEL.OTHER": (None, ""), "OTHER_KEY": (None, ""), "SOLVER.OLD": ((1, 2), "use SOLVER.STEPS")}
 REMOVED["MODEL.OLD"] = ({"RATE": 0.5, "INNER": {"WORD": ""}}, "nothing replaces it")
 
@@ -189,8 +200,10 @@ def test_the_builtin_node_and_overrides_run_no_code(cfg, write, tmp_path):
     path = write(PAYLOADS["system"].format(marker=marker))
     with refused("can run code"):
         node.merge_from_file(path)
-    with pytest.raises(TypeError, match="allow_unsafe"):
+    with pytest.raises(ValueError, match="allow_unsafe must be False"):
         node.merge_from_file(path, allow_unsafe=True)
+    node.merge_from_file(write("SEED: 3\n", "good.yaml"), allow_unsafe=False)
+    assert node.SEED == 3
     merge_config_opts(cfg, ["OUTPUT_DIR", f"__import__('os').system('touch {marker}')"])
     assert cfg.OUTPUT_DIR.startswith("__import__") and not marker.exists()
 

@@ -86,7 +86,7 @@ REFUSED = {
         ("torch", lambda op, *x: flow_loss(*x, **LOSS | {"kind": "hinge"}), "quality_focal', got 'hinge'"),
         ("triton", lambda op, z, x_1, *rest: op(z, x_1.double(), *rest), "but boxes are torch.float64"),
         ("triton", lambda op, z, *rest: op(z[..., :0], *rest), "but there is no class"),
-        ("triton", lambda op, z, x_1, *rest: op(z, x_1[:1], *rest), "must be .B, N, K."),
+        ("torch", lambda op, z, x_1, *rest: op(z, x_1[:1], *rest), "must be .B, N, K."),
     ],
     "multilevel_roi_align": [
         ("torch", lambda op, *x: op(*x[1:]), "2 feature levels but 3 scales"),
@@ -101,6 +101,7 @@ REFUSED = {
     "dynamic_interaction": [
         ("torch", lambda op, x, a, b, *norms: op(x, b, a, *norms), "be .M, P.2, C., .M, C, H. and .M, H, C."),
         ("torch", lambda op, *x: op(*x[:3], *(n.repeat(2, 1) for n in x[3:])), "norms of 2 predictors"),
+        ("torch", lambda op, *x: op(*x[:5], *(n[..., :1] for n in x[5:])), "do not fit"),
         ("triton", lambda op, *x: op(*(m.double() for m in x[:3]), *x[3:]), "but .* are torch.float64"),
         ("triton", lambda op, x, *rest: op(x.repeat(1, 9, 1), *rest), "but P.2 = 81, C = 20, H = 6 do not"),
     ],

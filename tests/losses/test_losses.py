@@ -63,6 +63,8 @@ def test_coupling_permutes_and_transport_is_optimal():
     # Independent of the noise.
     other = couple(keyed_normal([1, 2], 6), slots, "independent", keys)
     assert torch.equal(other.gt_index, coupled.gt_index)
+    with pytest.raises(ValueError, match="'optimal_transport' or 'independent', got 'ot'"):
+        couple(x_0, slots, "ot", keys)
     swapped = couple(x_0, slots, "optimal_transport", keys).x_1
     for a in range(6):
         for b in range(a):

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from dfm_d2.detection import training
+from dfm_d2.detection import from_config, training
 from dfm_d2.detection.postprocess import detections, padded_detections
 from dfm_d2.detection.sampler import BoxSampler, Candidates, SamplerSettings
 from dfm_d2.detection.training import disagreement
+from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
 from dfm_d2.framework import EventStorage
 from dfm_d2.local_update import HandOver, Leaves, attached_losses
@@ -217,8 +218,9 @@ def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
 def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(make_model, make_input):
     settings = SamplerSettings(num_proposals=1, steps=4)
     assert settings.grid == (0.0, 0.25, 0.5, 0.75, 1.0)
-    with pytest.raises(ValueError, match="at least one step"):
-        _ = dataclasses.replace(settings, steps=0).grid
+    for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
+        with pytest.raises(ValueError, match=f"must be at least 1, got .*{name}=0"):
+            dataclasses.replace(settings, **{name: 0})
     model = make_model(TIME_RATE=2.0).eval()
     grid = model.sampler.settings.grid
     assert grid == (0.0, pytest.approx(0.5627, abs=1e-4), pytest.approx(0.8516, abs=1e-4), 1.0)
@@ -227,15 +229,42 @@ def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(m
     assert all(grid[d] <= samples[d].t <= grid[d + 1] for d in range(3))
 
 
+def test_shared_time_is_one_t_for_all_uniform_and_not_warped(make_model, make_input):
+    model = make_model(TIME="shared", TIME_RATE=9.0)
+    first, *others = model.prepare([make_input(str(image)) for image in range(200)], 0).samples
+    assert others and all(torch.equal(sample.t, first.t) for sample in others)
+    assert 0 <= first.t.min() and first.t.max() < 1
+    assert (first.t.sort().values - torch.linspace(0, 1, 200)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AssertionError("Must set MODEL.RESNETS.NUM_GROUPS = 1"), "Must set MODEL.RESNETS.NUM_GROUPS = 1"),
+        (AssertionError(), "check MODEL.RESNETS and MODEL.FPN."),
+        (KeyError("XN"), "'XN' is not known"),
+    ],
+)
+def test_a_backbone_that_cannot_be_built_is_an_error_message(make_model, monkeypatch, error, said):
+    """Detectron2 asserts, now and then without a word."""
+
+    def build(cfg):
+        raise error
+
+    monkeypatch.setattr(from_config, "build_backbone", build)
+    with pytest.raises(UserError, match=f"no backbone can be built: {said}"):
+        make_model()
+
+
 def test_bad_input_is_named(make_model, make_input):
     model, item = make_model(), make_input()
     item["instances"].gt_classes = torch.tensor([1, 2])  # an image needs no object of class 0
     assert model.prepare([item], 0).ground_truth.classes.tolist() == [[1, 2]]
     for classes in ([3, 1], [1, -1]):
         item["instances"].gt_classes = torch.tensor(classes)
-        with pytest.raises(ValueError, match=r"'a.jpg' has a class outside \[0, 3\)"):
+        with pytest.raises(UserError, match=r"'a.jpg' has a class outside \[0, 3\)"):
             model.prepare([item], 0)
-    with pytest.raises(ValueError, match="no 'instances'"):
+    with pytest.raises(UserError, match="no 'instances'"):
         model.prepare([{k: v for k, v in make_input().items() if k != "instances"}], 0)
 
 

@@ -23,6 +23,11 @@ def _inputs(num_images=2, num_proposals=6):
     return features, boxes, torch.randn(num_images, num_proposals, 4), torch.rand(num_images)
 
 
+def test_an_unknown_interaction_is_refused():
+    with pytest.raises(ValueError, match="'dynamic_conv' or 'grid_linear', got 'linear'"):
+        _head("linear")
+
+
 @pytest.mark.parametrize("interaction", ["dynamic_conv", "grid_linear"])
 def test_a_head_answers_for_every_proposal_in_any_order(interaction):
     torch.manual_seed(1)
