@@ -1,6 +1,8 @@
 """Weight files of others: numpy pickles, torchvision and MSRA ResNets, and the pixels that they want."""
 
+import os
 import pickle
+import pickletools
 from collections import OrderedDict
 
 import numpy as np
@@ -124,3 +126,81 @@ def test_the_wrong_pixels_are_an_error(tmp_path):
     for name, cfg in (("resnet18.pth", msras), ("R-50.pkl", config_for(TORCHVISION))):
         with pytest.raises(UserError, match=f"{name} holds (torchvision|msra) weights"):
             SafeCheckpointer(nn.Linear(1, 1), cfg=cfg).load(str(tmp_path / name), [])
+
+
+class Made:
+    """Pickled as a call, and a state for what it returns, of one's choice."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+MAKE, EMPTY = np.empty(0).__reduce__()[:2]
+SCALAR, BUFFER = np.float32(0).__reduce__()[0], np.empty(1).__reduce_ex__(5)[0]
+FLOAT, OBJECT, POINTER = np.dtype("f8"), np.dtype("O"), b"A" * 8
+HOSTILE = {
+    "a call of ndarray": Made(np.ndarray, ((1,), OBJECT, POINTER)),
+    "a float's state": Made(SCALAR, (Made(np.dtype, ("f8",), (3, "<", None, None, None, 8, 1, 63)), POINTER)),
+    "an unknown order": Made(
+        SCALAR, (Made(np.dtype, ("f8",), (3, "x", None, None, None, -1, -1, 0)), POINTER)
+    ),
+    "a type as text": Made(SCALAR, ("O", POINTER)),
+    "a scalar of no bytes": Made(SCALAR, (FLOAT, b"")),
+    "a list as data": Made(MAKE, EMPTY, (1, (1,), FLOAT, False, [POINTER])),
+    "too few bytes": Made(MAKE, EMPTY, (1, (2**20,), FLOAT, False, POINTER)),
+    "a shape that overflows": Made(MAKE, EMPTY, (1, (2**32, 2**32), FLOAT, False, b"")),
+}
+KINDS = {name: np.dtype(name) for name in ("O", "V8", "S8", "U2", "M8[s]", "f4,O")}
+# Objects that do not say so: raw bytes become their addresses.
+KINDS["record"] = Made(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (OBJECT, 0)}, 8, 1, 0))
+KINDS["subarray"] = Made(np.dtype, ("V8", False, True), (3, "|", (OBJECT, (1,)), None, None, 8, 1, 0))
+KINDS["no flags"] = Made(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+for name, kind in KINDS.items():
+    HOSTILE[f"an array of {name}"] = Made(MAKE, EMPTY, (1, (1,), kind, False, POINTER))
+    HOSTILE[f"a scalar of {name}"] = Made(SCALAR, (kind, POINTER))
+    HOSTILE[f"a buffer of {name}"] = Made(BUFFER, (POINTER, kind, (1,), "C"))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_bytes_never_become_pointers(tmp_path, name):
+    for protocol in (2, 5):
+        (tmp_path / "bad.pkl").write_bytes(pickle.dumps(HOSTILE[name], protocol=protocol))
+        child = os.fork()  # a crash ends the child and not the run
+        if not child:
+            try:
+                repr(weights.load_numpy_pickle(str(tmp_path / "bad.pkl")))
+            except CheckpointError:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("package", [b"numpy.core.", b"numpy._core."])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_file_as_the_model_zoos_of_either_numpy(tmp_path, protocol, package):
+    rng = np.random.default_rng(0)
+    model = {kind: rng.uniform(0, 100, (2, 3)).astype(kind) for kind in ("<f4", ">f8", "f2", "i8", "u1", "?")}
+    model |= {
+        "scalar": np.float32(1.5),
+        "empty": np.zeros((0, 3)),
+        "fortran": np.asfortranarray(model["<f4"]),
+    }
+    content = {"model": model, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}
+    data = pickle.dumps(content, protocol=protocol)
+    for module in (b"multiarray", b"numeric"):
+        new = package + module
+        for old in (b"numpy.core." + module, b"numpy._core." + module):
+            data = data.replace(b"c" + old + b"\n", b"c" + new + b"\n")
+            data = data.replace(b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(new)]) + new)
+    assert package in data
+    (tmp_path / "zoo.pkl").write_bytes(pickletools.optimize(data))  # which mends the length of the frame
+    found, source = weights.read_weights(str(tmp_path / "zoo.pkl"))
+    assert source == MSRA and found["matching_heuristics"] and found["model"].keys() == model.keys()
+    for key, value in model.items():
+        assert found["model"][key].dtype.str[1:] == value.dtype.str[1:], key
+        assert np.array_equal(found["model"][key], value), key
+    assert torch.equal(torch.from_numpy(found["model"]["<f4"]), torch.from_numpy(model["<f4"]))
