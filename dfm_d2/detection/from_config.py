@@ -30,8 +30,9 @@ def detector_arguments(cfg) -> dict:
     try:
         backbone = build_backbone(cfg)
     except (AssertionError, KeyError, ValueError) as error:  # Detectron2 asserts
-        said = f"{error.args[0]!r} is not known" if isinstance(error, KeyError) else str(error)
-        said = said or "check MODEL.RESNETS and MODEL.FPN."
+        said = str(error) or "check MODEL.RESNETS and MODEL.FPN."
+        if isinstance(error, KeyError):
+            said = f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} is not known"
         raise UserError(f"no backbone can be built: {said}") from error
     set_backend(dfm.KERNELS)
     criterion = BlockLoss(dfm.SIGNAL_SCALE, **_lower(dfm.LOSS))

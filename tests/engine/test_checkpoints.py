@@ -12,6 +12,7 @@ from toy_model import ToyModel, make_toy, toy_config
 from dfm_d2 import __version__
 from dfm_d2.data.files import write_atomically
 from dfm_d2.engine import checkpoint as checkpoint_module
+from dfm_d2.detection.config import MEANING
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.errors import CheckpointError, UnsafeFileError
 from dfm_d2.framework import PROVIDER
@@ -125,7 +126,9 @@ def test_weights_that_would_mean_something_else_are_refused(tmp_path):
         then = cfgs["BGR"].clone()
         then.MODEL.DFM[key] = before
         SafeCheckpointer(ToyModel(), str(tmp_path), cfg=then).save("model")
-        said = error_of(ToyModel(), path, cfg=cfgs["BGR"])
+        model = ToyModel()
+        model.meaning = MEANING
+        said = error_of(model, path, cfg=cfgs["BGR"])
         assert f"was trained with MODEL.DFM.{key} {before}, but the config has {now}" in said
 
 
