@@ -11,8 +11,8 @@ from toy_model import ToyModel, make_toy, toy_config
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import write_atomically
-from dfm_d2.engine import checkpoint as checkpoint_module
 from dfm_d2.detection.config import MEANING
+from dfm_d2.engine import checkpoint as checkpoint_module
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.errors import CheckpointError, UnsafeFileError
 from dfm_d2.framework import PROVIDER
