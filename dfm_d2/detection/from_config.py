@@ -32,7 +32,7 @@ def detector_arguments(cfg) -> dict:
     except (AssertionError, KeyError, ValueError) as error:  # Detectron2 asserts
         said = str(error) or "check MODEL.RESNETS and MODEL.FPN."
         if isinstance(error, KeyError):
-            said = f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} is not known"
+            said = f"{error.args[0]!r} is not known: see MODEL.BACKBONE.NAME and the keys NORM"
         raise UserError(f"no backbone can be built: {said}") from error
     set_backend(dfm.KERNELS)
     criterion = BlockLoss(dfm.SIGNAL_SCALE, **_lower(dfm.LOSS))
