@@ -21,7 +21,6 @@ CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector"
 # Overrides of the config of the demo, and a part of what is said about them. "D.": "MODEL.DFM.".
 BAD_DETECTORS = {
     "MODEL.META_ARCHITECTURE FlowDetectr": "'FlowDetectr'; choose one of FlowDetector, CascadeDetector.",
-    "MODEL.META_ARCHITECTURE GeneralizedRCNN": "'GeneralizedRCNN'; choose one of",
     "MODEL.META_ARCHITECTURE FlowClassifier": "'FlowClassifier'; choose one of",
     CASCADE: "gradients cross a CascadeDetector: set joint.",
     f"{CASCADE} D.UPDATE joint D.TIME shared": "CascadeDetector asks all its heads",
