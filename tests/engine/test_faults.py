@@ -66,9 +66,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(shapes, tmp_path, capfd)
 @pytest.mark.parametrize(
     ("update", "backbone_update"), [(update, "accumulate") for update in UPDATES] + [("in backward", "local")]
 )
-def test_an_image_that_is_not_a_number_stops_training_with_its_name(
-    make_model, make_input, tmp_path, update, backbone_update
-):
+def test_a_nan_image_stops_training_with_its_name(make_model, make_input, tmp_path, update, backbone_update):
     def batches(start: int):
         for position in itertools.count(start, 2):
             batch = [make_input(f"i{position + place}") for place in range(2)]
