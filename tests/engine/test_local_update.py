@@ -98,11 +98,9 @@ def test_saved_tensors_are_counted_once_and_until_they_are_freed():
     assert saved.alive == 0
 
 
-@pytest.mark.parametrize(
-    ("update", "factor", "changed"),
-    [("joint", "nan", ()), ("sequential", "nan", ()), ("in backward", "inf", ("predictors.0",))],
-)
-def test_a_loss_that_is_not_finite_stops_before_the_offending_block(update, factor, changed):
+@pytest.mark.parametrize("update", ["joint", "sequential", "in backward"])
+def test_a_loss_that_is_not_finite_stops_before_the_offending_block(update):
+    factor, changed = ("inf", {"predictors.0"}) if update == "in backward" else ("nan", set())
     model = make_toy()
     losses_of, before = model.losses_of, copy.deepcopy(model.state_dict())
 
@@ -114,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_offending_block(update, fact
     with pytest.raises(NonFiniteLossError, match=f"loss_square/predictor1 = {factor}") as caught:
         train_steps(model, update)
     assert caught.value.values.keys() == {"loss_square/predictor1", "loss_absolute/predictor1"}
-    assert {name[: len("predictors.0")] for name in moved(model, before)} == set(changed)
+    assert {name[: len("predictors.0")] for name in moved(model, before)} == changed
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
