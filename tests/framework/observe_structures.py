@@ -220,13 +220,10 @@ def observe_DetectionCheckpointer(provider):
         return np.full(shape, value, np.float32)
 
     ours = {"stem.conv1.weight": filled(1, 2, 3, 1, 1), "stem.fc.bias": filled(1, 1)}
-    caffe2 = {
-        "conv1_w": filled(1, 2, 3, 1, 1),
-        "res_conv1_bn_s": filled(2, 2),
-        "res_conv1_bn_b": filled(3, 2),
-    }
-    caffe2 |= {"res2_0_branch2a_w": filled(4, 2, 2, 1, 1), "res2_0_branch1_w": filled(5, 2, 2, 1, 1)}
-    caffe2 |= {"res2_0_branch2b_bn_rm": filled(1, 2), "fc1000_w": filled(1, 2, 2)}
+    caffe2 = {"conv1_w": filled(1, 2, 3, 1, 1), "res_conv1_bn_s": filled(2, 2)}
+    caffe2 |= {"res_conv1_bn_b": filled(3, 2), "res2_0_branch2a_w": filled(4, 2, 2, 1, 1)}
+    caffe2 |= {"res2_0_branch1_w": filled(5, 2, 2, 1, 1), "res2_0_branch2b_bn_rm": filled(1, 2)}
+    caffe2 |= {"fc1000_w": filled(1, 2, 2)}
     plain = {"head.weight": torch.ones(2, 2), "head.bias": torch.ones(3), "other": torch.ones(1)}
     twice, heuristics = {"weight": filled(1, 2, 2, 1, 1)}, {"matching_heuristics": True}
     with tempfile.TemporaryDirectory() as folder:
