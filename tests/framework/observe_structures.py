@@ -287,9 +287,8 @@ def observe_TracingAdapter(provider):
             answers = []
             for item in inputs:
                 corner = item["image"].mean(0)[:4, :4]
-                found = provider.Instances((4, 6))
-                found.scores = corner[:, 0] * item["a"]
-                found.pred_boxes = provider.Boxes(corner + item["a"])
+                scores, boxes = corner[:, 0] * item["a"], provider.Boxes(corner + item["a"])
+                found = provider.Instances((4, 6), scores=scores, pred_boxes=boxes)
                 answers.append({"instances": found, "also": (corner, [corner * 2])})
             return answers
 

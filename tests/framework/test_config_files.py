@@ -99,10 +99,9 @@ def test_the_builtin_names_what_it_ignores(write, caplog):
     merge_config_file(cfg, path)
     assert cfg.MODEL.MASK_ON is True
     record, _ = caplog.records
-    assert record.levelname == "WARNING" and record.message == (
-        f"'{path}': the framework ignores DATALOADER.ASPECT_RATIO_GROUPING False, "
-        "INPUT.CROP.SIZE [1, 1], MODEL.MASK_ON True"
-    )
+    ignored = "DATALOADER.ASPECT_RATIO_GROUPING False, INPUT.CROP.SIZE [1, 1], MODEL.MASK_ON True"
+    said = f"'{path}': the framework ignores {ignored}"
+    assert record.levelname == "WARNING" and record.message == said
 
 
 def test_what_would_be_another_model_needs_detectron2(write):
