@@ -123,10 +123,8 @@ def observe_build_backbone(provider):
     resnet = make(resnet_cfg, shape_spec(channels=1))
     no_norm = make(config("", 0, ["MODEL.FPN.NORM", "GN"]))
     square = {"square_size": 0}
-    shape, resnet_shape = (
-        {name: [spec.channels, spec.stride] for name, spec in backbone.output_shape().items()}
-        for backbone in (fpn, resnet)
-    )
+    features = [backbone.output_shape().items() for backbone in (fpn, resnet)]
+    shape, resnet_shape = ({name: [spec.channels, spec.stride] for name, spec in maps} for maps in features)
     seen = {"shape": shape, "divisibility": [fpn.size_divisibility, resnet.size_divisibility]}
     seen |= {"padding": [{**square, **fpn.padding_constraints} == square, resnet.padding_constraints]}
     seen |= {"is backbone": isinstance(fpn, provider.Backbone), "resnet": names_and_shapes(resnet)}
@@ -151,10 +149,8 @@ def observe_Backbone(provider):
 
 
 def pooler(provider, output_size: int, sampling_ratio: int):
-    """Detectron2's ROIPooler (ROIAlignV2), or our reference beside the builtin; ratio 0 is adaptive.
-
-    Mean and standard deviation of each box's values (16, 3, P, P), and a few of the values.
-    """
+    """Of Detectron2's ROIPooler (ROIAlignV2), or our reference beside the builtin: mean and deviation of each
+    box's values (16, 3, P, P), and a few of the values. Ratio 0 is adaptive."""
     # Maps of two images of 256 x 320 pixels. Boxes on each level, on the borders between levels, partly and
     # wholly outside, thin and tiny.
     maps = []
