@@ -96,11 +96,8 @@ def observe_TrainerBase(provider):
     broken = _train(provider, [_telling_hook(provider, broken_log)], 0, 3, stop_at=1)
     seen = {"log": log, "state": {"iteration": state["iteration"], "hooks": [*state["hooks"].values()]}}
     seen |= {"key ends with the class": [key.rsplit(".", 1)[-1] for key in state["hooks"]]}
-    seen |= {"loaded": [other.iter, other_hook.seen]}
-    seen |= {
-        "bounds": [trainer.start_iter, trainer.max_iter, trainer.iter],
-        "broken": [broken_log, broken.iter],
-    }
+    bounds = [trainer.start_iter, trainer.max_iter, trainer.iter]
+    seen |= {"loaded": [other.iter, other_hook.seen], "bounds": bounds, "broken": [broken_log, broken.iter]}
     return {**seen, "no run_step": raised(lambda: provider.TrainerBase().run_step())}
 
 
