@@ -143,8 +143,7 @@ UNFIT = {
     int: (None, 0.5, True, "word", [1]),
     float: (None, True, "word", [0.5]),
     str: (None, 1, ["word"]),
-    list: (None, 1, "word"),
-    tuple: (None, 1, "word"),
+    **dict.fromkeys((list, tuple), (None, 1, "word")),
     type(None): (True, "word", [1]),
 }
 UNFIT_ITEMS = {int: ([None], ["word"], [1, [1]]), float: ([None], ["word"]), str: ([1], ["word", None])}
