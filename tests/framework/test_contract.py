@@ -1,6 +1,6 @@
 """The contract: every exported name does the same with both providers, side by side in one process, and what
-Detectron2 did when the golden values were taken, on machines that have none. A whole detector is the same too,
-and Detectron2's own script analyses it."""
+Detectron2 did when the golden values were taken, on machines that have none. A whole detector is the same,
+too, and Detectron2's own script analyses it."""
 
 import importlib.util
 import json
