@@ -174,11 +174,8 @@ def test_bytes_never_become_pointers(tmp_path, name):
 def test_a_file_as_the_model_zoos_of_either_numpy(tmp_path, protocol, package):
     rng = np.random.default_rng(0)
     model = {kind: rng.uniform(0, 100, (2, 3)).astype(kind) for kind in ("<f4", ">f8", "f2", "i8", "u1", "?")}
-    model |= {
-        "scalar": np.float32(1.5),
-        "empty": np.zeros((0, 3)),
-        "fortran": np.asfortranarray(model["<f4"]),
-    }
+    model |= {"scalar": np.float32(1.5), "empty": np.zeros((0, 3))}
+    model["fortran"] = np.asfortranarray(model["<f4"])
     content = {"model": model, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}
     data = pickle.dumps(content, protocol=protocol)
     for module in (b"multiarray", b"numeric"):
