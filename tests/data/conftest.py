@@ -52,13 +52,11 @@ def coco(tmp_path, make_cfg):
     """(content of a COCO json to change, function that writes it and returns a config of it)."""
     images, json_path = tmp_path / "images", tmp_path / "instances.json"
     images.mkdir()
-    for name in ("a.jpg", "b.jpg"):
+    names = {7: "b.jpg", 3: "a.jpg"}
+    for name in names.values():
         Image.new("RGB", (40, 30), "red").save(images / name)
     content = {
-        "images": [
-            {"id": number, "file_name": f"{name}.jpg", "width": 40, "height": 30}
-            for number, name in ((7, "b"), (3, "a"))
-        ],
+        "images": [{"id": k, "file_name": name, "width": 40, "height": 30} for k, name in names.items()],
         "categories": [{"id": 18, "name": "dog"}, {"id": 2, "name": "cat"}],
         "annotations": [
             {"id": 1, "image_id": 3, "category_id": 18, "bbox": [1, 2, 10, 20], "area": 150.0, "iscrowd": 0},

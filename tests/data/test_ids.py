@@ -69,17 +69,13 @@ def test_the_digits_are_split():
     assert train[0].read().shape == (8, 8, 1) and max(sample.read().max() for sample in train) == 240
 
 
-@pytest.mark.parametrize(
-    "name, sizes", [("mnist_t10k", (8000, 2000)), ("cifar10_jpg_12k.tar", (10000, 2000))]
-)
-def test_the_shared_sets(shared_data, name, sizes):
-    assert tuple(len(read_root(shared_data(name), split)) for split in ("train", "test")) == sizes
+@pytest.mark.parametrize("name, train_size", [("mnist_t10k", 8000), ("cifar10_jpg_12k.tar", 10000)])
+def test_the_shared_sets(shared_data, name, train_size):
+    sizes = [len(read_root(shared_data(name), split)) for split in ("train", "test")]
+    assert sizes == [train_size, 2000]
 
 
-@pytest.mark.parametrize(
-    "unreadable, numbers",
-    [((), (2, 0, 5, 4, 3, 1, 3, 0, 1, 5, 4, 2)), ((1, 5), (2, 0, 4, 4, 3, 3, 3, 0, 4, 4, 4, 2))],
-)
+@pytest.mark.parametrize("unreadable, numbers", [((), "205431301542"), ((1, 5), "204433304442")])
 def test_the_order_of_training_and_its_augmentation_are_fixed(unreadable, numbers):
     """An unreadable image is replaced by that of the next good position, augmented as at its own."""
 
@@ -90,4 +86,4 @@ def test_the_order_of_training_and_its_augmentation_are_fixed(unreadable, number
 
     dicts = [{"file_name": f"{number}.png", "number": number} for number in range(6)]
     shown, drawn = zip(*(SampleStream(dicts, 5, make)[position][0] for position in range(12)))
-    assert shown == numbers and drawn == (79, 66, 89, 50, 81, 2, 80, 45, 11, 11, 81, 88)
+    assert shown == tuple(map(int, numbers)) and drawn == (79, 66, 89, 50, 81, 2, 80, 45, 11, 11, 81, 88)

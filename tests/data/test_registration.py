@@ -72,8 +72,7 @@ NOT_COCO = {
     "[]": 'has no list "images"',
     EMPTY + "}": 'has no list "categories"',
     '{"images": [{"id": [1], "file_name": "a"}]}': r"images.0. needs id .int. and file_name .str.",
-    CATEGORIES % (1, "b"): "two categories of one id or name",
-    CATEGORIES % (2, "a"): "two categories of one id or name",
+    **dict.fromkeys((CATEGORIES % (1, "b"), CATEGORIES % (2, "a")), "two categories of one id or name"),
 }
 
 

@@ -45,10 +45,8 @@ def provider(request):
 
 @pytest.fixture
 def server(monkeypatch):
-    """The context of a server that imports once and forks the processes of all tests.
-
-    Those that dfm_d2 starts, too: it would spawn them, each with ten seconds of imports.
-    """
+    """The context of a server that imports once and forks the processes of all tests, also those that dfm_d2
+    starts: it would spawn them, each with ten seconds of imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     start = torch.multiprocessing.start_processes

@@ -21,7 +21,6 @@ CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector"
 # Overrides of the config of the demo, and a part of what is said about them. "D.": "MODEL.DFM.".
 BAD_DETECTORS = {
     "MODEL.META_ARCHITECTURE FlowDetectr": "'FlowDetectr'; choose one of FlowDetector, CascadeDetector.",
-    "MODEL.META_ARCHITECTURE GeneralizedRCNN": "'GeneralizedRCNN'; choose one of",
     "MODEL.META_ARCHITECTURE FlowClassifier": "'FlowClassifier'; choose one of",
     CASCADE: "gradients cross a CascadeDetector: set joint.",
     f"{CASCADE} D.UPDATE joint D.TIME shared": "CascadeDetector asks all its heads",
@@ -98,9 +97,8 @@ def said_of(task, overrides: str, file: str = "") -> str:
 
 
 def test_our_configs_are_good():
-    classifiers = ("cifar", "digits", "mnist")
     for path in CONFIGS.glob("*.yaml"):
-        task = CLASSIFICATION if path.name.startswith(classifiers) else DETECTION
+        task = CLASSIFICATION if path.name.startswith(("cifar", "digits", "mnist")) else DETECTION
         validate_config(task, load_config(task, str(path), []))
 
 
@@ -116,12 +114,9 @@ def test_choices_and_bounds_are_those_of_the_key():
         return key.problem([value] * (key.lengths or (1,))[0] if is_list else value)
 
     for key in KEYS + DETECTION.keys + CLASSIFICATION.keys:
-        bounds = (  # words of the message, the bound, a value that is out of it and one that is not
-            ("at least", key.least, -1, 0),
-            ("greater than", key.above, 0, 0.5),
-            ("at most", key.most, 1, 0),
-            ("less than", key.below, 0, -0.5),
-        )
+        # Words of the message, the bound, a value that is out of it and one that is not.
+        bounds = [("at least", key.least, -1, 0), ("greater than", key.above, 0, 0.5)]
+        bounds += [("at most", key.most, 1, 0), ("less than", key.below, 0, -0.5)]
         for words, bound, out, within in bounds:
             if bound is not None:
                 assert words in problem(bound + out) and problem(float("nan"))

@@ -13,11 +13,8 @@ from dfm_d2.detection.data.shapes import write_shapes
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.framework import build_model
 
-pytestmark = [
-    pytest.mark.d2,
-    pytest.mark.usefixtures("detectron2"),
-    pytest.mark.skipif("builtin" in os.environ.get("DFM_FRAMEWORK", ""), reason="DFM_FRAMEWORK is builtin"),
-]
+skip = pytest.mark.skipif("builtin" in os.environ.get("DFM_FRAMEWORK", ""), reason="DFM_FRAMEWORK is builtin")
+pytestmark = [pytest.mark.d2, pytest.mark.usefixtures("detectron2"), skip]
 
 
 def test_simple_trainer_trains_as_the_joint_update_does(make_model, make_input):

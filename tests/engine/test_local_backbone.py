@@ -86,9 +86,7 @@ def trainer_of(model, make_input, folder, optimizer: str):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize(
-    ("first", "second"), [("accumulate", "local"), ("local", "frozen"), ("frozen", "accumulate")]
-)
+@pytest.mark.parametrize("first, second", itertools.pairwise(["accumulate", "local", "frozen", "accumulate"]))
 def test_a_run_of_one_mode_continues_in_another(make_model, make_input, tmp_path, first, second, optimizer):
     model, other = make_model(BACKBONE_UPDATE=first), make_model(seed=1, BACKBONE_UPDATE=second)
     trainer, checkpointer = trainer_of(model, make_input, tmp_path, optimizer)

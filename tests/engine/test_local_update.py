@@ -66,10 +66,7 @@ def test_activations_of_a_block_are_freed_before_the_next_starts(update):
         alive = at_each_block(model, lambda: saved.alive)
         train_steps(model, update)
     assert len(alive) == 4 and saved.alive == 0
-    if update == "sequential":
-        assert alive == [alive[0]] * 4
-    else:
-        assert alive == sorted(set(alive))
+    assert alive == ([alive[0]] * 4 if update == "sequential" else sorted(set(alive)))
 
 
 def test_step_in_backward_frees_gradients_before_the_next_block():
@@ -80,8 +77,7 @@ def test_step_in_backward_frees_gradients_before_the_next_block():
 
 
 def test_saved_tensors_are_counted_once_and_until_they_are_freed():
-    x = torch.ones(1000, requires_grad=True)
-    weight = torch.ones(1000, requires_grad=True)
+    x, weight = (torch.ones(1000, requires_grad=True) for _ in range(2))
     with SavedActivations([weight]) as saved:
         y = x * 2  # saves nothing of its own
         first = (y * y).sum()  # y, twice
@@ -98,11 +94,9 @@ def test_saved_tensors_are_counted_once_and_until_they_are_freed():
     assert saved.alive == 0
 
 
-@pytest.mark.parametrize(
-    ("update", "factor", "changed"),
-    [("joint", "nan", ()), ("sequential", "nan", ()), ("in backward", "inf", ("predictors.0",))],
-)
-def test_a_loss_that_is_not_finite_stops_before_the_offending_block(update, factor, changed):
+@pytest.mark.parametrize("update", ["joint", "sequential", "in backward"])
+def test_a_loss_that_is_not_finite_stops_before_the_offending_block(update):
+    factor, changed = ("inf", {"predictors.0"}) if update == "in backward" else ("nan", set())
     model = make_toy()
     losses_of, before = model.losses_of, copy.deepcopy(model.state_dict())
 
@@ -114,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_offending_block(update, fact
     with pytest.raises(NonFiniteLossError, match=f"loss_square/predictor1 = {factor}") as caught:
         train_steps(model, update)
     assert caught.value.values.keys() == {"loss_square/predictor1", "loss_absolute/predictor1"}
-    assert {name[: len("predictors.0")] for name in moved(model, before)} == set(changed)
+    assert {name[: len("predictors.0")] for name in moved(model, before)} == changed
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

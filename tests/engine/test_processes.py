@@ -130,11 +130,10 @@ def test_processes_that_somebody_else_started(server, shapes, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "arguments"),
-    [((), ("--num-gpus", "2")), (TORCHRUN, ("MODEL.DFM.UPDATE=joint",)), (TORCHRUN, ())],
+    "launcher, options", [((), ("--num-gpus", "2")), (TORCHRUN, ("MODEL.DFM.UPDATE=joint",)), (TORCHRUN, ())]
 )
-def test_the_real_command(shapes, alone, tmp_path, launcher, arguments):
-    run(command(shapes, tmp_path, "SOLVER.MAX_ITER=3", *arguments, launcher=launcher))
+def test_the_real_command(shapes, alone, tmp_path, launcher, options):
+    run(command(shapes, tmp_path, "SOLVER.MAX_ITER=3", *options, launcher=launcher))
     assert_same(parameters(tmp_path), alone)
 
 

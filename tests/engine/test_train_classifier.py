@@ -38,8 +38,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("method", ["flow", "backprop", "forward_forward"])
 def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
-    out = tmp_path / "out"
-    options = ["UPDATE.METHOD", method]
+    out, options = tmp_path / "out", ["UPDATE.METHOD", method]
     assert run(*options, "SOLVER.MAX_ITER", "3") == 0
     last = read_metrics(out / "metrics.json")[-1]
     assert {"accuracy", "nll", "ece", "accuracy-7"} <= last.keys()
@@ -50,7 +49,6 @@ def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
     assert len(found) == 359
     right = np.mean([np.argmax(item["probs"]) == item["label"] for item in found])
     assert last["accuracy"] == pytest.approx(100 * right)
-
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
     assert run(*options, *weights, flags=("--eval-only",)) == 0
     assert read_metrics(out / "metrics.json")[-1]["accuracy"] == last["accuracy"]
@@ -143,8 +141,7 @@ def test_a_checkpoint_needs_the_pretrained_file_no_more(run, tmp_path, capsys):
 def test_weights_to_start_from_leave_what_the_config_sets(run, tmp_path):
     """The temperature of another method is not taken over; layers are."""
     out, start = tmp_path / "out", tmp_path / "start.pth"
-    frozen = ["SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-30"]
-    found = []
+    frozen, found = ["SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "1e-30"], []
     for options in (["UPDATE.METHOD", "backprop"], ["MODEL.WEIGHTS", str(start)]):
         assert run(*frozen, *options) == 0
         (out / "model_final.pth").rename(start)

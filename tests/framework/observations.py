@@ -58,11 +58,6 @@ def differences(seen, wanted, tolerance: float, path: str = "") -> list[str]:
     return [] if same else [f"{path}: {seen!r}, wanted {wanted!r}"]
 
 
-def _seven_digits(text: str) -> float:
-    """What float32 holds."""
-    return float(f"{float(text):.7g}")
-
-
 def _write(path: Path, values: dict) -> None:
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -70,8 +65,9 @@ def _write(path: Path, values: dict) -> None:
 
 if __name__ == "__main__":
     theirs, here = detectron2_provider(), Path(__file__).resolve().parent
+    seven_digits = lambda text: float(f"{float(text):.7g}")  # noqa: E731  (what float32 holds)
     for file, table in GOLDEN.items():
-        values = {name: as_json(observe(theirs), _seven_digits) for name, observe in table.items()}
+        values = {name: as_json(observe(theirs), seven_digits) for name, observe in table.items()}
         _write(here / "golden" / f"{file}.json", values)
     builtin = here.parents[1] / "dfm_d2" / "framework" / "_builtin"
     _write(builtin / "unused_keys.json", unused_config_keys(theirs))

@@ -1,7 +1,4 @@
-"""What can be observed of a provider's backbones and pooler.
-
-Functions as in observe_structures; the others are in the tables at the end.
-"""
+"""What can be observed of a provider's backbones and pooler, in functions and in the tables below."""
 
 import itertools
 import zlib
@@ -88,14 +85,11 @@ def gradients(provider):
     images = seeded_images(32, 32).requires_grad_()
     frozen(images)["p3"].square().mean().backward()
     normed(seeded_images(32, 32))["p2"].square().mean().backward()
-    state = normed.state_dict()
-    return {
-        "image": summary(images.grad),
-        "weight": summary(frozen.get_parameter("bottom_up.stem.conv1.weight").grad),
-        "norm": summary(normed.get_parameter("bottom_up.res2.0.conv1.norm.weight").grad),
-        "running mean": summary(state["bottom_up.res3.0.conv1.norm.running_mean"]),
-        "batches": state["bottom_up.res3.0.conv1.norm.num_batches_tracked"],
-    }
+    weight = frozen.get_parameter("bottom_up.stem.conv1.weight")
+    scale = normed.get_parameter("bottom_up.res2.0.conv1.norm.weight")
+    seen = {"image": summary(images.grad), "weight": summary(weight.grad), "norm": summary(scale.grad)}
+    norm = normed.get_submodule("bottom_up.res3.0.conv1.norm")
+    return {**seen, "running mean": summary(norm.running_mean), "batches": norm.num_batches_tracked}
 
 
 def freezing(provider):
@@ -129,17 +123,14 @@ def observe_build_backbone(provider):
     resnet = make(resnet_cfg, shape_spec(channels=1))
     no_norm = make(config("", 0, ["MODEL.FPN.NORM", "GN"]))
     square = {"square_size": 0}
-    return {
-        "shape": {name: [spec.channels, spec.stride] for name, spec in fpn.output_shape().items()},
-        "divisibility": [fpn.size_divisibility, resnet.size_divisibility],
-        "padding": [{**square, **fpn.padding_constraints} == square, resnet.padding_constraints],
-        "is backbone": isinstance(fpn, provider.Backbone),
-        "resnet": names_and_shapes(resnet),
-        "resnet shape": {name: [spec.channels, spec.stride] for name, spec in resnet.output_shape().items()},
-        "resnet outputs": sorted(resnet(torch.zeros(1, 1, 32, 32))),
-        "norms": _checksum(no_norm.state_dict()),
-        "unknown": raised(lambda: make(config("GN", 0, ["MODEL.BACKBONE.NAME", "build_nothing"]))),
-    }
+    features = [backbone.output_shape().items() for backbone in (fpn, resnet)]
+    shape, resnet_shape = ({name: [spec.channels, spec.stride] for name, spec in maps} for maps in features)
+    seen = {"shape": shape, "divisibility": [fpn.size_divisibility, resnet.size_divisibility]}
+    seen |= {"padding": [{**square, **fpn.padding_constraints} == square, resnet.padding_constraints]}
+    seen |= {"is backbone": isinstance(fpn, provider.Backbone), "resnet": names_and_shapes(resnet)}
+    seen |= {"resnet shape": resnet_shape, "resnet outputs": sorted(resnet(torch.zeros(1, 1, 32, 32)))}
+    unknown = raised(lambda: make(config("GN", 0, ["MODEL.BACKBONE.NAME", "build_nothing"])))
+    return {**seen, "norms": _checksum(no_norm.state_dict()), "unknown": unknown}
 
 
 def observe_Backbone(provider):
@@ -158,10 +149,8 @@ def observe_Backbone(provider):
 
 
 def pooler(provider, output_size: int, sampling_ratio: int):
-    """Detectron2's ROIPooler (ROIAlignV2), or our reference beside the builtin; ratio 0 is adaptive.
-
-    Mean and standard deviation of each box's values (16, 3, P, P), and a few of the values.
-    """
+    """Of Detectron2's ROIPooler (ROIAlignV2), or our reference beside the builtin: mean and deviation of each
+    box's values (16, 3, P, P), and a few of the values. Ratio 0 is adaptive."""
     # Maps of two images of 256 x 320 pixels. Boxes on each level, on the borders between levels, partly and
     # wholly outside, thin and tiny.
     maps = []
@@ -192,9 +181,8 @@ def pooler(provider, output_size: int, sampling_ratio: int):
 # More about the backbones: too much for one observation.
 _GN_OPTIONS = ("MODEL.RESNETS.STRIDE_IN_1X1", False, "MODEL.FPN.FUSE_TYPE", "avg", "MODEL.FPN.NORM", "GN")
 _GROUPS = ("MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4)
-BACKBONES = {
-    "parameters R18": partial(parameters, depth=18),
-    "parameters R50": partial(parameters, depth=50),
+BACKBONES = {f"parameters R{depth}": partial(parameters, depth=depth) for depth in (18, 50)}
+BACKBONES |= {
     "outputs R18 BN": partial(outputs, depth=18, norm="BN"),
     "outputs R18 no norm": partial(outputs, depth=18, norm=""),
     "outputs R50 FrozenBN": partial(outputs, depth=50, norm="FrozenBN"),
@@ -209,8 +197,5 @@ POOLER = {
     "2x2 adaptive": partial(pooler, output_size=2, sampling_ratio=0),
 }
 # Too large, or too much torch's own, for golden values: compared only where both providers are present.
-LIVE_ONLY = {
-    "parameters R34": partial(parameters, depth=34),
-    "parameters R101": partial(parameters, depth=101),
-    "seeded initialisation": seeded_initialisation,
-}
+LIVE_ONLY = {f"parameters R{depth}": partial(parameters, depth=depth) for depth in (34, 101)}
+LIVE_ONLY["seeded initialisation"] = seeded_initialisation

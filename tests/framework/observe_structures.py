@@ -62,39 +62,27 @@ def observe_configurable(provider):
     thing = make(classmethod(lambda cls, cfg, b=20: {"a": cfg.A, "b": b}))
     no_classmethod = make(lambda self, cfg: {"a": cfg.A})
     cfg = provider.CfgNode({"A": 1})
-    return {
-        "explicit": thing(5, b=6).values,
-        "from config": thing(cfg).values,
-        "by keyword": thing(cfg=cfg).values,
-        "to from_config": thing(cfg, b=30).values,
-        "over from_config": thing(cfg, a=7, c=8).values,
-        "without from_config": raised(lambda: make()(cfg)),
-        "no classmethod": raised(lambda: no_classmethod(cfg)),
-    }
+    seen = {"explicit": thing(5, b=6).values, "from config": thing(cfg).values}
+    seen |= {"by keyword": thing(cfg=cfg).values, "to from_config": thing(cfg, b=30).values}
+    seen |= {"over from_config": thing(cfg, a=7, c=8).values}
+    wrong = {"without from_config": raised(lambda: make()(cfg))}
+    return seen | wrong | {"no classmethod": raised(lambda: no_classmethod(cfg))}
 
 
 def observe_Boxes(provider):
     rows = [[0.0, 1.0, 10.0, 21.0], [5.0, 5.0, 5.0, 9.0], [-4.0, 2.0, 60.0, 50.0]]
     make = provider.Boxes
     boxes = make(torch.tensor(rows, dtype=torch.float64))
-    clipped, scaled = boxes[:], make(rows)
+    clipped, scaled, not_a_number = boxes[:], make(rows), make([[0.0, 0.0, float("nan"), 1.0]])
     clipped.clip((30, 40))
     scaled.scale(2.0, 0.5)
-    return {
-        "dtype": str(boxes.tensor.dtype),
-        "from list": make(rows),
-        "nonempty": [boxes.nonempty()],
-        "clip": clipped,
-        "scale": scaled,
-        "slice": boxes[1:],
-        "mask": boxes[torch.tensor([True, False, True])],
-        "empty": make(torch.zeros(0)).tensor.shape,
-        "to": boxes.to("cpu"),
-        "wrong shape": raised(lambda: make(torch.zeros(2, 5))),
-        "one number": raised(lambda: boxes[(0, 0)]),
-        "clip of nan": raised(lambda: make(torch.tensor([[0.0, 0.0, float("nan"), 1.0]])).clip((2, 2))),
-        "text": repr(boxes),
-    }
+    seen = {"dtype": str(boxes.tensor.dtype), "from list": make(rows), "nonempty": [boxes.nonempty()]}
+    seen |= {"clip": clipped, "scale": scaled, "slice": boxes[1:]}
+    seen |= {"mask": boxes[torch.tensor([True, False, True])], "empty": make(torch.zeros(0)).tensor.shape}
+    seen |= {"to": boxes.to("cpu"), "wrong shape": raised(lambda: make(torch.zeros(2, 5)))}
+    wrong = {"one number": raised(lambda: boxes[(0, 0)])}
+    wrong |= {"clip of nan": raised(lambda: not_a_number.clip((2, 2)))}
+    return seen | wrong | {"text": repr(boxes)}
 
 
 def observe_BoxMode(provider):
@@ -105,15 +93,10 @@ def observe_ImageList(provider):
     make = provider.ImageList.from_tensors
     images = [torch.ones(3, 5, 7), torch.full((3, 6, 4), 2.0)]
     both = make(images, size_divisibility=4, pad_value=-1.0)
-    return {
-        "shape": both.tensor.shape,
-        "sizes": both.image_sizes,
-        "sum": both.tensor.sum(),
-        "padding": both.tensor[1, 0],
-        "no divisibility": make(images).tensor.shape,
-        "one image": make(images[:1], 32).tensor.shape,
-        "bool": make([image > 0 for image in images], pad_value=0).tensor.sum(),
-    }
+    seen = {"shape": both.tensor.shape, "sizes": both.image_sizes, "sum": both.tensor.sum()}
+    seen |= {"padding": both.tensor[1, 0], "no divisibility": make(images).tensor.shape}
+    masks = make([image > 0 for image in images], pad_value=0)
+    return {**seen, "one image": make(images[:1], 32).tensor.shape, "bool": masks.tensor.sum()}
 
 
 def observe_Instances(provider):
@@ -123,20 +106,14 @@ def observe_Instances(provider):
     instances.classes = torch.tensor([1, 2, 3])
     picked = instances[1]
     masked = provider.Instances((10, 20), boxes=boxes, scores=scores)[torch.tensor([True, False, True])]
-    return {
-        "size": instances.image_size,
-        "length": len(instances),
-        "fields": sorted(instances.get_fields()),
-        "int": [picked.classes, picked.names, picked.boxes, picked.image_size],
-        "mask": [masked.boxes, masked.scores],
-        "to": instances.to(torch.device("cpu")).names,
-        "text": text,
-        "wrong length": raised(lambda: setattr(instances, "masks", torch.zeros(2))),
-        "missing field": raised(lambda: instances.masks),
-        "out of range": raised(lambda: instances[3]),
-        "length of nothing": raised(lambda: len(provider.Instances((1, 1)))),
-        "iteration": raised(lambda: list(iter(instances))),
-    }
+    fields = sorted(instances.get_fields())
+    seen = {"size": instances.image_size, "length": len(instances), "fields": fields}
+    seen |= {"int": [picked.classes, picked.names, picked.boxes, picked.image_size]}
+    seen |= {"mask": [masked.boxes, masked.scores], "to": instances.to(torch.device("cpu")).names}
+    wrong = {"wrong length": raised(lambda: setattr(instances, "masks", torch.zeros(2)))}
+    wrong |= {"missing field": raised(lambda: instances.masks), "out of range": raised(lambda: instances[3])}
+    wrong |= {"length of nothing": raised(lambda: len(provider.Instances((1, 1))))}
+    return {**seen, "text": text, **wrong, "iteration": raised(lambda: list(iter(instances)))}
 
 
 def observe_batched_nms(provider):
@@ -151,11 +128,8 @@ def observe_batched_nms(provider):
 def observe_DatasetCatalog(provider):
     catalog, name = provider.DatasetCatalog, "dfm_contract_dataset"
     catalog.register(name, lambda: [{"image_id": 1}])
-    seen = {
-        "get": catalog.get(name),
-        "twice": raised(lambda: catalog.register(name, list)),
-        "unknown": raised(lambda: catalog.get("dfm_contract_other")),
-    }
+    seen = {"get": catalog.get(name), "twice": raised(lambda: catalog.register(name, list))}
+    seen["unknown"] = raised(lambda: catalog.get("dfm_contract_other"))
     catalog.remove(name)
     return {**seen, "removed": name in catalog}
 
@@ -163,11 +137,8 @@ def observe_DatasetCatalog(provider):
 def observe_MetadataCatalog(provider):
     catalog, name = provider.MetadataCatalog, "dfm_contract_metadata"
     facts = catalog.get(name).set(thing_classes=["a", "b"], evaluator_type="coco")
-    seen = {
-        "same object": catalog.get(name) is facts,
-        "facts": [facts.name, facts.thing_classes],
-        "missing": raised(lambda: facts.other),
-    }
+    seen = {"same object": catalog.get(name) is facts, "facts": [facts.name, facts.thing_classes]}
+    seen["missing"] = raised(lambda: facts.other)
     catalog.remove(name)
     return {**seen, "removed": name in catalog, "new": getattr(catalog.get(name), "thing_classes", "gone")}
 
@@ -209,11 +180,8 @@ def observe_build_model(provider):
     cfg, unknown = provider.get_cfg(), provider.get_cfg()
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "ContractModel"])
     unknown.MODEL.META_ARCHITECTURE = "NoSuchModel"
-    return {
-        "built": provider.build_model(cfg).weight.shape,
-        "twice": raised(lambda: registry.register(ContractModel)),
-        "unknown": raised(lambda: provider.build_model(unknown)),
-    }
+    built, twice = provider.build_model(cfg).weight.shape, raised(lambda: registry.register(ContractModel))
+    return {"built": built, "twice": twice, "unknown": raised(lambda: provider.build_model(unknown))}
 
 
 def observe_detector_postprocess(provider):
@@ -242,12 +210,9 @@ def _loaded(provider, checkpoint: dict) -> dict:
             node = node.get_submodule(part)
         node.register_buffer(last, torch.zeros(shape))
     keys = provider.DetectionCheckpointer(model)._load_model(checkpoint)
-    return {
-        "sums": {name: tensor.double().sum() for name, tensor in model.state_dict().items()},
-        "missing": sorted(keys.missing_keys),
-        "unexpected": sorted(keys.unexpected_keys),
-        "shapes": sorted(shape[0] for shape in keys.incorrect_shapes),
-    }
+    sums = {name: tensor.double().sum() for name, tensor in model.state_dict().items()}
+    seen = {"sums": sums, "missing": sorted(keys.missing_keys), "unexpected": sorted(keys.unexpected_keys)}
+    return {**seen, "shapes": sorted(shape[0] for shape in keys.incorrect_shapes)}
 
 
 def observe_DetectionCheckpointer(provider):
@@ -255,11 +220,10 @@ def observe_DetectionCheckpointer(provider):
         return np.full(shape, value, np.float32)
 
     ours = {"stem.conv1.weight": filled(1, 2, 3, 1, 1), "stem.fc.bias": filled(1, 1)}
-    caffe2 = {
-        **{"conv1_w": filled(1, 2, 3, 1, 1), "res_conv1_bn_s": filled(2, 2), "res_conv1_bn_b": filled(3, 2)},
-        **{"res2_0_branch2a_w": filled(4, 2, 2, 1, 1), "res2_0_branch1_w": filled(5, 2, 2, 1, 1)},
-        **{"res2_0_branch2b_bn_rm": filled(1, 2), "fc1000_w": filled(1, 2, 2)},
-    }
+    caffe2 = {"conv1_w": filled(1, 2, 3, 1, 1), "res_conv1_bn_s": filled(2, 2)}
+    caffe2 |= {"res_conv1_bn_b": filled(3, 2), "res2_0_branch2a_w": filled(4, 2, 2, 1, 1)}
+    caffe2 |= {"res2_0_branch1_w": filled(5, 2, 2, 1, 1), "res2_0_branch2b_bn_rm": filled(1, 2)}
+    caffe2 |= {"fc1000_w": filled(1, 2, 2)}
     plain = {"head.weight": torch.ones(2, 2), "head.bias": torch.ones(3), "other": torch.ones(1)}
     twice, heuristics = {"weight": filled(1, 2, 2, 1, 1)}, {"matching_heuristics": True}
     with tempfile.TemporaryDirectory() as folder:
@@ -269,20 +233,15 @@ def observe_DetectionCheckpointer(provider):
         writer.save("model_a")
         provider.DetectionCheckpointer(other, folder).resume_or_load("", resume=True)
         provider.DetectionCheckpointer(model, folder, save_to_disk=False).save("model_b")
-        round_trip = {
-            "has": [before, writer.has_checkpoint()],
-            "model": torch.equal(model.weight, other.weight),
-            "files": sorted(os.listdir(folder)),
-            "last": os.path.basename(writer.get_checkpoint_file()),
-            "nothing": provider.DetectionCheckpointer(other).load(""),
-        }
-    return {
-        "by suffix": _loaded(provider, {"model": ours, **heuristics}),
-        "caffe2": _loaded(provider, {"model": caffe2, "__author__": "Caffe2", **heuristics}),
-        "plain": _loaded(provider, {"model": plain}),
-        "ambiguous": raised(lambda: _loaded(provider, {"model": twice, **heuristics})),
-        "round trip": round_trip,
-    }
+        has, same = [before, writer.has_checkpoint()], torch.equal(model.weight, other.weight)
+        last, nothing = writer.get_checkpoint_file(), provider.DetectionCheckpointer(other).load("")
+        round_trip = {"has": has, "model": same, "files": sorted(os.listdir(folder))}
+        round_trip |= {"last": os.path.basename(last), "nothing": nothing}
+    seen = {"by suffix": _loaded(provider, {"model": ours, **heuristics})}
+    seen |= {"caffe2": _loaded(provider, {"model": caffe2, "__author__": "Caffe2", **heuristics})}
+    seen |= {"plain": _loaded(provider, {"model": plain})}
+    seen |= {"ambiguous": raised(lambda: _loaded(provider, {"model": twice, **heuristics}))}
+    return {**seen, "round trip": round_trip}
 
 
 def observe_DatasetEvaluator(provider):
@@ -328,9 +287,8 @@ def observe_TracingAdapter(provider):
             answers = []
             for item in inputs:
                 corner = item["image"].mean(0)[:4, :4]
-                found = provider.Instances((4, 6))
-                found.scores = corner[:, 0] * item["a"]
-                found.pred_boxes = provider.Boxes(corner + item["a"])
+                scores, boxes = corner[:, 0] * item["a"], provider.Boxes(corner + item["a"])
+                found = provider.Instances((4, 6), scores=scores, pred_boxes=boxes)
                 answers.append({"instances": found, "also": (corner, [corner * 2])})
             return answers
 
@@ -343,12 +301,9 @@ def observe_TracingAdapter(provider):
     short = make(Halves(), (inputs,), lambda model, items: model(items)[0]["instances"].scores)
     loose = make(Halves(), [{**inputs[0], "id": 7}], None, True)
     word = make(Halves(), inputs, lambda model, items: "word")
-    return {
-        "order of the inputs": [x.dim() for x in adapter.flattened_inputs],
-        "answers": [x.flatten() for x in traced(number * 2, image + 1)],
-        "function": short(*short.flattened_inputs),
-        "left out": [len(loose.flattened_inputs)],
-        "left out, other inputs": raised(lambda: loose(number * 2, image)),
-        "no tensor in": raised(lambda: make(Halves(), [{"image": 3}])),
-        "no tensor out": raised(lambda: word(number, image)),
-    }
+    seen = {"order of the inputs": [x.dim() for x in adapter.flattened_inputs]}
+    seen |= {"answers": [x.flatten() for x in traced(number * 2, image + 1)]}
+    seen |= {"function": short(*short.flattened_inputs), "left out": [len(loose.flattened_inputs)]}
+    wrong = {"left out, other inputs": raised(lambda: loose(number * 2, image))}
+    wrong |= {"no tensor in": raised(lambda: make(Halves(), [{"image": 3}]))}
+    return {**seen, **wrong, "no tensor out": raised(lambda: word(number, image))}

@@ -1,7 +1,4 @@
-"""What can be observed of a provider's schedule, training loop, hooks, events and commands.
-
-Functions as in observe_structures.
-"""
+"""What can be observed of a provider's schedule, loop, hooks, events, commands, as in observe_structures."""
 
 import os
 import tempfile
@@ -30,22 +27,18 @@ def _curve(provider, options, iterations: int = 40):
 
 
 def observe_build_lr_scheduler(provider):
-    cosine = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]
-    options = {
-        "steps": ["SOLVER.STEPS", (20, 30)],
-        "steps beyond the end": ["SOLVER.STEPS", (20, 300)],
-        "step inside warm-up": ["SOLVER.STEPS", (3, 30)],
-        "no warm-up": ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 0],
-        "warm-up longer than training": ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_ITERS", 90],
-        "constant warm-up": ["SOLVER.STEPS", (20,), "SOLVER.WARMUP_METHOD", "constant"],
-        "cosine": cosine,
-        "cosine with end": [*cosine, "SOLVER.BASE_LR", 0.5, "SOLVER.BASE_LR_END", 0.1],
-        "rescaled cosine": [*cosine, "SOLVER.RESCALE_INTERVAL", True],
-    }
-    return {name: _curve(provider, words) for name, words in options.items()} | {
-        "unknown": raised(lambda: _curve(provider, ["SOLVER.LR_SCHEDULER_NAME", "Other"])),
-        "unknown warm-up": raised(lambda: _curve(provider, ["SOLVER.WARMUP_METHOD", "other"])),
-    }
+    cosine, step = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], ["SOLVER.STEPS", (20,)]
+    options = {"steps": ["SOLVER.STEPS", (20, 30)], "steps beyond the end": ["SOLVER.STEPS", (20, 300)]}
+    options |= {"step inside warm-up": ["SOLVER.STEPS", (3, 30)]}
+    options |= {"no warm-up": [*step, "SOLVER.WARMUP_ITERS", 0]}
+    options |= {"warm-up longer than training": [*step, "SOLVER.WARMUP_ITERS", 90]}
+    options |= {"constant warm-up": [*step, "SOLVER.WARMUP_METHOD", "constant"], "cosine": cosine}
+    options |= {"cosine with end": [*cosine, "SOLVER.BASE_LR", 0.5, "SOLVER.BASE_LR_END", 0.1]}
+    options |= {"rescaled cosine": [*cosine, "SOLVER.RESCALE_INTERVAL", True]}
+    unknown = raised(lambda: _curve(provider, ["SOLVER.LR_SCHEDULER_NAME", "Other"]))
+    unknown_warmup = raised(lambda: _curve(provider, ["SOLVER.WARMUP_METHOD", "other"]))
+    curves = {name: _curve(provider, words) for name, words in options.items()}
+    return curves | {"unknown": unknown, "unknown warm-up": unknown_warmup}
 
 
 def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at=None, log=None):
@@ -101,15 +94,11 @@ def observe_TrainerBase(provider):
     other = _train(provider, [other_hook])
     other.load_state_dict({**state, "hooks": {**state["hooks"], "Unknown": {"a": 1}}})
     broken = _train(provider, [_telling_hook(provider, broken_log)], 0, 3, stop_at=1)
-    return {
-        "log": log,
-        "state": {"iteration": state["iteration"], "hooks": [*state["hooks"].values()]},
-        "key ends with the class": [key.rsplit(".", 1)[-1] for key in state["hooks"]],
-        "loaded": [other.iter, other_hook.seen],
-        "bounds": [trainer.start_iter, trainer.max_iter, trainer.iter],
-        "broken": [broken_log, broken.iter],
-        "no run_step": raised(lambda: provider.TrainerBase().run_step()),
-    }
+    seen = {"log": log, "state": {"iteration": state["iteration"], "hooks": [*state["hooks"].values()]}}
+    seen |= {"key ends with the class": [key.rsplit(".", 1)[-1] for key in state["hooks"]]}
+    bounds = [trainer.start_iter, trainer.max_iter, trainer.iter]
+    seen |= {"loaded": [other.iter, other_hook.seen], "bounds": bounds, "broken": [broken_log, broken.iter]}
+    return {**seen, "no run_step": raised(lambda: provider.TrainerBase().run_step())}
 
 
 def observe_HookBase(provider):
@@ -134,11 +123,9 @@ def observe_LRScheduler(provider):
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.train(6, 10)
     best = provider.LRScheduler.get_best_param_group_id
-    return {
-        "lr": [trainer.storage.history("lr").values() for trainer in (first, second)],
-        "state": first.state_dict(),
-        "group": [best(_optimizer((1.0, 2.0, 2.0), sizes)) for sizes in ((1, 1, 1), (1, 3, 3), (2, 1, 1))],
-    }
+    group = [best(_optimizer((1.0, 2.0, 2.0), sizes)) for sizes in ((1, 1, 1), (1, 3, 3), (2, 1, 1))]
+    rates = [trainer.storage.history("lr").values() for trainer in (first, second)]
+    return {"lr": rates, "state": first.state_dict(), "group": group}
 
 
 def observe_PeriodicCheckpointer(provider):
@@ -177,12 +164,9 @@ def observe_EvalHook(provider):
         return calls, _train(provider, [provider.EvalHook(period, evaluate)], 0, max_iter, stop_at).storage
 
     calls, storage = run(6, 2)
-    return {
-        "calls": calls,
-        "latest": {name: value for name, value in storage.latest().items() if name != "loss"},
-        "only at the end": run(4, 0)[0],
-        "broken off": run(4, 0, stop_at=2)[0],
-    }
+    latest = {name: value for name, value in storage.latest().items() if name != "loss"}
+    at_end, broken_off = run(4, 0)[0], run(4, 0, stop_at=2)[0]
+    return {"calls": calls, "latest": latest, "only at the end": at_end, "broken off": broken_off}
 
 
 def observe_EventStorage(provider):
@@ -195,15 +179,10 @@ def observe_EventStorage(provider):
             storage.put_scalar("loss", torch.tensor(value))
         storage.put_scalar("loss", 6.0, cur_iter=30)
         storage.put_scalar("d", 1.0)
-    return {
-        "iter": storage.iter,
-        "latest": dict(storage.latest()),
-        "smoothed": storage.latest_with_smoothing_hint(20),
-        "window": storage.latest_with_smoothing_hint(100),
-        "history": storage.history("loss").values(),
-        "names": sorted(storage.histories()),
-        "unknown": raised(lambda: storage.history("other")),
-    }
+    smoothed, window = (storage.latest_with_smoothing_hint(size) for size in (20, 100))
+    seen = {"iter": storage.iter, "latest": dict(storage.latest()), "smoothed": smoothed, "window": window}
+    seen |= {"history": storage.history("loss").values(), "names": sorted(storage.histories())}
+    return {**seen, "unknown": raised(lambda: storage.history("other"))}
 
 
 def observe_get_event_storage(provider):

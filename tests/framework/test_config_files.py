@@ -99,21 +99,17 @@ def test_the_builtin_names_what_it_ignores(write, caplog):
     merge_config_file(cfg, path)
     assert cfg.MODEL.MASK_ON is True
     record, _ = caplog.records
-    assert record.levelname == "WARNING" and record.message == (
-        f"'{path}': the framework ignores DATALOADER.ASPECT_RATIO_GROUPING False, "
-        "INPUT.CROP.SIZE [1, 1], MODEL.MASK_ON True"
-    )
+    ignored = "DATALOADER.ASPECT_RATIO_GROUPING False, INPUT.CROP.SIZE [1, 1], MODEL.MASK_ON True"
+    said = f"'{path}': the framework ignores {ignored}"
+    assert record.levelname == "WARNING" and record.message == said
 
 
-@pytest.mark.parametrize(
-    ("key", "default", "value"),
-    [("RES5_DILATION", 1, 2), ("DEFORM_ON_PER_STAGE", [False] * 4, [True] * 4)],
-)
-def test_what_would_be_another_model_needs_detectron2(write, key, default, value):
-    cfg, name = BUILTIN.get_cfg(), f"MODEL.RESNETS.{key}"
-    merge_config_file(cfg, write(nested({name: default})))
-    merge_config_opts(cfg, [name, str(default)])
-    check_both(cfg, write, name, value, f"{name} to .*, which needs Detectron2: leave it out")
+def test_what_would_be_another_model_needs_detectron2(write):
+    for key, default, value in (("RES5_DILATION", 1, 2), ("DEFORM_ON_PER_STAGE", [False] * 4, [True] * 4)):
+        cfg, name = BUILTIN.get_cfg(), f"MODEL.RESNETS.{key}"
+        merge_config_file(cfg, write(nested({name: default})))
+        merge_config_opts(cfg, [name, str(default)])
+        check_both(cfg, write, name, value, f"{name} to .*, which needs Detectron2: leave it out")
 
 
 REMOVED = {"MODEL.OTHER": (None, ""), "OTHER_KEY": (None, ""), "SOLVER.OLD": ((1, 2), "use SOLVER.STEPS")}
@@ -147,8 +143,7 @@ UNFIT = {
     int: (None, 0.5, True, "word", [1]),
     float: (None, True, "word", [0.5]),
     str: (None, 1, ["word"]),
-    list: (None, 1, "word"),
-    tuple: (None, 1, "word"),
+    **dict.fromkeys((list, tuple), (None, 1, "word")),
     type(None): (True, "word", [1]),
 }
 UNFIT_ITEMS = {int: ([None], ["word"], [1, [1]]), float: ([None], ["word"]), str: ([1], ["word", None])}
@@ -210,8 +205,7 @@ def test_the_builtin_node_and_overrides_run_no_code(cfg, write, tmp_path):
 
 BAD_FILES = {
     "SOLVER: {BASE_LRR: 0.1}\n": r"' sets the unknown key SOLVER.BASE_LRR: did you mean SOLVER.BASE_LR\?$",
-    "NOTHING: 1\n": "unknown key NOTHING",
-    "NOTHING: {}\n": "unknown key NOTHING",
+    **dict.fromkeys(("NOTHING: 1\n", "NOTHING: {}\n"), "unknown key NOTHING"),
     "DATALOADER: {ASPECT_RATIO: 1}\n": "unknown key DATALOADER.ASPECT_RATIO",
     "MODEL: {RPN: {NOTHING: 1}}\n": "unknown key MODEL.RPN",
     "SOLVER: {BASE_LR: fast}\n": "config.yaml' sets SOLVER.BASE_LR to 'fast': it must be a number",
@@ -220,12 +214,10 @@ BAD_FILES = {
     "SOLVER:\n": "config.yaml' sets the section SOLVER to None",
     "SOLVER: {AMP: true}\n": "config.yaml' sets the section SOLVER.AMP to True",
     "SOLVER: {BASE_LR: [\n": "config.yaml' is not valid YAML .line",
-    "": "config.yaml' holds no keys",
-    "- 1\n": "config.yaml' holds no keys",
+    **dict.fromkeys(("", "- 1\n"), "config.yaml' holds no keys"),
     "SOLVER: {1: 2}\n": "config.yaml' sets the unknown key SOLVER.1",
     "VERSION: 1\n": "config.yaml' has VERSION 1: only 2",
-    "_BASE_: config.yaml\n": "includes itself",
-    "_BASE_: link/config.yaml\n": "includes itself",
+    **dict.fromkeys(("_BASE_: config.yaml\n", "_BASE_: link/config.yaml\n"), "includes itself"),
     "_BASE_: list.yaml\n": "list.yaml' .the _BASE_ of .*config.yaml'. holds no keys",
     "_BASE_: scalar.yaml\nSOLVER: {BASE_LR: 0.1}\n": "scalar.yaml.*sets the section SOLVER to 3",
     "_BASE_: missing.yaml\n": "missing.yaml.* does not exist",
