@@ -20,8 +20,8 @@ from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManag
 ABOUT = "dfm_d2"
 LAST = "last_checkpoint"
 
-# Parameters that only training with BACKBONE_UPDATE "local" uses; other update modes do not have them.
-TRAINING_ONLY = "stage_predictors."
+# Parameters that only training with BACKBONE_UPDATE "local" or a DENSE_LOSS uses; other models lack them.
+TRAINING_ONLY = ("stage_predictors.", "dense_predictor.")
 
 _logger = logging.getLogger(__name__)
 
