@@ -166,6 +166,13 @@ def test_an_image_without_objects_has_only_background(make_model, make_input, ki
     assert losses["loss_giou/shared"] == 0 and 0 < losses["loss_cls/shared"] < torch.inf
 
 
+def test_the_weight_is_that_of_both_terms(make_model, inputs):
+    models = [make_model(DENSE_LOSS="plain", **options) for options in ({}, {"DENSE_WEIGHT": 6.0})]
+    once, thrice = (attached_losses(model, model.prepare(inputs, 0)) for model in models)
+    for key in once:
+        torch.testing.assert_close(thrice[key], once[key] * (3 if key in LOSSES else 1))
+
+
 def test_a_short_training_learns_the_cells(make_model, inputs):
     """The loss falls on one batch, so that targets and answers belong to the same cells."""
     model = make_model(DENSE_LOSS="plain").train()
