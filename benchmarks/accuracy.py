@@ -4,7 +4,7 @@
 python benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3
 python benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda \\
     --opts DATASETS.VOC_ROOT ../shared/data/bccd
-    --variants local cascade      only these trainings
+    --variants sequential cascade      only these trainings
 
 Every training is evaluated with several samplers; on a resume only with those that it lacks.
 """
@@ -29,7 +29,7 @@ _DENSE, _DENSE_FLOW = (["MODEL.DFM.DENSE_LOSS", kind] for kind in ("plain", "flo
 
 # Trainings: overrides of the config. The first is what the config says.
 VARIANTS: dict[str, list[str]] = {
-    "local": [],
+    "sequential": [],
     "joint": ["MODEL.DFM.UPDATE", "joint"],
     # Every stage of the backbone a block, too.
     "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],

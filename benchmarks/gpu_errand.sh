@@ -2,7 +2,7 @@
 # Everything that waits for a GPU, as one errand on a machine that has torch but no network.
 #   benchmarks/gpu_errand.sh prepare [PYTHON_VERSION]   here: wheels and data into device_carry/ (ignored by git)
 #   benchmarks/gpu_errand.sh run [OUT]                  there: GPU tests and benchmarks; rows and logs into OUT
-# The run is resumable: accuracy rows that are done are not run again. EXTRA="--variants local cascade" narrows it.
+# The run is resumable: accuracy rows that are done are not run again. EXTRA="--variants sequential cascade" narrows it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 CARRY=device_carry
@@ -34,7 +34,7 @@ run() {
     python3 benchmarks/kernels.py --device cuda --save
     python3 benchmarks/latency.py sampler --device cuda --save
     python3 benchmarks/latency.py --device cuda --save
-    python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local cascade cascade_checkpoint parallel
+    python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128
     # shellcheck disable=SC2086
     python3 benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda \

@@ -74,7 +74,7 @@ def detector_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def _sampled(model: torch.nn.Module, features: list[torch.Tensor], sizes: torch.Tensor) -> Candidates:
     x_0 = model.sampler.noise(list(range(len(sizes))), sizes.device)
-    return model.sampler.sample(model._field, features, sizes, x_0, model._graph_owner())
+    return model.sampler.sample(model._step_function, features, sizes, x_0, model._graph_owner())
 
 
 def sampler_rows(args: argparse.Namespace) -> Iterator[Row]:

@@ -2,13 +2,13 @@
 """Memory and time of a training step against the number of blocks (the paper's Figure 3).
 
 python benchmarks/memory.py [detector|classifier] [--device cpu|cuda|simulate] [--counts 1 2 4 8 12] [--save]
-    --modes joint sequential sequential_step local cascade cascade_checkpoint parallel
+    --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel
     --modes "flow, sequential" "flow, joint" backprop      of the classifier
 
 detector: R50-FPN against its predictors. Weights random, GroupNorm, nothing frozen, float32, images and boxes
 random; batch 1 of 224 x 320 and 100 proposals on a CPU, else the paper's 8 of 800 x 1088 and 300 proposals.
 Modes: "joint" (one backward of all local losses), "sequential" (block by block), "sequential_step" (besides
-STEP_IN_BACKWARD), "local" (besides every stage of the backbone a block, with a predictor of its own),
+STEP_IN_BACKWARD), "local_backbone" (besides every backbone stage a block, with a predictor of its own),
 "cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in the backward),
 "parallel" (all predictors as one batched computation, on a CPU too, where training would take them one by
 one; not among the modes that run when none is named).
@@ -52,7 +52,7 @@ DETECTOR = {
     "joint": ["MODEL.DFM.UPDATE", "joint"],
     "sequential": ["MODEL.DFM.UPDATE", "sequential"],
     "sequential_step": _STEP,
-    "local": [*_STEP, "MODEL.DFM.BACKBONE_UPDATE", "local"],
+    "local_backbone": [*_STEP, "MODEL.DFM.BACKBONE_UPDATE", "local"],
     "cascade": _CASCADE,
     "cascade_checkpoint": _CASCADE,
     "parallel": ["MODEL.DFM.UPDATE", "parallel"],

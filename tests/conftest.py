@@ -34,13 +34,8 @@ def make_input():
         instances = Instances(size)
         instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
         instances.gt_classes = torch.arange(len(boxes)) % 3
-        return {
-            "file_name": f"{image_id}.jpg",
-            "image_id": image_id,
-            "height": size[0] * 2,
-            "width": size[1] * 2,
-            "image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8),
-            "instances": instances,
-        }
+        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+        item = {"file_name": f"{image_id}.jpg", "image_id": image_id, "image": image, "instances": instances}
+        return item | {"height": size[0] * 2, "width": size[1] * 2}
 
     return make

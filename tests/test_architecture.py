@@ -1,6 +1,7 @@
 """Who may know whom: imports only go down, and only the framework package knows Detectron2."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,41 +27,34 @@ def _package_of(path: Path) -> str:
     return parts[0] if parts[0] != "dfm_d2" else parts[1].removesuffix(".py")
 
 
-def _nodes() -> list[tuple[Path, ast.AST]]:
-    """The syntax of each file of ours, node by node."""
-    folders = [ROOT / name for name in ("dfm_d2", "kernels", "tools", "benchmarks")]
-    paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
-    return [(path, node) for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+def _is_pure(path: Path) -> bool:
+    return _package_of(path) in MAY_KNOW
 
 
-NODES = _nodes()
+# The syntax of each file of ours, node by node.
+FOLDERS = [ROOT / name for name in ("dfm_d2", "kernels", "tools", "benchmarks")]
+PATHS = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))]
+NODES = [(path, node) for path in PATHS for node in ast.walk(ast.parse(path.read_text()))]
 
 
 def _at(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
-def _imports() -> list[tuple[str, Path, str]]:
-    """(place, file, full name) of each module that is imported, anywhere in a file, also by a call.
-
-    `from a import b` counts as a.b.
-    """
-    found = []
-    for path, node in NODES:
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{_at(path, node)}: write imports in full, from dfm_d2"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(CALLS):
-            strings = (part for argument in node.args for part in ast.walk(argument))
-            names = [str(s.value) for s in strings if isinstance(s, ast.Constant)]
-        found += [(_at(path, node), path, name) for name in names]
-    return found
+def _imported(path: Path, node: ast.AST) -> list[str]:
+    """The full names of the modules that a node imports, also by a call; `from a import b` counts as a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"{_at(path, node)}: write imports in full, from dfm_d2"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(CALLS):
+        parts = (part for argument in node.args for part in ast.walk(argument))
+        return [str(part.value) for part in parts if isinstance(part, ast.Constant)]
+    return []
 
 
-IMPORTS = _imports()
+IMPORTS = [(_at(path, node), path, name) for path, node in NODES for name in _imported(path, node)]
 
 
 def test_imports_only_go_down():
@@ -87,16 +81,14 @@ def test_no_config_gets_into_pure_packages():
     assert not wrong
 
 
-def _is_pure(path: Path) -> bool:
-    return _package_of(path) in MAY_KNOW
+def test_the_engine_names_neither_vertical():
+    named = re.compile(r"MODEL\.(CLASSIFIER|DFM\.HEAD)|bottom_up|stage_predictors|dense_predictor")
+    assert not [path for path in (ROOT / "dfm_d2/engine").glob("*.py") if named.search(path.read_text())]
 
 
-def test_only_one_file_imports_detectron2():
+def test_only_one_file_imports_detectron2_and_none_touches_sys_modules():
     files = {path for _, path, module in IMPORTS if module.split(".")[0] == "detectron2"}
     assert files == {ROOT / "dfm_d2/framework/_providers.py"}
-
-
-def test_nobody_touches_sys_modules():
     attributes = [(path, node) for path, node in NODES if isinstance(node, ast.Attribute)]
     assert not [_at(path, node) for path, node in attributes if ast.unparse(node) == "sys.modules"]
 

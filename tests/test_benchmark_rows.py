@@ -2,17 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tool_loader import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import classification  # noqa: E402
 import harness  # noqa: E402
 from harness import Row, draw_panels, lines_of, load_rows, quantiles, reported  # noqa: E402
-
-CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "digits_flow_cnn.yaml")
 
 
 def row(provider: str, value: float, x: str = "0", op: str = "a") -> Row:
@@ -55,42 +53,29 @@ def test_quantiles_and_lines_in_the_order_of_x_and_a_picture(tmp_path):
     assert quantiles([3.0]) == (3.0, 3.0, 3.0)
     assert quantiles([0.0, 10.0]) == pytest.approx((2.0, 5.0, 8.0))
     lines = lines_of([row("flow", 2.0, "10"), row("flow", 1.0, "9"), row("backprop", 5.0)])
-    assert lines == {
-        "flow": [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)],
-        "backprop": [(0.0, 4.0, 5.0, 6.0)],
-    }
+    flow = [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)]
+    assert lines == {"flow": flow, "backprop": [(0.0, 4.0, 5.0, 6.0)]}
     panels = {"one": ("block", lines), "two": ("block", {})}
     path = draw_panels(tmp_path / "a.png", "title", "accuracy (%)", panels)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_images_of_a_sorted_set_are_taken_from_all_of_it():
+def test_images_of_a_sorted_set_are_taken_from_all_of_it_and_variants_take_their_method_s_rate():
     loader = [[{"label": label}] * 10 for label in range(7)]
     kept = classification.spread(loader, 14)
     assert [item["label"] for batch in kept for item in batch] == [c for c in range(7) for _ in range(2)]
     assert classification.spread(loader, 100) == loader
-
-
-def test_variants_take_the_learning_rate_of_their_method():
     assert classification.tuned_as("no_readout") == classification.tuned_as("uniform_time") == "flow"
     assert classification.tuned_as("backprop_pool_2") == "backprop"
 
 
-@pytest.mark.parametrize(
-    "changes, same",
-    [
-        ([], True),
-        (["MODEL.CLASSIFIER.SAMPLER.STEPS", "4", "TEST.EVAL_PERIOD", "7"], True),
-        (["SOLVER.BASE_LR", "0.5"], False),
-        (["SOLVER.MAX_ITER", "5"], False),
-        (["UPDATE.METHOD", "backprop"], False),
-        (["MODEL.DEVICE", "cuda"], False),
-    ],
-)
-def test_a_training_of_other_values_is_not_taken(tmp_path, changes, same):
+def test_a_training_of_other_values_is_not_taken(tmp_path):
     ran, study = ["OUTPUT_DIR", str(tmp_path), "MODEL.DFM.NUM_CLASSES", "10"], classification.STUDY
-    cfg = classification.load_config(study.task, CONFIG, [*ran, "MODEL.DEVICE", "cpu"])
+    config = str(ROOT / "configs/digits_flow_cnn.yaml")
+    cfg = classification.load_config(study.task, config, [*ran, "MODEL.DEVICE", "cpu"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    any_rate = same or changes[0] == "SOLVER.BASE_LR"
-    for expected, options in ((same, {}), (any_rate, {"any_rate": True})):
-        assert study.same_training(CONFIG, changes, tmp_path, **options) is expected
+    same, rate = ("", "MODEL.CLASSIFIER.SAMPLER.STEPS 4 TEST.EVAL_PERIOD 7"), "SOLVER.BASE_LR 0.5"
+    for changes in (*same, rate, "SOLVER.MAX_ITER 5", "UPDATE.METHOD backprop", "MODEL.DEVICE cuda"):
+        taken, any_rate = changes in same, changes in (*same, rate)
+        assert study.same_training(config, changes.split(), tmp_path) is taken, changes
+        assert study.same_training(config, changes.split(), tmp_path, any_rate=True) is any_rate, changes

@@ -13,35 +13,26 @@ TOOLS = "analyze_model", "demo", "detect", "export_model", "make_shapes", "visua
 SMALL = (
     "SOLVER.MAX_ITER 2 SOLVER.WARMUP_ITERS 1 SOLVER.IMS_PER_BATCH 2 MODEL.DEVICE cpu "
     "MODEL.FPN.OUT_CHANNELS 16 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.NUM_PROPOSALS 10 "
-    "MODEL.DFM.HEAD.HIDDEN_DIM 16 MODEL.DFM.HEAD.NUM_HEADS 2 "
-    "MODEL.DFM.HEAD.FEEDFORWARD_DIM 16 MODEL.DFM.SAMPLER.STEPS 2"
+    "MODEL.DFM.SAMPLER.STEPS 2 MODEL.DFM.HEAD.HIDDEN_DIM 16 MODEL.DFM.HEAD.NUM_HEADS 2 "
+    "MODEL.DFM.HEAD.FEEDFORWARD_DIM 16"
 ).split()
 
 
-@pytest.fixture
-def demo(monkeypatch):
-    """tools/demo.py as a module, with a few images."""
-    monkeypatch.setattr(load_tool("demo"), "NUMBERS", "--train 4 --val 2 --size 96".split())
-    return load_tool("demo")
-
-
-def test_it_trains_and_draws_in_the_folder_that_is_asked_for(demo, tmp_path, monkeypatch, capsys):
+def test_the_demo_trains_and_draws_in_the_folder_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    demo, out, shapes = load_tool("demo"), tmp_path / "x", tmp_path / "shapes"
+    monkeypatch.setattr(demo, "NUMBERS", "--train 4 --val 2 --size 96".split())
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "default")
-    out, shapes = tmp_path / "x", tmp_path / "shapes"
     words = ["OUTPUT_DIR", str(out), "DATASETS.VOC_ROOT", str(shapes)]
+    assert demo.main([*words, "SOLVER.NOTHING", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "SOLVER.NOTHING" in error and error.count("\n") == 1
+    assert not out.exists()
     assert demo.main([*SMALL, *words]) == 0
     assert not (tmp_path / "default").exists() and (shapes / "JPEGImages").is_dir()
     pictures = {"predictions.png", "flow.png", "curves.png"}
     assert pictures | {"model_final.pth", "config.yaml"} <= {path.name for path in out.iterdir()}
     written = capsys.readouterr().out.split("written:")[1]
     assert f"  {out / 'model_final.pth'}\n" in written and f"  {out / 'curves.png'}\n" in written
-
-
-def test_a_key_that_is_not_there_is_one_error_message(demo, tmp_path, capsys):
-    assert demo.main(["OUTPUT_DIR", str(tmp_path / "x"), "SOLVER.NOTHING", "1"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "SOLVER.NOTHING" in error and error.count("\n") == 1
-    assert not (tmp_path / "x").exists()
 
 
 HELP = """
@@ -90,12 +81,11 @@ def test_a_detector_by_hand(make_model):
 
 
 def test_the_tool_prints_both_twins(capsys):
-    tool, config = load_tool("analyze_model"), str(ROOT / "configs" / "shapes_flow_r18.yaml")
-    words = ["--config-file", config, "--size", "64", "64"]
-    words += "MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.SAMPLER.STEPS 2".split()
-    assert tool.main(words) == 0
+    tool, config = load_tool("analyze_model"), ["--config-file", str(ROOT / "configs/shapes_flow_r18.yaml")]
+    words = "--size 64 64 MODEL.DFM.NUM_PREDICTORS 2 MODEL.DFM.SAMPLER.STEPS 2".split()
+    assert tool.main([*config, *words]) == 0
     out = capsys.readouterr().out
     assert "FlowDetector, 2 steps, N = 40" in out and "CascadeDetector, 1 steps, N = 40" in out
     assert out.count("predictor 1") == 2 and out.count("total") == 2
-    assert tool.main(["--config-file", config, "MODEL.NOTHING", "1"]) == 2
+    assert tool.main([*config, "MODEL.NOTHING", "1"]) == 2
     assert "MODEL.NOTHING" in capsys.readouterr().err

@@ -1,12 +1,15 @@
 """The page of a flow in a real browser: the slider, the toggles, tooltips, and that nothing is fetched."""
 
-import copy
-import io
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from browser import open_browser, wait_for
 from PIL import Image
 from tiny_model import spread, tiny_cfg
 
@@ -14,16 +17,41 @@ from dfm_d2.detection.flow_pictures import record_flow
 from dfm_d2.framework import build_model
 from dfm_d2.visualize.page import write_page
 
-CLASSES = ("circle", "square", "star")
-BOXES = "document.querySelectorAll('svg rect.box').length"
-STEP = "+document.getElementById('step').value"
-NOW = "document.getElementById('now').textContent"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with open_browser(tmp_path_factory.mktemp("browser")) as page:
-        yield page
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-sync "
+    "--disable-component-update --window-size=1280,900 --virtual-time-budget=20000 --dump-dom"
+).split()
+# The answer of a test's script becomes an attribute of the document, which the browser prints.
+BEFORE_THE_PAGE = """<script>
+const errors = [];
+for (const kind of ["error", "unhandledrejection"])
+  addEventListener(kind, event => errors.push(String(event.message ?? event.reason ?? event.target)), true);
+</script>"""
+AFTER_THE_PAGE = """<script>
+const all = selector => [...document.querySelectorAll(selector)], text = id => $(id).textContent;
+const boxes = () => all("svg rect.box").length;
+function under(selector) {  // what a mouse meets in the middle of an element
+  document.querySelector(selector).scrollIntoView({block: "center"});
+  const {x, y, width, height} = document.querySelector(selector).getBoundingClientRect();
+  return document.elementFromPoint(x + width / 2, y + height / 2);
+}
+function slide(id, move) {
+  const slider = under(`#${id}:enabled`);
+  move(slider);
+  slider.dispatchEvent(new Event("input"));
+}
+function toggled(selector, seen) {  // what is seen after a click; another one undoes it
+  under(selector).click();
+  const found = seen();
+  under(selector).click();
+  return found;
+}
+addEventListener("load", async () => {
+  const answer = await (async () => {SCRIPT})().catch(error => { errors.push(String(error)); });
+  const fetched = performance.getEntriesByType("resource").map(entry => entry.name);
+  document.documentElement.dataset.answer = JSON.stringify({answer, errors, fetched});
+});
+</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -36,119 +64,106 @@ def recorded():
 
 
 @pytest.fixture
-def record(recorded):
-    return copy.deepcopy(recorded)
+def ask(tmp_path, recorded):
+    """What a script finds on the page of the record; nothing may fail or be fetched."""
+    programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    if (program := next(filter(None, programs), None)) is None:
+        pytest.skip("needs a Chromium (Debian: apt-get install chromium)")
+    profile, picture = f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png"
 
-
-@pytest.fixture
-def open_page(browser, tmp_path, record):
-    """Shows the page of the record; at the end nothing may have failed or been fetched."""
-
-    def opened(class_names=CLASSES, title="cells.jpg"):
+    def asked(script, class_names=("circle", "square", "star"), title="cells.jpg", **changes):
         image = np.full((96, 128, 3), 240, dtype=np.uint8)
-        browser.open(write_page(tmp_path / "flow.html", record, image, class_names, title))
-        return browser
+        path = write_page(tmp_path / "flow.html", replace(recorded, **changes), image, class_names, title)
+        page = path.read_text(encoding="utf-8").replace("<head>", "<head>" + BEFORE_THE_PAGE)
+        path.write_text(page + AFTER_THE_PAGE.replace("SCRIPT", script), encoding="utf-8")
+        command = [program, *FLAGS, profile, picture, path.as_uri()]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+        said = re.search('data-answer="([^"]*)"', done.stdout)
+        assert said, done.stdout + done.stderr
+        found = json.loads(html.unescape(said[1]))
+        assert not found["errors"]
+        assert all(url.startswith("data:") for url in found["fetched"]), "the page must not use the network"
+        return found["answer"]
 
-    browser.errors.clear()
-    browser.requests.clear()
-    yield opened
-    assert not browser.errors
-    fetched = [url for url in browser.requests if not url.startswith(("file:", "data:"))]
-    assert not fetched, "the page must not use the network"
-
-
-def set_value(page, name, value):
-    event = "dispatchEvent(new Event('input'))"
-    page.run(f"Object.assign(document.getElementById('{name}'), {{value: '{value}'}}).{event}")
-
-
-def count(page, selector):
-    return page.run(f"document.querySelectorAll('{selector}').length")
+    return asked
 
 
-def test_slider_toggles_and_tooltips(open_page):
-    page = open_page()
-    assert page.run("document.title") == "cells.jpg"
-    assert page.run(NOW).startswith("t = 0.0000 \u00b7 step 0 of 3 \u00b7 ") and page.run(BOXES) == 12
-    before, first = page.screenshot(), page.run("document.querySelector('rect.box').getAttribute('x')")
-    page.click("#step")  # the middle of the slider
-    place = page.run(STEP)
-    assert place in (1, 2)
-    for kind in ("rawKeyDown", "keyUp"):
-        page.call("Input.dispatchKeyEvent", type=kind, key="ArrowRight", windowsVirtualKeyCode=39)
-    assert page.run(STEP) == place + 1 and f"step {place + 1} of 3" in page.run(NOW)
-    assert page.screenshot() != before
-    assert page.run("document.querySelector('rect.box').getAttribute('x')") != first
-
-    set_value(page, "step", 0)
-    of_class, scores = page.run("flow.steps[0].classes"), page.run("flow.steps[0].scores")
+def test_slider_toggles_and_tooltips(ask):
+    found = ask("""
+        const start = [document.title, text("now"), boxes()];
+        const first = () => all("rect.box")[0].getAttribute("x"), moved = [first()];
+        slide("step", slider => slider.stepUp());
+        moved.push(first());
+        slide("step", slider => { slider.value = 99; });
+        const end = text("now");
+        slide("step", slider => { slider.value = 0; });
+        const toggles = ["#predictor-0", "#class-1"].map(selector => toggled(selector, boxes));
+        toggles.push(boxes(), toggled("#show-field", () => all("line.arrow").length));
+        toggles.push(toggled("#show-endpoints", () => all("rect[stroke-dasharray]").length));
+        const {classes, scores} = flow.steps[0];
+        slide("score", slider => { slider.value = [...scores].sort((a, b) => a - b)[6]; });
+        const strong = scores.filter(score => score >= +$("score").value).length;
+        const without_weak = toggled("#show-weak", boxes);
+        slide("step", slider => { slider.value = 3; });
+        slide("score", slider => { slider.value = 0; });
+        const paths = toggled("#show-paths", () => all("polyline.path").length);
+        under("#show-detections").click();
+        const labels = all("rect.label").map(label =>
+          ["x", "y", "width", "height"].map(name => +label.getAttribute(name)));
+        all("rect.box").at(-1).id = "last";
+        under("#last").dispatchEvent(new MouseEvent("mousemove"));
+        const tip = [$("tip").style.display, text("tip")];
+        const texts = all("svg text").length;
+        return {start, moved, end, toggles, classes, strong, without_weak, paths, labels, texts, tip};
+    """)
+    title, now, boxes = found["start"]
+    assert title == "cells.jpg" and boxes == 12 and now.startswith("t = 0.0000 \u00b7 step 0 of 3 \u00b7 ")
+    assert len(set(found["moved"])) == 2 and "step 3 of 3" in found["end"]
+    *toggles, arrows, endpoints = found["toggles"]
     # Predictor 0 moves every box of the first step.
-    for toggle, left in (("#predictor-0", 0), ("#class-1", sum(label != 1 for label in of_class))):
-        page.click(toggle)
-        assert page.run(BOXES) == left
-        page.click(toggle)
-        assert page.run(BOXES) == 12
-    set_value(page, "score", sorted(scores)[6])
-    page.click("#show-weak")
-    least = page.run("+document.getElementById('score').value")
-    assert page.run(BOXES) == sum(score >= least for score in scores) not in (0, 12)
-    page.click("#show-weak")
-
-    page.click("#show-field")
-    assert count(page, "line.arrow") == 2 * 9 * 12
-    page.click("#show-field")
-    page.click("#show-endpoints")
-    assert count(page, "rect[stroke-dasharray]") > 0
-    page.click("#show-endpoints")
-    set_value(page, "step", 3)
-    set_value(page, "score", 0)
-    page.click("#show-paths")
-    assert count(page, "polyline.path") > 0
-    page.click("#show-detections")
-    labels = page.run(
-        "[...document.querySelectorAll('rect.label')].map(e => "
-        "['x', 'y', 'width', 'height'].map(name => +e.getAttribute(name)))"
-    )
-    assert len(labels) == count(page, "svg text") > 0
+    assert toggles == [0, sum(label != 1 for label in found["classes"]), 12]
+    assert arrows == 2 * 9 * 12 and endpoints > 0 and found["paths"] > 0
+    assert found["without_weak"] == found["strong"] not in (0, 12)
+    labels = found["labels"]
+    assert len(labels) == found["texts"] > 0
     assert all(x >= 0 and x + width <= 128 and y >= 0 and y + height <= 96 for x, y, width, height in labels)
-    page.run("[...document.querySelectorAll('rect.box')].pop().id = 'last'")
-    page.mouse("#last", "mouseMoved")
-    assert page.run("document.getElementById('tip').style.display") == "block"
-    assert page.run("document.getElementById('tip').textContent").split("\n")[0]
+    assert found["tip"][0] == "block" and found["tip"][1].startswith("detection\n")
 
 
-def test_boxes_stay_in_the_frame_of_the_image(open_page, record):
-    record.states[0][:] = torch.tensor([-500.0, -500.0, 700.0, 700.0])
-    left, right, *found = open_page().run(
-        "(() => { const at = document.getElementById('view').getBoundingClientRect();"
-        "const image = document.querySelector('svg image').getBoundingClientRect();"
-        "const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || 'box';"
-        "return [image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),"
-        "name((image.right + at.right) / 2), name(image.x + 5)]; })()"
-    )
+def test_boxes_stay_in_the_frame_of_the_image(ask, recorded):
+    wide = torch.tensor([-500.0, -500.0, 700.0, 700.0]).expand(12, 4)
+    script = """
+        const at = $("view").getBoundingClientRect(), image = all("svg image")[0].getBoundingClientRect();
+        const name = x => document.elementFromPoint(x, at.y + at.height / 2).id || "box";
+        return [image.x - at.x, at.right - image.right, name((at.x + image.x) / 2),
+                name((image.right + at.right) / 2), name(image.x + 5)];
+    """
+    left, right, *found = ask(script, states=[wide, *recorded.states[1:]])
     assert left > 10 and right > 10, "no margin beside the image: this shows nothing"
     assert found == ["view", "view", "box"]
 
 
-def test_names_are_text_whatever_they_hold_and_there_may_be_no_detection(open_page, record):
-    record.detections = record.detections[:0]
+def test_names_are_text_whatever_they_hold_and_there_may_be_no_detection(ask, recorded):
     names = ("<!--<script>", "</script><script>throw 1</script>", '<b>"red cell"</b> & \u2028 \u00e9')
     title = "<img src=x onerror='throw 2'>.jpg"
-    page = open_page(names, title)
-    assert page.run("document.title") == page.run("document.getElementById('title').textContent") == title
-    page.click("#show-detections")
-    assert page.run("document.getElementById('show-detections-count').textContent") == "0"
-    set_value(page, "score", 0)
-    shown = page.run("[0, 1, 2].map(k => document.getElementById(`class-${k}`).parentElement.textContent)")
+    script = """
+        under("#show-detections").click();
+        slide("score", slider => { slider.value = 0; });
+        const names = [0, 1, 2].map(k => $(`class-${k}`).parentElement.textContent);
+        return [[document.title, text("title")], text("show-detections-count"), boxes(), names];
+    """
+    titles, detections, boxes, shown = ask(script, names, title, detections=recorded.detections[:0])
+    assert titles == [title] * 2 and detections == "0" and boxes == 12
     assert all(text.startswith(name) for text, name in zip(shown, names))
-    assert page.run(BOXES) == 12
 
 
-def test_it_plays_to_the_end(open_page):
-    page = open_page()
-    page.click("#play")
-    wait_for(lambda: page.run(STEP) == 3)
-    assert page.run("document.getElementById('play').textContent") == "Play"
-    assert "step 3 of 3" in page.run(NOW)
-    pixels = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
+def test_it_plays_to_the_end(ask, tmp_path):
+    found = ask("""
+        under("#play").click();
+        const playing = text("play");
+        await new Promise(done => setTimeout(done, 5000));
+        return [playing, text("play"), +$("step").value, text("now")];
+    """)
+    assert found[:3] == ["Stop", "Play", 3] and "step 3 of 3" in found[3]
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
     assert (pixels.max(2) - pixels.min(2) > 80).sum() > 500, "no coloured box is to be seen"

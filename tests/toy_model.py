@@ -1,6 +1,7 @@
 """A locally trainable model small enough to train in milliseconds: B images, D predictors, C channels."""
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,12 +19,8 @@ from dfm_d2.local_update import BlockLosses, HandOver, build_update, predictor_b
 
 CHANNELS = 6
 # What the tests call the update modes: arguments of build_update.
-UPDATES = {
-    "joint": ("joint",),
-    "parallel": ("parallel",),
-    "sequential": ("sequential",),
-    "in backward": ("sequential", True),
-}
+UPDATES = {mode: (mode,) for mode in ("joint", "parallel", "sequential")}
+UPDATES["in backward"] = ("sequential", True)
 
 
 class ToyPrepared(NamedTuple):
@@ -36,9 +33,8 @@ class ToyBackbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bottom_up = nn.Sequential(
-            nn.Conv2d(3, CHANNELS, 3, padding=1), nn.GroupNorm(2, CHANNELS), nn.ReLU()
-        )
+        convolution = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.bottom_up = nn.Sequential(convolution, nn.GroupNorm(2, CHANNELS), nn.ReLU())
         self.fpn = nn.Conv2d(CHANNELS, CHANNELS, 3, stride=2)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -49,10 +45,11 @@ class ToyBackbone(nn.Module):
 class ToyModel(nn.Module):
     """D multilayer perceptrons on pooled features. ``noise``: draw from every global generator."""
 
+    backbone_prefix = "backbone.bottom_up"
+
     def __init__(self, num_predictors: int = 3, noise: bool = False) -> None:
         super().__init__()
-        self.num_predictors = num_predictors
-        self.noise = noise
+        self.num_predictors, self.noise = num_predictors, noise
         self.backbone = ToyBackbone()
         self.predictors = nn.ModuleList(
             nn.Sequential(nn.Linear(2 * CHANNELS, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1))
@@ -103,10 +100,8 @@ def toy_item(position: int) -> dict:
 
 def toy_loader(start_position: int, batch_size: int = 4):
     """The endless stream of toy batches from a position on."""
-    position = start_position
-    while True:
+    for position in itertools.count(start_position, batch_size):
         yield [toy_item(position + i) for i in range(batch_size)]
-        position += batch_size
 
 
 BATCH = next(toy_loader(0))
@@ -116,11 +111,7 @@ def toy_config(**solver):
     """Detectron2's config with ours and some SOLVER keys set."""
     cfg = get_cfg()
     add_dfm_config(cfg)
-    cfg.SOLVER.BASE_LR = 0.01
-    cfg.SOLVER.WARMUP_ITERS = 3
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 60, ()
-    for key, value in solver.items():
-        cfg.SOLVER[key] = value
+    cfg.SOLVER.update({"BASE_LR": 0.01, "WARMUP_ITERS": 3, "MAX_ITER": 60, "STEPS": (), **solver})
     return cfg
 
 
@@ -142,15 +133,12 @@ def train_steps(
     return optimizer, metrics
 
 
-def make_trainer(
-    model, loader=toy_loader, update="sequential", images_per_step=4, **solver
-) -> LocalUpdateTrainer:
+def make_trainer(model, loader=toy_loader, update="sequential", images_per_step=4, **solver):
     """A trainer of any model, with a schedule and without hooks; the writers' window is of four steps."""
     cfg = toy_config(**solver)
     optimizer, strategy = build_block_optimizer(cfg, model), build_update(*UPDATES[update])
-    trainer = LocalUpdateTrainer(
-        model.train(), loader, optimizer, strategy, contextlib.nullcontext, images_per_step, window=4
-    )
+    parts = (model.train(), loader, optimizer, strategy, contextlib.nullcontext, images_per_step)
+    trainer = LocalUpdateTrainer(*parts, window=4)
     trainer.scheduler = build_lr_scheduler(cfg, optimizer)
     return trainer
 

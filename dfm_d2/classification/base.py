@@ -31,9 +31,10 @@ class Classifier(nn.Module, ABC):
     checkpoint may have another one. pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
     """
 
-    is_local = True
     # Buffers that weights to start a training from do not replace; a resume and an evaluation do.
     set_by_config = ("temperature",)
+    # Keys that say what the weights mean and that their names and shapes do not show.
+    meaning = ("MODEL.CLASSIFIER.RADIUS", "MODEL.CLASSIFIER.POOL", "INPUT.IMAGE_SIZE")
 
     def __init__(
         self,

@@ -25,8 +25,6 @@ _WAVELENGTHS = (3.0, 6.0)  # of the labels, in pixels, in turns
 class BackpropClassifier(Classifier):
     """Cross-entropy of a linear layer on the pooled output of the last block, one backward through all."""
 
-    is_local = False
-
     @configurable
     def __init__(self, **common):
         super().__init__(temperature=1.0, **common)

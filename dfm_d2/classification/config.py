@@ -16,8 +16,9 @@ KEYS = (
     # How a classifier learns; it chooses MODEL.META_ARCHITECTURE.
     Key("UPDATE.METHOD", "flow", choices=tuple(METHODS), gone={"stochastic_forward_forward": _STOCHASTIC}),
     Key("MODEL.PIXEL_MEAN", lengths=(1, 3)),
-    # ---- data What the names `root_<split>` read: a folder or a tar of <split>/<class>/<image>, or a folder
-    # of idx files (gzip or not). Where torchvision's CIFAR lies or is downloaded to.
+    # ---- data
+    # What the names `root_<split>` read: a folder or a tar of <split>/<class>/<image>, or a folder of idx
+    # files (gzip or not). Where torchvision's CIFAR lies or is downloaded to.
     Key("DATASETS.ROOT", ""),
     # Share of the training images that is not trained on, as the set "held_out", to choose values by.
     Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
@@ -57,7 +58,7 @@ KEYS = (
     # p of t = u^p, u uniform. Near t = 1 the point gives the class away and features learn nothing; above 1
     # more points lie near the noise. The best velocity at a t does not depend on it.
     Key("MODEL.CLASSIFIER.TIME_POWER", 3.0, above=0),
-    # A control: the velocity target is x_1 - x_0' x_0' the noise of another image: no transport.
+    # A control: the velocity target is x_1 - x_0', x_0' the noise of another image: no transport.
     Key("MODEL.CLASSIFIER.SHUFFLE_X0", False),
     # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
     Key("MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", 1.0, least=0),

@@ -20,10 +20,10 @@ _BINS = 15  # of the calibration error
 class ClassificationEvaluator(DatasetEvaluator):
     """Collects probabilities; an evaluator for Detectron2's inference_on_dataset."""
 
-    def __init__(self, dataset_name: str, output_dir: str | Path | None = None) -> None:
-        """output_dir: folder for predictions.json, a line {image_id, label, probs} an image; None: none."""
+    def __init__(self, dataset_name: str, output_dir: Path) -> None:
+        """output_dir: folder for predictions.json, a line {image_id, label, probs} an image."""
         self._classes = list(MetadataCatalog.get(dataset_name).thing_classes)
-        self._output_dir = None if output_dir is None else Path(output_dir)
+        self._output_dir = output_dir
         self._found: list[dict] = []
 
     def reset(self) -> None:
@@ -50,9 +50,8 @@ class ClassificationEvaluator(DatasetEvaluator):
         found = [item for share in gathered for item in share]
         if not found:
             raise UserError("Not one image of the test set could be read: check the files of DATASETS.TEST.")
-        if self._output_dir is not None:
-            lines = "".join(json.dumps(item) + "\n" for item in found)
-            write_text_atomically(self._output_dir / "predictions.json", lines)
+        lines = "".join(json.dumps(item) + "\n" for item in found)
+        write_text_atomically(self._output_dir / "predictions.json", lines)
         probs = np.array([item["probs"] for item in found])
         return classification_metrics(probs, np.array([item["label"] for item in found]), self._classes)
 

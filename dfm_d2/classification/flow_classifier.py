@@ -63,7 +63,10 @@ class EndpointLoss:
     def __call__(
         self, x_1_hat: Tensor, target: Tensor, embeddings: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Weighted scalars "flow" and "readout". x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`."""
+        """Weighted scalars "flow" and "readout".
+
+        x_1_hat, target: `(B, S, E)`. embeddings: `(K, E)`. labels: `(B,)`.
+        """
         # Detached: learned embeddings must not come to their endpoints, where all would be one.
         losses = {"flow": (x_1_hat - target.detach()).square().sum(-1).mean()}
         if self.readout_weight > 0:

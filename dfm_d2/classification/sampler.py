@@ -15,7 +15,7 @@ from dfm_d2.flow import (
     LabelSpace,
     ODESolver,
     Trajectory,
-    endpoint_field,
+    endpoint_step_function,
     keyed_normal,
     stream_key,
     warped_grid,
@@ -72,8 +72,8 @@ class ClassSampler:
             times = t[:, None].expand(x_t.shape[:2])
             return self._mean([endpoint(block, x_t, times) for block in blocks], space)
 
-        solver = ODESolver(self.settings.method)
-        return solver.sample(endpoint_field(mean_endpoint), x_0, self.grid, return_intermediates=keep)
+        solver, step_function = ODESolver(self.settings.method), endpoint_step_function(mean_endpoint)
+        return solver.sample(step_function, x_0, self.grid, return_intermediates=keep)
 
     def _mean(self, endpoints: list[Tensor], space: LabelSpace) -> Tensor:
         """Of the blocks' endpoints at one `x_t`; their mean velocity leads to their mean endpoint."""

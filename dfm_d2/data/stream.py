@@ -129,7 +129,8 @@ def _good_items(batches: Iterable[list[Sample]], on_error: str, training: bool) 
                 reported.add(file_name)
                 logger.warning("%s: left out (%d unreadable images so far)", message, len(reported))
         items = [item for item, _ in samples if item is not None]
-        for error in (item for item in items if isinstance(item, UserError)):
+        error = next((item for item in items if isinstance(item, UserError)), None)
+        if error is not None:
             raise error
         if items:
             yield items

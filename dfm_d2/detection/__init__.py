@@ -11,7 +11,7 @@ def register(cfg) -> list[str]:
     `MODEL.DFM.NUM_CLASSES`. Returns the class names, in the order of their indices.
 
     Raises:
-        ValueError: a data set that cannot be read, or another number of classes.
+        UserError: a data set that cannot be read, or another number of classes.
     """
     import dfm_d2.detection.cascade  # noqa: F401  (it and what it is built on register themselves)
     from dfm_d2.detection.data.registration import register_datasets

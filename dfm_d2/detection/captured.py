@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 # A function of tensors that answers tensors, without waiting for the device.
-Run = Callable[..., Sequence[Tensor]]
+TensorFunction = Callable[..., Sequence[Tensor]]
 # (run, inputs) -> a function of inputs of the same shapes.
-Capture = Callable[[Run, Sequence[Tensor]], Run]
+Capture = Callable[[TensorFunction, Sequence[Tensor]], TensorFunction]
 
 _WARM_UP = 3  # runs before a capture, in which kernels compile and cuBLAS takes its workspace
 
 
-def capture_cuda_graph(run: Run, inputs: Sequence[Tensor]) -> Run:
+def capture_cuda_graph(run: TensorFunction, inputs: Sequence[Tensor]) -> TensorFunction:
     """`run` recorded on inputs like these; what it replays copies inputs in and answers out."""
     static = [x.clone(memory_format=torch.preserve_format) for x in inputs]
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -55,7 +55,7 @@ class GraphCache:
 
     def __init__(self, size: int = 8, capture: Capture = capture_cuda_graph):
         self.size, self.capture = size, capture
-        self._graphs: dict[Hashable, Run] = {}
+        self._graphs: dict[Hashable, TensorFunction] = {}
         self._seen: set[Hashable] = set()
         self._owner: Hashable = None
 
@@ -66,7 +66,7 @@ class GraphCache:
         # Graphs belong to the parameters that they were captured with, a copied model has its own.
         return GraphCache(self.size, self.capture)
 
-    def __call__(self, owner: Hashable, run: Run, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, owner: Hashable, run: TensorFunction, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """`run(*inputs)`.
 
         Args:

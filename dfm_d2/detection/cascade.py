@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.detection.head import HeadAnswer
-from dfm_d2.detection.sampler import Field
 from dfm_d2.detection.training import Prepared
-from dfm_d2.flow import keyed_uniform, time_like
+from dfm_d2.flow import StepFunction, keyed_uniform, time_like
 from dfm_d2.framework import META_ARCH_REGISTRY
 from dfm_d2.local_update import BlockLosses, HandOver, predictor_block
 
@@ -32,12 +31,12 @@ class CascadeDetector(FlowDetector):
         """One item: the losses of every head on its own refined boxes (deep supervision)."""
         sample, losses = prepared.samples[0], {}
         names = tuple(predictor_block(d) for d in range(self.num_predictors))
-        stages = self._stages(features, sample.x_t, sample.t, prepared.image_sizes)
-        for name, (x, answer) in zip(names, stages):
+        answers = self._answers(features, sample.x_t, sample.t, prepared.image_sizes)
+        for name, (x, answer) in zip(names, answers):
             losses |= self._losses(name, answer.class_logits, answer.boxes, x, sample.t, prepared)[0]
         yield BlockLosses(names, losses)
 
-    def _stages(
+    def _answers(
         self, features: Sequence[Tensor], x: Tensor, t: Tensor, image_sizes: Tensor
     ) -> Iterator[tuple[Tensor, HeadAnswer]]:
         """Head by head: the boxes `(B, N, 4)` signal that entered it and its answer."""
@@ -47,12 +46,12 @@ class CascadeDetector(FlowDetector):
             yield x, answer
             x, queries = self.space.clamp(self.space.endpoint(x, answer.boxes).detach()), answer.queries
 
-    def _field(self, features: Sequence[Tensor], image_sizes: Tensor) -> Field:
+    def _step_function(self, features: Sequence[Tensor], image_sizes: Tensor) -> StepFunction:
         """One solver step towards the endpoint of the last head, after all the others."""
 
-        def field(x_t: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
+        def step(x_t: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
             times = time_like(x_t, t), time_like(x_t, t_next)
-            *_, (x, answer) = self._stages(features, x_t, times[0], image_sizes)
+            *_, (x, answer) = self._answers(features, x_t, times[0], image_sizes)
             last = self.solver_step(x, answer.boxes[None], answer.class_logits[None], *times, image_sizes)
             # The last head's answer is relative to its own boxes, the step starts from x_t.
             x_next = euler_step(x_t, last.x_1_hat, *times)
@@ -62,7 +61,7 @@ class CascadeDetector(FlowDetector):
                 boxes_xyxy=self.space.proposals(x_next, image_sizes),
             )
 
-        return field
+        return step
 
     def _times(self, keys: Sequence[int]) -> list[Tensor]:
         """One t for all heads, in [0, 1) as DiffusionDet trains."""

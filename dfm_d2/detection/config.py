@@ -13,7 +13,8 @@ KEYS = (
     Key("MODEL.RESNETS.RES2_OUT_CHANNELS", least=1),
     Key("MODEL.RESNETS.STEM_OUT_CHANNELS", least=1),
     Key("MODEL.RESNETS.WIDTH_PER_GROUP", least=1),
-    # ---- data A folder in VOC layout (Annotations/, ImageSets/Main/, JPEGImages/). The dataset names
+    # ---- data
+    # A folder in VOC layout (Annotations/, ImageSets/Main/, JPEGImages/). The dataset names
     # `voc_root_<split>` in DATASETS.TRAIN / DATASETS.TEST read ImageSets/Main/<split>.txt of it.
     Key("DATASETS.VOC_ROOT", ""),
     # COCO json by path: the names `coco_json_train` and `coco_json_val` read these.
@@ -108,6 +109,10 @@ KEYS = (
     # ---- evaluation
     Key("TEST.DETECTIONS_PER_IMAGE", least=1),
 )
+
+# Keys that say what the weights mean and that their names and shapes do not show.
+_MEANING = "SIGNAL_SCALE TIME TIME_RATE HEAD.IN_FEATURES HEAD.BOX_WEIGHTS HEAD.POOLER_CANONICAL_SIZE"
+MEANING = tuple(f"MODEL.DFM.{name}" for name in _MEANING.split())
 
 _ON_POLICY = "MODEL.DFM.ON_POLICY trains on the states of inference"
 # What config files of earlier versions have: {key: (its default, what replaced it)}; "" for the classifier's

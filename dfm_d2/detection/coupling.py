@@ -78,13 +78,15 @@ def couple(x_0: Tensor, slots: Slots, method: str, keys: Sequence[int]) -> Slots
     `linear_sum_assignment` (minibatch OT, arXiv 2302.00482). independent: a random permutation, by key.
 
     Args:
-        x_0: `(B, N, 4)` signal. method: see MODEL.DFM.COUPLING.
+        x_0: `(B, N, 4)` signal. method: see MODEL.DFM.COUPLING; ValueError for any other.
     """
     if method == "independent":
         order = keyed_uniform(keys, x_0.shape[1], STREAM_PERMUTATION, x_0.device).argsort(1)
-    else:
+    elif method == "optimal_transport":
         from scipy.optimize import linear_sum_assignment  # not for inference
 
         cost = torch.cdist(x_0.float(), slots.x_1.float()).square().cpu().numpy()
         order = torch.stack([torch.from_numpy(linear_sum_assignment(c)[1]) for c in cost]).to(x_0.device)
+    else:
+        raise ValueError(f"coupling must be 'optimal_transport' or 'independent', got {method!r}")
     return Slots(slots.x_1.gather(1, order[..., None].expand_as(slots.x_1)), slots.gt_index.gather(1, order))

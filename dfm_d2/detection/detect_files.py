@@ -36,8 +36,9 @@ def detect_files(
     """
     images, videos = find_inputs(inputs)
     pictures, films = paths_by_stem(images, Path(output), ".png"), paths_by_stem(videos, Path(output), ".mp4")
-    for path in {path.resolve() for path in (*images, *videos)} & {*map(Path.resolve, (*pictures, *films))}:
-        raise UserError(f"--output {output} would overwrite the input {path}: choose another folder.")
+    lost = {path.resolve() for path in (*images, *videos)} & {*map(Path.resolve, (*pictures, *films))}
+    if lost:
+        raise UserError(f"--output {output} would overwrite the input {lost.pop()}: choose another folder.")
     # Now that the inputs are right, what brings torch.
     from dfm_d2.detection.flow_predictor import FlowPredictor
 

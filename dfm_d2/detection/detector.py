@@ -11,6 +11,7 @@ from dfm_kernels.box_flow_update import euler_step
 from torch import Tensor, nn
 
 from dfm_d2.detection.assignment import DynamicK, assigned_targets
+from dfm_d2.detection.config import MEANING
 from dfm_d2.detection.coupling import build_slots, couple
 from dfm_d2.detection.dense import DensePredictor
 from dfm_d2.detection.from_config import detector_arguments, owners_in_bottom_up
@@ -44,6 +45,9 @@ class FlowDetector(BoxFlowModel):
 
     # Whether predictors are independent, so that they may be updated one by one.
     is_local = True
+    # What the engine asks of a model, see Task.
+    meaning, backbone_prefix = MEANING, "backbone.bottom_up"
+    training_only = ("stage_predictors.", "dense_predictor.")
 
     @configurable
     def __init__(
@@ -112,10 +116,10 @@ class FlowDetector(BoxFlowModel):
         "shared" is empty where the backbone is frozen. With stage predictors each of their stages is a block,
         "res2", ..., and "shared" is the FPN. A dense predictor belongs to "shared".
         """
-        stages = list(self.stage_predictors)
-        names = [*stages, SHARED_BLOCK, *(predictor_block(d) for d in range(self.num_predictors))]
+        stage_names = list(self.stage_predictors)
+        names = [*stage_names, SHARED_BLOCK, *(predictor_block(d) for d in range(self.num_predictors))]
         blocks: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in names}
-        owner = owners_in_bottom_up(self.backbone.bottom_up, stages) if stages else {}
+        owner = owners_in_bottom_up(self.backbone.bottom_up, stage_names) if stage_names else {}
         for name, parameter in self.named_parameters():
             part, child, *rest = name.split(".")
             block = SHARED_BLOCK
@@ -150,8 +154,8 @@ class FlowDetector(BoxFlowModel):
         else:
             gt_index = None
         on_policy = keyed_uniform(keys, 1, STREAM_POLICY, self.device)[:, 0] < self.on_policy
-        stages = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
-        times = warped_time(stages, self.predictors.rate).unbind(1)
+        uniform = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
+        times = warped_time(uniform, self.predictors.rate).unbind(1)
         stage_samples = [self.path.sample(x_0, slots.x_1, t) for t in times]
         images, dense = of_common_size(images), None
         if self.dense_predictor is not None:

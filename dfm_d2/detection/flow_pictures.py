@@ -97,7 +97,7 @@ class FlowRun:
     def __init__(self, model: FlowDetector, item: dict):
         self.model = model
         self.trajectory, self.image_sizes = model.trajectory([item])
-        self._field, _ = model.field([item])
+        self._step_function, _ = model.step_function([item])
         height, width = self.image_sizes[0].tolist()
         self.scale = torch.tensor([item.get("width", width) / width, item.get("height", height) / height] * 2)
 
@@ -107,7 +107,7 @@ class FlowRun:
 
     def step(self, k: int, x_t: Tensor) -> BoxFlowUpdate:
         """What the predictors of step `k` answer to `x_t` `(1, N, 4)`."""
-        return self._field(x_t, *self.trajectory.times[k : k + 2])
+        return self._step_function(x_t, *self.trajectory.times[k : k + 2])
 
     def answers(self, k: int) -> Iterator[Answer]:
         """What each predictor answers by itself in step `k`."""

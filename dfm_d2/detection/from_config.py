@@ -1,4 +1,4 @@
-"""Explicit constructor arguments of the detectors from a config: the only place that reads MODEL.DFM."""
+"""Explicit constructor arguments of the detectors from a config."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -31,12 +31,11 @@ def detector_arguments(cfg) -> dict:
         )
     try:
         backbone = build_backbone(cfg)
-    except (KeyError, ValueError) as error:
-        said = f"{error.args[0]!r} is not known" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"no backbone can be built: {said}; see MODEL.BACKBONE.NAME, MODEL.RESNETS.NORM and "
-            "MODEL.FPN.NORM."
-        ) from error
+    except (AssertionError, KeyError, ValueError) as error:  # Detectron2 asserts
+        said = str(error) or "check MODEL.RESNETS and MODEL.FPN."
+        if isinstance(error, KeyError):
+            said = f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} is not known"
+        raise UserError(f"no backbone can be built: {said}") from error
     set_backend(dfm.KERNELS)
     criterion = BlockLoss(dfm.SIGNAL_SCALE, **_lower(dfm.LOSS))
     space = BoxSpace(dfm.SIGNAL_SCALE, tuple(dfm.HEAD.BOX_WEIGHTS))

@@ -143,10 +143,12 @@ class FlowHead(nn.Module):
         num_cells = pooler.output_size**2
         self.box_embedding = nn.Sequential(nn.Linear(4, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        is_dynamic = interaction == "dynamic_conv"
-        self.interaction = (
-            DynamicConv(dim, dynamic_dim, num_cells) if is_dynamic else GridLinear(dim, num_cells)
-        )
+        if interaction == "dynamic_conv":
+            self.interaction = DynamicConv(dim, dynamic_dim, num_cells)
+        elif interaction == "grid_linear":
+            self.interaction = GridLinear(dim, num_cells)
+        else:
+            raise ValueError(f"interaction must be 'dynamic_conv' or 'grid_linear', got {interaction!r}")
         self.feedforward = nn.Sequential(
             nn.Linear(dim, feedforward_dim), nn.ReLU(inplace=True), nn.Linear(feedforward_dim, dim)
         )

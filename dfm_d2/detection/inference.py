@@ -13,9 +13,9 @@ from dfm_kernels.multilevel_roi_align import size_tensor
 from torch import Tensor, nn
 
 from dfm_d2.detection.postprocess import detections
-from dfm_d2.detection.sampler import BoxSampler, Candidates, Field
+from dfm_d2.detection.sampler import BoxSampler, Candidates
 from dfm_d2.detection.stack import PredictorStack
-from dfm_d2.flow import BoxSpace, ODESolver, Trajectory, at_least_float32, time_like
+from dfm_d2.flow import BoxSpace, ODESolver, StepFunction, Trajectory, at_least_float32, time_like
 from dfm_d2.framework import Backbone, ImageList
 
 
@@ -90,7 +90,7 @@ class BoxFlowModel(nn.Module):
             x_0: `(B, P N, 4)` noise of P = SAMPLER.NOISE_PASSES passes.
         """
         features = self._features(pixels)
-        return self.sampler.sample(self._field, features, image_sizes, x_0, self._graph_owner())
+        return self.sampler.sample(self._step_function, features, image_sizes, x_0, self._graph_owner())
 
     def _graph_owner(self) -> Hashable | None:
         """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
@@ -107,25 +107,26 @@ class BoxFlowModel(nn.Module):
     def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
         """States and answers of every solver step of the first noise pass, and the `(B, 2)` image sizes to
         decode them with."""
-        (field, image_sizes), settings = self.field(batched_inputs), self.sampler.settings
+        settings = self.sampler.settings
+        step_function, image_sizes = self.step_function(batched_inputs)
         x_0 = self.sampler.noise(self.image_ids(batched_inputs), self.device)[:, : settings.num_proposals]
         solver = ODESolver(settings.method)
-        return solver.sample(field, x_0, settings.grid, return_intermediates=True), image_sizes
+        return solver.sample(step_function, x_0, settings.grid, return_intermediates=True), image_sizes
 
     @torch.no_grad()
-    def field(self, batched_inputs: Sequence[dict]) -> tuple[Field, Tensor]:
-        """The velocity field on the features of these images, and their `(B, 2)` sizes.
+    def step_function(self, batched_inputs: Sequence[dict]) -> tuple[StepFunction, Tensor]:
+        """That of the solver, on the features of these images, and their `(B, 2)` sizes.
 
-        The field follows SAMPLER.PREDICTORS as it is when it is called.
+        It follows SAMPLER.PREDICTORS as it is when it is called.
         """
         pixels, image_sizes = self._images(batched_inputs)
-        return self._field(self._features(pixels), image_sizes), image_sizes
+        return self._step_function(self._features(pixels), image_sizes), image_sizes
 
-    def _field(self, features: Sequence[Tensor], image_sizes: Tensor) -> Field:
+    def _step_function(self, features: Sequence[Tensor], image_sizes: Tensor) -> StepFunction:
         """On these features: one solver step by the predictors that answer at its time."""
         last: list[BoxFlowUpdate] = []
 
-        def field(x_t: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
+        def step(x_t: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
             # The last update has already made the pixel boxes of the state that it led to.
             known = last and last[0].x_next is x_t
             boxes_xyxy = last[0].boxes_xyxy if known else self.space.proposals(x_t, image_sizes)
@@ -142,7 +143,7 @@ class BoxFlowModel(nn.Module):
             last[:] = [self.solver_step(x_t, boxes, class_logits, times, times_next, image_sizes)]
             return last[0]
 
-        return field
+        return step
 
     def _images(self, batched_inputs: Sequence[dict]) -> tuple[Tensor, Tensor]:
         """Normalised pixels `(B, 3, H, W)`, zero where padded, and image sizes `(B, 2)` height, width."""

@@ -22,13 +22,14 @@ def load_detector(cfg: CfgNode, explicit_device: bool = False) -> tuple[nn.Modul
     weights, dfm = cfg.MODEL.WEIGHTS, cfg.MODEL.DFM
     if not weights:
         raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
-    classes = class_names_of(weights) or list(cfg.DATASETS.CLASSES) or [*map(str, range(dfm.NUM_CLASSES))]
+    trained = class_names_of(weights)
+    classes = trained or list(cfg.DATASETS.CLASSES) or [*map(str, range(dfm.NUM_CLASSES))]
     if not classes:
         raise UserError(f"{weights} does not say its classes: set DATASETS.CLASSES or MODEL.DFM.NUM_CLASSES.")
     if dfm.NUM_CLASSES not in (0, len(classes)):
+        source = f"{weights} was trained for" if trained else "DATASETS.CLASSES names"
         raise UserError(
-            f"MODEL.DFM.NUM_CLASSES is {dfm.NUM_CLASSES}, but {weights} was trained for {len(classes)} "
-            "classes: set it to 0."
+            f"MODEL.DFM.NUM_CLASSES is {dfm.NUM_CLASSES}, but {source} {len(classes)} classes: set it to 0."
         )
     dfm.NUM_CLASSES = len(classes)
     return load_for_inference(DETECTION, cfg, classes), classes

@@ -8,19 +8,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from dfm_kernels.box_flow_update import BoxFlowUpdate
 from torch import Tensor
 
 from dfm_d2.detection.captured import GraphCache
-from dfm_d2.flow import ODESolver, keyed_normal, stream_key, warped_grid
-
-# Of (x_t (B, N, 4), t, t_next): one solver step on the features of some images.
-Field = Callable[[Tensor, float, float], BoxFlowUpdate]
+from dfm_d2.flow import ODESolver, StepFunction, keyed_normal, stream_key, warped_grid
 
 
 @dataclass
 class SamplerSettings:
-    """What may change at test time without retraining. The keys are those of MODEL.DFM.SAMPLER."""
+    """What may change at test time without retraining. The keys are those of MODEL.DFM.SAMPLER.
+
+    ValueError for fewer than one proposal, step, pass or detection.
+    """
 
     num_proposals: int
     steps: int
@@ -32,6 +31,10 @@ class SamplerSettings:
     nms_thresh: float = 0.6
     detections_per_image: int = 100
     time_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.num_proposals, self.steps, self.noise_passes, self.detections_per_image) < 1:
+            raise ValueError(f"proposals, steps, passes and detections must be at least 1, got {self}")
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -59,7 +62,7 @@ class BoxSampler:
 
     def sample(
         self,
-        make_field: Callable[[Sequence[Tensor], Tensor], Field],
+        make_step_function: Callable[[Sequence[Tensor], Tensor], StepFunction],
         features: Sequence[Tensor],
         image_sizes: Tensor,
         x_0: Tensor,
@@ -68,15 +71,15 @@ class BoxSampler:
         """Candidates of all noise passes, concatenated.
 
         Args:
-            make_field: of features (L maps) and image sizes `(B, 2)` height, width.
+            make_step_function: of features (L maps) and image sizes `(B, 2)`; steps are BoxFlowUpdates.
             x_0: the noise of all passes, as `noise` makes it.
-            owner: what the field depends on besides, see GraphCache; None: not to be captured.
+            owner: what the steps depend on besides, see GraphCache; None: not to be captured.
         """
         settings = self.settings
 
         def run(x_0: Tensor, image_sizes: Tensor, *features: Tensor) -> Candidates:
-            flow = make_field(features, image_sizes)
-            last = ODESolver(settings.method).sample(flow, x_0, settings.grid).last
+            step_function = make_step_function(features, image_sizes)
+            last = ODESolver(settings.method).sample(step_function, x_0, settings.grid).last
             return Candidates(last.x_1_hat, last.class_probs)
 
         found = []

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from dfm_d2.detection.coupling import GroundTruth
 from dfm_d2.detection.dense import DenseSample
+from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, PathSample
 from dfm_d2.local_update.processes import max_over_processes, world_size
 
@@ -59,17 +60,17 @@ def pad_ground_truth(
     """The boxes of a batch in signal space, on the device of `image_sizes` `(B, 2)`.
 
     Raises:
-        ValueError: an input without "instances", or with a class outside [0, K); the message names it.
+        UserError: an input without "instances", or with a class outside [0, K); the message names it.
     """
     x_1, classes = [], []
     for index, (item, size) in enumerate(zip(batched_inputs, image_sizes)):
         name = repr(item.get("file_name", index))
         if "instances" not in item:
-            raise ValueError(f"training input {name} has no 'instances' to learn from")
+            raise UserError(f"training input {name} has no 'instances' to learn from")
         instances = item["instances"].to(image_sizes.device)
         labels = instances.gt_classes
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{name} has a class outside [0, {num_classes}): "
                 "set MODEL.DFM.NUM_CLASSES to the data set's number of classes"
             )

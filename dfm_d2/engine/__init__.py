@@ -1,1 +1,1 @@
-"""The engine: local updates, the optimizer per block, the trainer, its hooks and its checkpoints."""
+"""The engine: the setup of a run, its processes, the trainer, its hooks and its checkpoints."""

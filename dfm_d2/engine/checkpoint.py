@@ -20,27 +20,15 @@ from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManag
 ABOUT = "dfm_d2"
 LAST = "last_checkpoint"
 
-# Parameters that only training with BACKBONE_UPDATE "local" or a DENSE_LOSS uses; other models lack them.
-TRAINING_ONLY = ("stage_predictors.", "dense_predictor.")
-
 _logger = logging.getLogger(__name__)
 
-# Keys that say what the weights mean and that their names and shapes do not show.
+# Keys that say what the weights of any model mean and that their names and shapes do not show.
 MEANING = (
     "MODEL.META_ARCHITECTURE",
     "MODEL.PIXEL_MEAN",
     "MODEL.PIXEL_STD",
     "INPUT.FORMAT",
     "MODEL.RESNETS.STRIDE_IN_1X1",
-    "MODEL.DFM.SIGNAL_SCALE",
-    "MODEL.DFM.TIME",
-    "MODEL.DFM.TIME_RATE",
-    "MODEL.DFM.HEAD.IN_FEATURES",
-    "MODEL.DFM.HEAD.BOX_WEIGHTS",
-    "MODEL.DFM.HEAD.POOLER_CANONICAL_SIZE",
-    "MODEL.CLASSIFIER.RADIUS",
-    "MODEL.CLASSIFIER.POOL",
-    "INPUT.IMAGE_SIZE",
 )
 # Those that are no keys any more: what all configs mean now.
 FORMER = {"MODEL.DFM.PREDICTION": "endpoint"}
@@ -131,7 +119,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         # torch takes counters of batch norms as there where a file is of before they were.
         if {name for name in self.model.state_dict() if not name.endswith(".num_batches_tracked")} <= missing:
             raise CheckpointError(
-                f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and MODEL.RESNETS.DEPTH."
+                f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and the backbone's keys."
             )
         frozen = (name for name, value in self.model.named_parameters() if not value.requires_grad)
         random = next((name for name in frozen if name in missing), None)
@@ -144,7 +132,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _check_run(self, about: Mapping[str, Any]) -> None:
-        """CheckpointError if the weights were trained for other classes, or with another key of MEANING."""
+        """CheckpointError if the weights were trained for other classes, or mean something else by a key."""
         saved = list(about.get("class_names", []))
         if saved and self.class_names and saved != self.class_names:
             raise CheckpointError(
@@ -154,7 +142,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         texts = about.get("config"), self.cfg and self.cfg.dump()
         configs = [yaml.safe_load(text or "{}") for text in texts]
-        for key in (*MEANING, *FORMER):
+        for key in (*MEANING, *getattr(self.model, "meaning", ()), *FORMER):
             then, now = (_lookup(config, key) for config in configs)
             now = FORMER.get(key) if now is None else now
             if then is not None and now is not None and then != now:
@@ -166,7 +154,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _check_shapes(self, saved: Mapping[str, Any]) -> None:
         """CheckpointError unless ``saved`` has the entries of the model with their shapes, and no others.
 
-        Those of TRAINING_ONLY may be there or not: checkpoints of one update mode load in another.
+        Those of training only may be there or not: checkpoints of one update mode load in another.
         """
         model = self.model.state_dict()
         for name in (*model, *saved):
@@ -175,7 +163,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 if found == wanted:
                     continue
                 problem = f"{name} with the shape {found}, this run's model {wanted}"
-            elif name.startswith(TRAINING_ONLY):
+            elif name.startswith(getattr(self.model, "training_only", ())):
                 continue
             elif name in model:
                 problem = f"no {name}, which this run's model has"

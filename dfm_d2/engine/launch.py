@@ -113,7 +113,7 @@ def _wait(context: mp.ProcessContext) -> int:
         if error.signal_name is not None:
             print(
                 f"error: process {error.error_index} was killed ({error.signal_name}), the others were "
-                "stopped: continue from the last checkpoint with --resume.",
+                "stopped: --resume continues from the last checkpoint, if one was saved.",
                 file=sys.stderr,
             )
             return 1

@@ -23,8 +23,8 @@ def build_block_optimizer(
     """The optimizer of ``cfg.SOLVER`` over ``model.blocks()``.
 
     Weight decay of norms and biases is ``SOLVER.WEIGHT_DECAY_{NORM,BIAS}`` (a bias without one of its own
-    has ``SOLVER.WEIGHT_DECAY``, as in Detectron2); the learning rate of ``backbone.bottom_up`` is multiplied
-    by ``SOLVER.BACKBONE_MULTIPLIER`` and that of biases by ``SOLVER.BIAS_LR_FACTOR``.
+    has ``SOLVER.WEIGHT_DECAY``, as in Detectron2); the learning rate of the model's ``backbone_prefix`` is
+    multiplied by ``SOLVER.BACKBONE_MULTIPLIER`` and that of biases by ``SOLVER.BIAS_LR_FACTOR``.
     """
     solver, blocks = cfg.SOLVER, model.blocks()
     check_blocks(blocks, [(name, p) for name, p in model.named_parameters() if p.requires_grad])
@@ -33,7 +33,7 @@ def build_block_optimizer(
 
     def rate_and_decay(name: str, parameter: nn.Parameter) -> tuple[float, float]:
         rate, decay = solver.BASE_LR, solver.WEIGHT_DECAY
-        if name.startswith("backbone.bottom_up"):
+        if name.startswith(getattr(model, "backbone_prefix", ())):
             rate *= solver.BACKBONE_MULTIPLIER
         if name.rsplit(".", 1)[-1] == "bias":
             rate *= solver.BIAS_LR_FACTOR

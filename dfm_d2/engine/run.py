@@ -182,5 +182,5 @@ def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool
     continues = resume and checkpointer.has_checkpoint()
     path = checkpointer.get_checkpoint_file() if continues else cfg.MODEL.WEIGHTS
     if not path:
-        raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
+        raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
     return model, checkpointer.load(path).get("iteration", -1) + 1

@@ -52,7 +52,9 @@ def load_config(task: Task, config_file: str, opts: list[str]):
 def validate_config(task: Task, cfg) -> None:
     """UserError for the first value that cannot work: the message names the key and the choices."""
     each = problems_of(cfg, (*config.KEYS, *task.keys))
-    for message in chain(each, config.problems(cfg), task.problems(cfg)):  # the others expect allowed values
+    # Lazily: the later ones expect allowed values.
+    message = next(chain(each, config.problems(cfg), task.problems(cfg)), None)
+    if message is not None:
         raise UserError(message)
 
 

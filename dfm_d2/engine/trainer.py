@@ -17,8 +17,8 @@ from dfm_d2.local_update.updates import Autocast
 
 # What to do about a loss that is not finite.
 _ADVICE = (
-    "The last checkpoint is intact: lower SOLVER.BASE_LR or SOLVER.BLOCK_CLIP_NORM, or look at these images, "
-    "then continue with --resume."
+    "The last checkpoint is intact, if there is one: lower SOLVER.BASE_LR, clip gradients "
+    "(SOLVER.BLOCK_CLIP_NORM above 0), or look at these images, then continue with --resume."
 )
 
 
@@ -27,6 +27,7 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], NonFiniteLossError | UserError))
 
 
+_logger = logging.getLogger(__name__)
 # Detectron2's loop logs the traceback of whatever ends it.
 logging.getLogger(TrainerBase.__module__).addFilter(_is_not_ours)
 
@@ -71,7 +72,7 @@ class LocalUpdateTrainer(TrainerBase):
     def before_train(self) -> None:
         """Put back the metric windows of the checkpoint, the hooks' turn, and open the stream of batches.
 
-        The generators of a checkpoint are put back last, because opening a stream draws from them.
+        The generators of a checkpoint are put back last: what was drawn from them before does not count.
         """
         self.failed = True  # until all is through: hooks that run after a failure must not evaluate
         for name, values in self._restored_history.items():
@@ -139,6 +140,8 @@ class LocalUpdateTrainer(TrainerBase):
         self._restored_rng = state_dict["rng"]
         self._restored_history = state_dict["history"]
         self._metric_names = set(self._restored_history)
+        if (then := state_dict.get("threads")) not in (None, torch.get_num_threads()):
+            _logger.warning("the checkpoint is of %d threads: equal to rounding only (OMP_NUM_THREADS)", then)
 
     def _of_these_groups(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state with the schedule of this run's parameter groups: another update mode has others."""

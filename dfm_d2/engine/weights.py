@@ -1,6 +1,5 @@
 """Reading weight files of others: without running code from them, and never with the wrong preprocessing."""
 
-import codecs
 import collections
 import io
 import pickle
@@ -24,26 +23,70 @@ _SOURCES = {"Caffe2": MSRA, "Detectron2 Model Zoo": MSRA, "torchvision": TORCHVI
 _STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 
 
-def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """What ``_codecs.encode`` does in a pickle of bytes; any other codec is refused."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"the codec {encoding!r}")
-    return codecs.encode(text, "latin1")
+# A file may hold arrays of plain numbers only: as objects or records, its bytes would become pointers.
+_TYPES = "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16".split()
+
+
+def _bytes(data: Any, encoding: str = "latin1") -> bytes:
+    """Raw data: text, where Python 2 or ``_codecs.encode`` wrote it; any other codec is refused."""
+    if type(data) not in (str, bytes, bytearray) or encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"a {type(data).__name__} as raw data, encoded as {encoding!r}")
+    return data.encode("latin1") if isinstance(data, str) else bytes(data)
+
+
+class _Type:
+    """Stands for ``numpy.dtype``, whose own state is never set: one of _TYPES in one byte order."""
+
+    def __init__(self, name: Any, *unused: Any) -> None:
+        if name not in _TYPES:
+            raise pickle.UnpicklingError(f"the type {name!r}")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        version, order, *rest = state
+        if order not in ("<", ">", "=", "|") or rest != [None, None, None, -1, -1, 0]:
+            raise pickle.UnpicklingError(f"a type of state {state!r}")
+        self.dtype = self.dtype.newbyteorder(order)
+
+    @staticmethod
+    def of(value: Any) -> np.dtype:
+        """The checked dtype."""
+        if type(value) is not _Type:
+            raise pickle.UnpicklingError(f"the type {value!r}")
+        return value.dtype
+
+
+class _Array(np.ndarray):
+    """What ``_reconstruct`` makes: an array whose state holds a checked dtype and bytes of that length."""
+
+    def __setstate__(self, state: Any) -> None:
+        version, shape, kind, is_fortran, data = state
+        super().__setstate__((version, shape, _Type.of(kind), bool(is_fortran), _bytes(data)))
+
+
+def _scalar(kind: Any, data: Any) -> np.generic:
+    (value,) = np.frombuffer(_bytes(data), _Type.of(kind))
+    return value
+
+
+def _frombuffer(data: Any, kind: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+    array = np.frombuffer(bytearray(_bytes(data)), _Type.of(kind))
+    return array.reshape(shape, order=order) if axes is None else array.reshape(shape).transpose(axes)
 
 
 def _numpy_globals() -> dict[tuple[str, str], Any]:
-    """{(module, name): object} of what a pickle of numpy arrays in dicts and lists may name."""
-    reconstruct, arguments = np.empty(0).__reduce__()[:2]
+    """{(module, name): object} of what a pickle of numpy arrays may name, none of which is numpy's own."""
     allowed: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): arguments[0],
-        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): "ndarray",  # only ever an argument
+        ("numpy", "dtype"): _Type,
         ("collections", "OrderedDict"): collections.OrderedDict,
-        ("_codecs", "encode"): _latin1_bytes,
+        ("_codecs", "encode"): _bytes,
+        ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 writes no bytes
     }
     for package in ("numpy.core", "numpy._core"):
-        allowed[(f"{package}.multiarray", "_reconstruct")] = reconstruct
-        allowed[(f"{package}.multiarray", "scalar")] = np.float32(0).__reduce__()[0]
-        allowed[(f"{package}.numeric", "_frombuffer")] = np.empty(1).__reduce_ex__(5)[0]
+        allowed[(f"{package}.multiarray", "_reconstruct")] = lambda *unused: _Array(0)
+        allowed[(f"{package}.multiarray", "scalar")] = _scalar
+        allowed[(f"{package}.numeric", "_frombuffer")] = _frombuffer
     return allowed
 
 
@@ -56,7 +99,13 @@ class NumpyUnpickler(pickle.Unpickler):
         """The whitelisted object, or pickle.UnpicklingError; nothing is imported."""
         if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(f"the global {module}.{name}")
-        return self._allowed[(module, name)]
+        found = self._allowed[(module, name)]
+        # A pickle may set attributes of what it names: of a function, only those of a wrapper of its own.
+        return (lambda *arguments: found(*arguments)) if callable(found) and found is not _Type else found
+
+
+# What unpickling raises for a damaged file, besides its own error.
+_DAMAGE = (EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError, OverflowError)
 
 
 def load_numpy_pickle(path: str) -> Any:
@@ -71,7 +120,7 @@ def load_numpy_pickle(path: str) -> Any:
             f"{path} is not a plain file of numpy arrays ({error}): it was not loaded and nothing in it was "
             "run; get the weights as .pth of tensors, or from a source that you trust."
         ) from error
-    except (EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, MemoryError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged or no pickle ({error}): get the file again.") from error
 
 
@@ -91,7 +140,8 @@ def load_tensors(path: str) -> Any:
         ) from error
     except (EOFError, RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged ({first_line}): take an earlier checkpoint.") from error
+        what = "cannot be read" if isinstance(error, PermissionError) else "is damaged or not of torch.save"
+        raise CheckpointError(f"{path} {what} ({first_line}): take another file.") from error
 
 
 # Names of a torchvision ResNet, and what Detectron2 calls them; applied one after the other.
@@ -133,8 +183,10 @@ def convert_torchvision_resnet(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     starts = (key.removesuffix("layer1.0.conv1.weight") for key in state)
     prefix = next((p for p in starts if p not in state and f"{p}conv1.weight" in state), None)
+    if prefix is None:
+        return {}
     converted = {}
-    for key, value in state.items() if prefix is not None else ():
+    for key, value in state.items():
         name = key.removeprefix(prefix)
         for pattern, replacement in _DETECTRON2_NAMES:
             name = re.sub(pattern, replacement, name)

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfm_d2.errors import UserError
+from dfm_d2.errors import UnsafeFileError, UserError
 from dfm_d2.export import ABOUT
+from dfm_d2.export.checked import checked_copy
 
+# What torch raises for a damaged file.
+_DAMAGE = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+_DAMAGE += (SyntaxError, EOFError, OSError, zipfile.BadZipFile)
 # Of the inputs by name, in the file's order; on the CPU.
 Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 
@@ -20,10 +24,13 @@ Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
 def load_file(path: str | Path) -> tuple[Run, dict[str, Any]]:
     """A function that runs the file of export_model, and the file's metadata.
 
-    It computes on the CPU, an AOTInductor package on its device. Load only files that you trust: a pt2 file
-    can hold pickles, and a package is machine code.
+    It computes on the CPU, an AOTInductor package on its device.
+
+    Warning: AOTInductor packages (.aoti.pt2) and TorchScript (.ts) are programs: load only those that you
+    trust. A .pt2 file is checked first and loaded without running code; an ONNX file holds none.
 
     Raises:
+        UnsafeFileError: a pt2 file of more than tensors and torch's operators.
         UserError: a file that is not there, damaged, or not written by export_model.
         ImportError: an ONNX file where onnxruntime is not installed.
     """
@@ -37,8 +44,13 @@ def load_file(path: str | Path) -> tuple[Run, dict[str, Any]]:
         raise UserError(f"{path} does not exist: check the path.")
     try:
         run, about = loaders[ending](str(path))
-    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no {ending} file that can be read here: export it again") from error
+    except UnsafeFileError:
+        raise
+    except _DAMAGE as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} is no {ending} file that can be read here ({reason}): export it again"
+        ) from error
     if not about:
         raise UserError(f"{path} has no {ABOUT}: it was not written by tools/export_model.py")
     return run, json.loads(about)
@@ -54,7 +66,7 @@ def _load_torchscript(path: str) -> tuple[Run, str | bytes]:
 
 def _load_pt2(path: str) -> tuple[Run, str | bytes]:
     extra = {ABOUT: ""}
-    module = torch.export.load(path, extra_files=extra).module()
+    module = torch.export.load(checked_copy(path), extra_files=extra).module()
     return torch.no_grad()(lambda inputs: module(**inputs)), extra[ABOUT]
 
 

@@ -9,8 +9,9 @@ from dfm_d2.flow.precision import at_least_float32
 from dfm_d2.flow.solver import (
     ODESolver,
     SolverStep,
+    StepFunction,
     Trajectory,
-    endpoint_field,
+    endpoint_step_function,
     time_like,
     unwarped_time,
     warped_grid,

@@ -33,6 +33,10 @@ class BoxSpace:
     signal_scale: float = 2.0
     box_weights: tuple[float, float, float, float] = (2.0, 2.0, 1.0, 1.0)
 
+    def __post_init__(self) -> None:
+        if not self.signal_scale > 0:
+            raise ValueError(f"signal_scale must be greater than 0, got {self.signal_scale}")
+
     def encode(self, boxes_xyxy: Tensor, image_size: Tensor) -> Tensor:
         """Pixel boxes `(..., N, 4)` of an image of size `(..., 2)` to signal."""
         boxes = boxes_xyxy / _pixel_scale(image_size.to(boxes_xyxy.dtype)).unsqueeze(-2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class SolverStep(NamedTuple):
-    """What a field answers at `(x_t, t)` for a step to `t_next`; another type may have more than these.
+    """The answer at `(x_t, t)` for a step to `t_next`; another type may have more than these.
 
     x_next: the Euler step's end. x_1_hat: the endpoint. velocity: `(x_1_hat - x_t) / (1 - t)`.
     """
@@ -23,15 +23,15 @@ class SolverStep(NamedTuple):
     velocity: Tensor
 
 
-# (x_t, t, t_next) -> SolverStep; times are Python numbers, so that a field may choose by them who answers
+# (x_t, t, t_next) -> SolverStep; times are Python numbers, so that it may choose by them who answers
 # without waiting for the device.
-Field = Callable[[Tensor, float, float], SolverStep]
+StepFunction = Callable[[Tensor, float, float], SolverStep]
 
 
 class Trajectory(NamedTuple):
     """x: the answer `(B, ...)`. times: the grid. states: `x_t` at every time (empty unless asked for).
 
-    steps: the field's answer of every step (empty unless asked for). last: that of the last step.
+    steps: the answer of every step (empty unless asked for). last: that of the last step.
     """
 
     x: Tensor
@@ -75,16 +75,16 @@ def time_like(x: Tensor, t: float) -> Tensor:
     return torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device)
 
 
-def endpoint_field(endpoint: Callable[[Tensor, Tensor], Tensor]) -> Field:
-    """A field made of a function `(x_t, t) -> x_1_hat`, t `(B,)`."""
+def endpoint_step_function(endpoint: Callable[[Tensor, Tensor], Tensor]) -> StepFunction:
+    """The step function of a function `(x_t, t) -> x_1_hat`, t `(B,)`."""
 
-    def field(x_t: Tensor, t: float, t_next: float) -> SolverStep:
+    def step(x_t: Tensor, t: float, t_next: float) -> SolverStep:
         times, times_next = time_like(x_t, t), time_like(x_t, t_next)
         x_1_hat = endpoint(x_t, times)
         x_next = euler_step(x_t, x_1_hat, times, times_next)
         return SolverStep(x_next, x_1_hat, velocity_from_endpoint(x_t, x_1_hat, times))
 
-    return field
+    return step
 
 
 class ODESolver:
@@ -103,13 +103,18 @@ class ODESolver:
         self.method = method
 
     def sample(
-        self, field: Field, x_0: Tensor, time_grid: Sequence[float], *, return_intermediates: bool = False
+        self,
+        step_function: StepFunction,
+        x_0: Tensor,
+        time_grid: Sequence[float],
+        *,
+        return_intermediates: bool = False,
     ) -> Trajectory:
         """Integrate from `x_0`.
 
         Args:
-            field: answers a SolverStep. x_0: `(B, ...)`, the state at `time_grid[0]`.
-            return_intermediates: keep the states and the field's answers.
+            step_function: answers a SolverStep. x_0: `(B, ...)`, the state at `time_grid[0]`.
+            return_intermediates: keep the states and the answers.
 
         Raises:
             ValueError: a grid of fewer than two times, not strictly increasing, or outside [0, 1].
@@ -122,9 +127,9 @@ class ODESolver:
             )
         x, states, steps = x_0, [x_0], []
         for t, t_next in pairs:
-            step = field(x, t, t_next)
+            step = step_function(x, t, t_next)
             if self.method == "heun" and t_next < 1:
-                correction = field(step.x_next, t_next, t_next)
+                correction = step_function(step.x_next, t_next, t_next)
                 x = x + (t_next - t) / 2 * (step.velocity + correction.velocity)
             else:
                 x = step.x_next

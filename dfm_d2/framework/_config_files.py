@@ -17,6 +17,8 @@ from dfm_d2.errors import UserError
 _BASE_KEY = "_BASE_"
 # Keys that may be None, which is what they are in Detectron2, or a number.
 OPTIONAL_NUMBERS = ("SOLVER.WEIGHT_DECAY_BIAS",)
+# Keys of Detectron2 that change the model: without it a value other than the default is an error.
+NEEDS_DETECTRON2 = ("MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.DEFORM_ON_PER_STAGE")
 
 _logger = logging.getLogger(__name__)
 
@@ -117,6 +119,9 @@ class _Merge:
                 checked[key] = self._checked_value(key, value, named)
             elif section := next((name for name in self.removed if f"{key}.".startswith(f"{name}.")), None):
                 self._check_removed(key, value, section, named)
+            elif key in NEEDS_DETECTRON2:
+                if _plain(value) != unused_keys()[key]:
+                    raise UserError(f"{named} sets {key} to {value!r}, which needs Detectron2: leave it out.")
             elif key in self.unused:
                 if _plain(value) != self.unused[key]:
                     self.ignored.append(f"{key} {value!r}")

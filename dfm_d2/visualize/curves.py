@@ -10,7 +10,7 @@ from dfm_d2.errors import UserError
 from dfm_d2.visualize.figures import class_color, plt, predictor_color, save_figure
 
 # Keys of evaluations, where they are there.
-_SCORES = ("bbox/AP50", "bbox/AP", "bbox_ema/AP50", "bbox_ema/AP", "accuracy")
+_SCORES = ("bbox/AP50", "bbox/AP", "accuracy")
 
 Curve = Sequence[tuple[float, float]]
 

@@ -1,7 +1,10 @@
 """Small data sets on disk for the tests of data."""
 
 import json
+import os
 import tarfile
+from itertools import product
+from pathlib import Path
 
 import pytest
 from data_helpers import VocFolder, pixels_of
@@ -19,8 +22,7 @@ def make_cfg():
         cfg = get_cfg()
         add_dfm_config(cfg)
         keys = {"VOC_ROOT": str(root), "ROOT": str(root), "TRAIN": tuple(train), "TEST": tuple(test), **keys}
-        for key, value in keys.items():
-            cfg.DATASETS[key] = value
+        cfg.DATASETS.update(keys)
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (24, 32), 0
         cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED = 0, 2, 5
         return cfg
@@ -29,21 +31,33 @@ def make_cfg():
 
 
 @pytest.fixture
+def shared_data():
+    """shared_data(name): a real set in the folder of DFM_SHARED_DATA; skips where it is missing."""
+
+    def find(name):
+        default = Path(__file__).parents[3] / "shared" / "data"
+        path = Path(os.environ.get("DFM_SHARED_DATA", default)) / name
+        return path if path.exists() else pytest.skip(f"no {path}: set DFM_SHARED_DATA")
+
+    return find
+
+
+@pytest.fixture
 def voc(tmp_path):
     return VocFolder(tmp_path / "voc")
 
 
 @pytest.fixture
-def coco(tmp_path):
-    """(content of a COCO json to change, function that writes it and returns the DATASETS keys)."""
+def coco(tmp_path, make_cfg):
+    """(content of a COCO json to change, function that writes it and returns a config of it)."""
     images, json_path = tmp_path / "images", tmp_path / "instances.json"
     images.mkdir()
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (40, 30), "red").save(images / name)
     content = {
         "images": [
-            {"id": 7, "file_name": "b.jpg", "width": 40, "height": 30},
-            {"id": 3, "file_name": "a.jpg", "width": 40, "height": 30},
+            {"id": number, "file_name": f"{name}.jpg", "width": 40, "height": 30}
+            for number, name in ((7, "b"), (3, "a"))
         ],
         "categories": [{"id": 18, "name": "dog"}, {"id": 2, "name": "cat"}],
         "annotations": [
@@ -54,7 +68,8 @@ def coco(tmp_path):
 
     def write(text=None):
         json_path.write_text(json.dumps(content) if text is None else text)
-        return {"COCO_TRAIN_JSON": str(json_path), "COCO_TRAIN_IMAGES": str(images)}
+        keys = {"COCO_TRAIN_JSON": str(json_path), "COCO_TRAIN_IMAGES": str(images)}
+        return make_cfg("", ("coco_json_train",), **keys)
 
     return content, write
 
@@ -62,12 +77,11 @@ def coco(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """<split>/<class>/<image>, whose pixels are pixels_of(10 * (number of the class) + number)."""
-    for split, number in (("train", 4), ("test", 2)):
-        for k, label in enumerate(("class9", "class10")):
-            where = tmp_path / "set" / split / label
-            where.mkdir(parents=True)
-            for index in range(number):
-                Image.fromarray(pixels_of(10 * k + index)).save(where / f"{index}.png")
+    for (split, number), (k, label) in product((("train", 4), ("test", 2)), enumerate(("class9", "class10"))):
+        where = tmp_path / "set" / split / label
+        where.mkdir(parents=True)
+        for index in range(number):
+            Image.fromarray(pixels_of(10 * k + index)).save(where / f"{index}.png")
     return tmp_path / "set"
 
 

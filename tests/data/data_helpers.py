@@ -1,13 +1,10 @@
-"""Files of small data sets, and where the checkout is."""
+"""Files of small data sets."""
 
 import gzip
 import struct
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def pixels_of(seed, size=(5, 6)):
@@ -34,9 +31,9 @@ class VocFolder:
         for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
             (root / part).mkdir(parents=True)
 
-    def add(self, name, objects=("cat",), size=(40, 30), xml=None):
+    def add(self, name, objects=("cat",), size=(40, 30)):
         Image.fromarray(pixels_of(len(name), size)).save(self.image(name), quality=95)
-        self.xml(name).write_text(voc_xml(objects, size) if xml is None else xml)
+        self.xml(name).write_text(voc_xml(objects, size))
 
     def image(self, name):
         return self.root / "JPEGImages" / f"{name}.jpg"

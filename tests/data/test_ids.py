@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from data_helpers import write_idx
+from data_helpers import pixels_of, write_idx
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dfm_d2.classification.data.registration import HELD_OUT, read_digits, register_class_sets
+from dfm_d2.classification.data.registration import HELD_OUT, read_digits, read_root, register_class_sets
 from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.stream import SampleStream
@@ -35,21 +36,17 @@ def test_voc_ids_are_the_names_in_the_order_of_the_split_file(voc, make_cfg):
     assert ids("voc_root_train") == ["my cat", "b", "a"]
 
 
-def test_coco_ids_are_the_numbers_in_rising_order(coco, make_cfg):
-    register_datasets(make_cfg("", ("coco_json_train",), **coco[1]()))
-    assert ids("coco_json_train") == [3, 7]
-
-
 @pytest.mark.parametrize("packed", [False, True])
-def test_ids_of_a_folder_and_a_tar_are_class_and_name_in_the_order_of_text(
-    folder, make_tar, make_cfg, packed
-):
+def test_folders_and_tars_are_the_same_with_class_and_name_in_text_order(folder, make_tar, make_cfg, packed):
     (folder / "train/class9/notes.txt").write_text("no image")
     (folder / "train/class9/0.png").rename(folder / "train/class9/10.PNG")
     (folder / "train/class9/2.png").rename(folder / "train/2.png")
     register_class_sets(make_cfg(make_tar() if packed else folder, ("root_train",)))
-    names = ["class10/0.png", "class10/1.png", "class10/2.png", "class10/3.png"]
+    names, entries = [f"class10/{number}.png" for number in range(4)], DatasetCatalog.get("root_train")
     assert ids("root_train") == [*names, "class9/1.png", "class9/10.PNG", "class9/3.png"]
+    assert [entry["label"] for entry in entries] == [1] * 4 + [0] * 3
+    for entry, seed in zip(entries, (10, 11, 12, 13, 1, 0, 3)):
+        assert np.array_equal(entry["read"](), pixels_of(seed))
 
 
 def test_idx_ids_are_the_indices_of_a_fixed_split(tmp_path, make_cfg):
@@ -70,6 +67,13 @@ def test_the_digits_are_split():
     train, test = read_digits("train"), read_digits("test")
     assert (len(train), len(test), test[0].image_id) == (1438, 359, "1")
     assert train[0].read().shape == (8, 8, 1) and max(sample.read().max() for sample in train) == 240
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("mnist_t10k", (8000, 2000)), ("cifar10_jpg_12k.tar", (10000, 2000))]
+)
+def test_the_shared_sets(shared_data, name, sizes):
+    assert tuple(len(read_root(shared_data(name), split)) for split in ("train", "test")) == sizes
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 from xml.sax.saxutils import escape
 
 import pytest
+from data_helpers import voc_xml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,12 +13,9 @@ from PIL import Image
 from dfm_d2.data.problems import SHOWN, DataProblemError, Problem, ProblemReport
 from dfm_d2.detection.data.readers import parse_voc_xml, read_voc_split
 from dfm_d2.detection.data.registration import register_datasets
+from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
-GOOD = (
-    b"<annotation><size><width>40</width><height>30</height></size><object><name>cat</name>"
-    b"<difficult>1</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>40.5</xmax><ymax>30</ymax></bndbox>"
-    b"</object></annotation>"
-)
+GOOD = voc_xml([("cat", 1, 2, 40.5, 30, 1)]).encode()
 BOMB = b"""<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">
 <!ENTITY d "&c;&c;&c;&c;&c;&c;">]><annotation><object><name>&d;</name></object></annotation>"""
 EXTERNAL = b'<!DOCTYPE a [<!ENTITY e SYSTEM "file:///etc/hostname">]><annotation>&e;</annotation>'
@@ -37,18 +35,15 @@ def boxes(entry):
     return [tuple(target["bbox"]) for target in entry["annotations"]]
 
 
-def test_boxes_count_from_zero_and_are_half_open():
+def test_boxes_count_from_zero_and_are_half_open_and_entities_are_refused_by_name():
     report = ProblemReport("x")
     size, (target,) = parse_voc_xml(GOOD, "a.xml", report)
     assert size == (40, 30) and not report.problems
     assert target["category"] == "cat" and target["difficult"] == 1 and target["iscrowd"] == 0
     assert target["bbox"] == (0.0, 1.0, 40.5, 30.0)
-
-
-@pytest.mark.parametrize("data", [BOMB, EXTERNAL])
-def test_entities_are_refused_by_name(data):
-    with pytest.raises(Problem, match="bomb.xml is refused"):
-        parse_voc_xml(data, "bomb.xml", ProblemReport("x"))
+    for data in (BOMB, EXTERNAL):
+        with pytest.raises(Problem, match="bomb.xml is refused"):
+            parse_voc_xml(data, "bomb.xml", report)
 
 
 @st.composite
@@ -62,12 +57,8 @@ def mutated_annotations(draw):
 
 @st.composite
 def annotations_with_any_corner(draw):
-    body = ""
-    for key in ("xmin", "ymin", "xmax", "ymax"):
-        value = str(draw(st.one_of(st.floats(), st.text(max_size=4), st.none())))
-        body += f"<{key}>{escape(value)}</{key}>"
-    text = f"<annotation><object><name>cat</name><bndbox>{body}</bndbox></object></annotation>"
-    return text.encode("utf-8", "surrogatepass")
+    corners = [escape(str(draw(st.one_of(st.floats(), st.text(max_size=4), st.none())))) for _ in range(4)]
+    return voc_xml([("cat", *corners)]).encode("utf-8", "surrogatepass")
 
 
 @settings(max_examples=500, deadline=None)
@@ -140,3 +131,21 @@ def test_problems_are_logged_once_with_counts_or_fatal(voc, make_cfg, caplog):
     assert "and 3 more" in text
     with pytest.raises(DataProblemError, match="13 problems: z00.xml.*zero area"):
         register_datasets(make_cfg(voc.root, ON_ERROR="fatal"))
+
+
+@pytest.mark.parametrize(
+    "name, splits, images, boxes, difficult, classes, broken",
+    [
+        ("bccd", ("train", "val", "test"), [205, 87, 72], 4886, 0, 3, ["00338", "00343"]),
+        ("voc2012_subset", ("train", "val"), [252, 235], 1844, 219, 19, []),
+    ],
+)
+def test_real_sets(shared_data, make_cfg, name, splits, images, boxes, difficult, classes, broken):
+    names = tuple(f"voc_root_{split}" for split in splits)
+    reports = register_datasets(make_cfg(shared_data(name), names))
+    assert [len(DatasetCatalog.get(name)) for name in names] == images
+    targets = [t for name in names for entry in DatasetCatalog.get(name) for t in entry["annotations"]]
+    assert (len(targets), sum(t["difficult"] for t in targets)) == (boxes, difficult)
+    assert len(MetadataCatalog.get(names[0]).thing_classes) == classes
+    problems = [(p.file, p.kind) for report in reports.values() for p in report.problems]
+    assert sorted(problems) == [(f"BloodImage_{number}.xml", "zero_area") for number in broken]

@@ -17,7 +17,7 @@ def test_classes_come_from_all_training_splits_or_the_config_and_rule_the_test_s
         cfg.DATASETS.CLASSES = classes if unknown == 0 else []
         report = register_datasets(cfg)["voc_root_val"]
         metadata, (entry,) = MetadataCatalog.get("voc_root_val"), DatasetCatalog.get("voc_root_val")
-        assert metadata.thing_classes == classes and metadata.data_problems is report
+        assert metadata.thing_classes == classes
         assert [target["category_id"] for target in entry["annotations"]] == indices
         assert [(p.file, p.kind) for p in report.problems] == [("val.jpg", "unknown_class")] * unknown
     assert (entry["width"], entry["height"]) == (40, 30)
@@ -37,8 +37,8 @@ def test_official_names_are_ours_with_the_official_classes(tmp_path, voc, make_c
         register_datasets(make_cfg(voc.root, ("voc_2007_trainval", "voc_root_train")))
 
 
-def test_coco_json(coco, make_cfg):
-    report = register_datasets(make_cfg("", ("coco_json_train",), **coco[1]()))["coco_json_train"]
+def test_coco_json_with_ids_in_rising_order(coco):
+    report = register_datasets(coco[1]())["coco_json_train"]
     metadata = MetadataCatalog.get("coco_json_train")
     assert not report.problems and metadata.thing_classes == ["cat", "dog"]
     assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 18: 1}
@@ -49,41 +49,38 @@ def test_coco_json(coco, make_cfg):
     assert crowd["iscrowd"] == 1 and "area" not in crowd
 
 
-def test_coco_problems_are_reported(coco, make_cfg):
+def test_coco_problems_are_reported(coco):
     content, write = coco
-    content["images"].append({"id": 9, "file_name": "gone.jpg", "width": 40, "height": 30})
-    content["images"].append({"id": 3, "file_name": "b.jpg", "width": 40, "height": 30})
+    for number, name in ((9, "gone.jpg"), (3, "b.jpg")):
+        content["images"].append({"id": number, "file_name": name, "width": 40, "height": 30})
     content["images"][0]["width"] = 41
     boxes = [[1, 1, 0, 2], [1, 1, None, 2], [1, 1, True, 2], [1, 1, 4], [90, 1, 4, 2]]
     others = [(3, 99, [1] * 4), (12345, 2, [1] * 4), (9, 2, [1] * 4)]
     for image, category, box in [*others, *((3, 2, box) for box in boxes)]:
         content["annotations"].append({"image_id": image, "category_id": category, "bbox": box})
-    report = register_datasets(make_cfg("", ("coco_json_train",), **write()))["coco_json_train"]
+    report = register_datasets(write())["coco_json_train"]
     once = ("duplicate", "size_mismatch", "unknown_class", "zero_area", "box_outside")
     assert report.counts() == {"bad_coordinates": 3, "missing_image": 2, **dict.fromkeys(once, 1)}
     (entry,) = DatasetCatalog.get("coco_json_train")
     assert entry["image_id"] == 3 and len(entry["annotations"]) == 2
 
 
-CATEGORIES = (
-    '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": %d, "name": "%s"}]}'
-)
+EMPTY = '{"images": [], "annotations": []'
+CATEGORIES = EMPTY + ', "categories": [{"id": 1, "name": "a"}, {"id": %d, "name": "%s"}]}'
+NOT_COCO = {
+    "{": "is not json",
+    "[]": 'has no list "images"',
+    EMPTY + "}": 'has no list "categories"',
+    '{"images": [{"id": [1], "file_name": "a"}]}': r"images.0. needs id .int. and file_name .str.",
+    CATEGORIES % (1, "b"): "two categories of one id or name",
+    CATEGORIES % (2, "a"): "two categories of one id or name",
+}
 
 
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("{", "is not json"),
-        ("[]", 'has no list "images"'),
-        ('{"images": [], "annotations": []}', 'has no list "categories"'),
-        ('{"images": [{"id": [1], "file_name": "a"}]}', r"images.0. needs id .int. and file_name .str."),
-        (CATEGORIES % (1, "b"), "two categories of one id or name"),
-        (CATEGORIES % (2, "a"), "two categories of one id or name"),
-    ],
-)
-def test_what_is_not_coco_json_says_so(coco, make_cfg, text, says):
+@pytest.mark.parametrize("text, says", NOT_COCO.items())
+def test_what_is_not_coco_json_says_so(coco, text, says):
     with pytest.raises(UserError, match=f"instances.json .*{says}"):
-        register_datasets(make_cfg("", ("coco_json_train",), **coco[1](text)))
+        register_datasets(coco[1](text))
 
 
 @pytest.mark.parametrize(

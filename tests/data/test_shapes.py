@@ -34,12 +34,9 @@ def test_same_parameters_same_bytes_written_once_and_repaired(tmp_path):
     (out / "shapes.json").unlink()
     with pytest.raises(UserError, match="not a shapes set"):
         write_shapes(out, 4, 2, 48, seed=3)
-
-
-@pytest.mark.parametrize("bad", [(0, 1, 48, 0), (1, 0, 48, 0), (1, 1, 8, 0), (1, 1, 48, -1)])
-def test_bad_numbers_are_refused(tmp_path, bad):
-    with pytest.raises(UserError, match="Cannot generate"):
-        write_shapes(tmp_path / "set", *bad)
+    for bad in ((0, 1, 48, 0), (1, 0, 48, 0), (1, 1, 8, 0), (1, 1, 48, -1)):
+        with pytest.raises(UserError, match="Cannot generate"):
+            write_shapes(tmp_path / "bad", *bad)
 
 
 def test_scenes_keep_their_promises():
@@ -49,36 +46,25 @@ def test_scenes_keep_their_promises():
     assert 1 <= min(counts) and max(counts) <= 10 and 3 <= np.mean(counts) <= 5
     boxes = np.array([box for scene in scenes for box in scene.boxes_xyxy])
     sides = (boxes[:, 2:] - boxes[:, :2]) / size
-    assert sides.min() >= 0.05 and sides.max() <= 0.60
-    assert boxes.min() >= 0 and boxes.max() <= size
+    assert 0.05 <= sides.min() and sides.max() <= 0.60 and 0 <= boxes.min() and boxes.max() <= size
     hidden = np.array([share for scene in scenes for share in scene.hidden])
     assert hidden.max() <= 0.70 and (hidden > 0.1).sum() > 20  # there is occlusion
-    labels = [label for scene in scenes for label in scene.labels]
-    assert set(labels) == set(range(len(SHAPE_CLASSES)))
+    assert {label for scene in scenes for label in scene.labels} == set(range(len(SHAPE_CLASSES)))
     assert all(scene.pixels.std() > 3 for scene in scenes)
 
 
-def test_the_reader_reads_the_boxes_that_were_drawn(tmp_path):
-    write_shapes(tmp_path / "set", 3, 1, 64, seed=2)
-    report = ProblemReport("shapes")
-    entries = read_voc_split(tmp_path / "set", "train", report, decode_up_to=10)
-    assert not report.problems and len(entries) == 3
-    for index, entry in enumerate(entries):
-        scene = draw_scene(2, "train", index, 64)
-        assert [tuple(target["bbox"]) for target in entry["annotations"]] == scene.boxes_xyxy
-        assert [target["category"] for target in entry["annotations"]] == [
-            SHAPE_CLASSES[i] for i in scene.labels
-        ]
-
-
-def test_the_command_line(tmp_path, capsys):
-    main = load_tool("make_shapes").main
-    arguments = ["--out", str(tmp_path / "set"), "--train", "4", "--val", "3", "--size", "48"]
-    assert main(arguments) == 0
-    first = capsys.readouterr().out
-    assert "wrote" in first
-    assert main(arguments) == 0
-    assert "nothing to do" in capsys.readouterr().out
-    assert main([*arguments, "--seed", "1"]) == 2
+def test_the_command_line_writes_what_the_reader_reads_as_it_was_drawn(tmp_path, capsys):
+    main, folder = load_tool("make_shapes").main, tmp_path / "set"
+    arguments = ["--out", str(folder), *"--train 3 --val 1 --size 64 --seed".split()]
+    assert main([*arguments, "2"]) == 0 and "wrote" in capsys.readouterr().out
+    assert main([*arguments, "2"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main([*arguments, "1"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "remove the folder" in error
+    report = ProblemReport("shapes")
+    entries = read_voc_split(folder, "train", report, decode_up_to=10)
+    assert not report.problems and len(entries) == 3
+    for index, entry in enumerate(entries):
+        scene, targets = draw_scene(2, "train", index, 64), entry["annotations"]
+        assert [tuple(target["bbox"]) for target in targets] == scene.boxes_xyxy
+        assert [target["category"] for target in targets] == [SHAPE_CLASSES[i] for i in scene.labels]

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from toy_model import ToyModel, make_toy, toy_config
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import write_atomically
+from dfm_d2.detection.config import MEANING
 from dfm_d2.engine import checkpoint as checkpoint_module
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.errors import CheckpointError, UnsafeFileError
@@ -30,31 +32,26 @@ def test_a_round_trip_and_what_it_says_about_itself(tmp_path):
 def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     checkpointer = SafeCheckpointer(ToyModel(), str(tmp_path))
     checkpointer.save("model")
-    before = (tmp_path / "model.pth").read_bytes()
-    torch_save = torch.save
+    before, torch_save = (tmp_path / "model.pth").read_bytes(), torch.save
 
     def torn(data, file):
         torch_save(data, file)
         file.truncate(100)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", torn)
-    for name in ("model", "other"):
-        with pytest.raises(OSError, match="no space"):
-            checkpointer.save(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_module.torch, "save", torn)
+        for name in ("model", "other"):
+            with pytest.raises(OSError, match="no space"):
+                checkpointer.save(name)
     assert (tmp_path / "model.pth").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model.pth"]
     SafeCheckpointer(ToyModel(), str(tmp_path)).resume_or_load("")
-
-
-def test_the_pointer_is_written_after_the_file(tmp_path, monkeypatch):
-    checkpointer = SafeCheckpointer(ToyModel(), str(tmp_path))
-    checkpointer.save("first")
     monkeypatch.setattr(checkpoint_module, "write_text_atomically", lambda path, text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        checkpointer.save("second")
-    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
-    assert (tmp_path / "second.pth").is_file()
+        checkpointer.save("other")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model.pth")
+    assert (tmp_path / "other.pth").is_file(), "the pointer is written after the file"
 
 
 def test_atomic_writes_replace_in_one_step_or_not_at_all(tmp_path):
@@ -66,22 +63,19 @@ def test_atomic_writes_replace_in_one_step_or_not_at_all(tmp_path):
         file.flush()
         assert path.read_bytes() == b"old"
 
-    def interrupted(file):
-        raise KeyboardInterrupt
-
     write_atomically(path, write)
     try:
         raise FileNotFoundError(2, "another error, that is being handled", "elsewhere")
     except FileNotFoundError:
         with pytest.raises(KeyboardInterrupt):
-            write_atomically(path, interrupted)
+            write_atomically(path, mock.Mock(side_effect=KeyboardInterrupt))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 
-def error_of(model, path, error=CheckpointError, **arguments) -> str:
-    """The error message of loading a whole run."""
-    with pytest.raises(error) as caught:
-        SafeCheckpointer(model, **arguments).load(str(path))
+def error_of(model, path, *parts, **arguments) -> str:
+    """The error message of loading a whole run, or these parts beside the weights."""
+    with pytest.raises(CheckpointError) as caught:
+        SafeCheckpointer(model, **arguments).load(str(path), *parts)
     return str(caught.value)
 
 
@@ -99,18 +93,15 @@ def test_a_file_that_is_damaged_missing_or_something_else_is_named(tmp_path):
     torch.save([1, 2], path)
     assert "does not hold a dict of weights but a list" in error_of(ToyModel(), path)
     torch.save({"encoder.weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="Nothing in .*model.pth matches"):
-        SafeCheckpointer(ToyModel()).load(str(path), [])
+    assert f"Nothing in {path} matches" in error_of(ToyModel(), path, [])
 
 
 def test_what_does_not_fit_is_an_error_when_resuming(tmp_path):
     path, two = tmp_path / "model.pth", make_toy(num_predictors=2)
     SafeCheckpointer(two, str(tmp_path), class_names=["a", "b"]).save("model")
     assert "has no predictors.2.0.weight" in error_of(make_toy(num_predictors=3), path)
-    # A predictor too many is no harmless rest.
-    assert "has predictors.1.0.weight, which this run's model does not" in error_of(
-        make_toy(num_predictors=1), path
-    )
+    said = error_of(make_toy(num_predictors=1), path)  # a predictor too many is no harmless rest
+    assert "has predictors.1.0.weight, which this run's model does not" in said
     other = make_toy(num_predictors=2)
     other.predictors[1][3] = torch.nn.Linear(16, 2)
     assert "predictors.1.3.weight with the shape (1, 16)" in error_of(other, path)
@@ -122,20 +113,23 @@ def test_what_does_not_fit_is_an_error_when_resuming(tmp_path):
 
 
 def test_weights_that_would_mean_something_else_are_refused(tmp_path):
-    path, cfgs = tmp_path / "model.pth", {}
-    for order in ("RGB", "BGR"):
-        cfgs[order] = toy_config()
-        cfgs[order].INPUT.FORMAT = order
+    path, cfgs = tmp_path / "model.pth", {order: toy_config() for order in ("RGB", "BGR")}
+    for order, cfg in cfgs.items():
+        cfg.INPUT.FORMAT = order
     SafeCheckpointer(ToyModel(), str(tmp_path), cfg=cfgs["RGB"]).save("model")
     said = error_of(ToyModel(), path, cfg=cfgs["BGR"])
     assert "was trained with INPUT.FORMAT RGB, but the config has BGR" in said
     SafeCheckpointer(ToyModel(), cfg=cfgs["RGB"]).load(str(path))
     SafeCheckpointer(ToyModel(), cfg=cfgs["BGR"]).load(str(path), [])  # fine-tuning may
-    then = cfgs["BGR"].clone()
-    then.MODEL.DFM.PREDICTION = "velocity"  # an option that was removed
-    SafeCheckpointer(ToyModel(), str(tmp_path), cfg=then).save("model")
-    said = error_of(ToyModel(), path, cfg=cfgs["BGR"])
-    assert "was trained with MODEL.DFM.PREDICTION velocity, but the config has endpoint" in said
+    # The other time, and an option that was removed.
+    for key, before, now in (("TIME", "shared", "partitioned"), ("PREDICTION", "velocity", "endpoint")):
+        then = cfgs["BGR"].clone()
+        then.MODEL.DFM[key] = before
+        SafeCheckpointer(ToyModel(), str(tmp_path), cfg=then).save("model")
+        model = ToyModel()
+        model.meaning = MEANING
+        said = error_of(model, path, cfg=cfgs["BGR"])
+        assert f"was trained with MODEL.DFM.{key} {before}, but the config has {now}" in said
 
 
 def test_a_frozen_part_that_the_weights_lack_is_an_error(tmp_path):
@@ -144,8 +138,7 @@ def test_a_frozen_part_that_the_weights_lack_is_an_error(tmp_path):
     torch.save({"model": {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}}, path)
     SafeCheckpointer(model).load(path, [])
     model.requires_grad_(False)
-    with pytest.raises(CheckpointError, match="has no 1.weight, which this run keeps frozen"):
-        SafeCheckpointer(model).load(path, [])
+    assert "has no 1.weight, which this run keeps frozen" in error_of(model, path, [])
 
 
 class Evil:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +11,9 @@ from toy_model import BATCH, make_toy, moved, train_steps
 from dfm_d2.local_update import Leaves, LocallyTrainable, NonFiniteLossError, SavedActivations, sum_losses
 
 
-def test_the_toy_follows_the_protocol():
-    assert isinstance(make_toy(), LocallyTrainable)
-
-
 def test_no_gradient_crosses_from_block_to_block():
     model = make_toy()
+    assert isinstance(model, LocallyTrainable)
     items = model.block_losses(model.prepare(BATCH, 0), Leaves())
     next(items)
     sum_losses(next(items).losses).backward()
@@ -44,14 +42,9 @@ def test_bfloat16_autocast_trains(update):
 
 
 def test_a_fresh_autocast_context_for_each_block():
-    entered = []
-
-    def autocast():
-        entered.append(1)
-        return contextlib.nullcontext()
-
+    autocast = mock.Mock(side_effect=contextlib.nullcontext)
     train_steps(make_toy(), "sequential", autocast=autocast)
-    assert len(entered) == 3 + 2  # the predictors, the shared block, and the end
+    assert autocast.call_count == 3 + 2  # the predictors, the shared block, and the end
 
 
 def at_each_block(model, look) -> list:
@@ -105,25 +98,19 @@ def test_saved_tensors_are_counted_once_and_until_they_are_freed():
     assert saved.alive == 0
 
 
-def poison(model, factor: float) -> None:
-    """Multiply the losses of the second predictor."""
-    losses_of = model.losses_of
-
-    def poisoned(index, *rest):
-        losses = losses_of(index, *rest)
-        return losses | ({k: v * factor for k, v in losses.items() if "loss" in k} if index == 1 else {})
-
-    model.losses_of = poisoned
-
-
 @pytest.mark.parametrize(
     ("update", "factor", "changed"),
     [("joint", "nan", ()), ("sequential", "nan", ()), ("in backward", "inf", ("predictors.0",))],
 )
 def test_a_loss_that_is_not_finite_stops_before_the_offending_block(update, factor, changed):
     model = make_toy()
-    poison(model, float(factor))
-    before = copy.deepcopy(model.state_dict())
+    losses_of, before = model.losses_of, copy.deepcopy(model.state_dict())
+
+    def poisoned(index, *rest):
+        bad = float(factor) if index == 1 else 1.0
+        return {k: v * bad if "loss" in k else v for k, v in losses_of(index, *rest).items()}
+
+    model.losses_of = poisoned
     with pytest.raises(NonFiniteLossError, match=f"loss_square/predictor1 = {factor}") as caught:
         train_steps(model, update)
     assert caught.value.values.keys() == {"loss_square/predictor1", "loss_absolute/predictor1"}

@@ -1,41 +1,99 @@
 """Several real processes on the CPU, which may share out the predictors: the same training as one."""
 
+import contextlib
 import functools
+import itertools
 import json
 import socket
+from pathlib import Path
 
-import grid_training
+import numpy as np
 import pytest
 import torch
-from tiny_training import (
-    PREDICTOR_PARALLEL,
-    TORCHRUN,
-    as_torchrun_starts,
-    assert_same,
-    command,
-    parameters,
-    run,
-    train,
-)
+import torch.distributed as dist
+from tiny_model import tiny_cfg
+from tiny_training import PREDICTOR_PARALLEL, as_torchrun_starts, assert_same, command, parameters, run, train
 
-from dfm_d2.local_update import ProcessGrid
+from dfm_d2.engine.hooks import GatherHook
+from dfm_d2.engine.optimizer import build_block_optimizer
+from dfm_d2.engine.trainer import LocalUpdateTrainer
+from dfm_d2.framework import Boxes, Instances, build_model
+from dfm_d2.local_update import ProcessGrid, RanksUpdate, build_update
 
-GRIDS = [(name, *grid) for name, (_, grids) in grid_training.SCENARIOS.items() for grid in grids]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+BATCH, STEPS = 4, 3
+
+# Keys of MODEL.DFM, and the grids (processes, members of a row) that must train what one process trains.
+SCENARIOS: dict[str, tuple[dict, list[tuple[int, int]]]] = {
+    "on_policy": ({}, [(2, 2), (4, 2), (3, 3), (2, 1)]),
+    "shared_time": ({"TIME": "shared"}, [(2, 2)]),
+    "local": ({"BACKBONE_UPDATE": "local", "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
+    "dense": ({"DENSE_LOSS": "flow", "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
+    "frozen": ({"BACKBONE_UPDATE": "frozen", "ON_POLICY": 0.0}, [(2, 2)]),
+}
+GRIDS = [(name, *grid) for name, (_, grids) in SCENARIOS.items() for grid in grids]
 
 
-@functools.cache
-def in_one_process(scenario: str) -> dict:
-    return grid_training.train(scenario, 1, 1)
+def item(position: int) -> dict:
+    """Sample ``position``, a pure function of the position; sizes, and numbers of boxes, differ."""
+    generator = torch.Generator().manual_seed(position)
+    size = (72, 56) if position % BATCH == 1 else (40, 64)  # padded to 96 and 64: the shares differ
+    count = position % 4
+    corner = torch.rand(count, 2, generator=generator) * 20
+    instances = Instances(size)
+    sides = 8 + 10 * torch.rand(count, 2, generator=generator)
+    instances.gt_boxes = Boxes(torch.cat([corner, corner + sides], 1))
+    instances.gt_classes = torch.arange(count) % 3
+    image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+    name = f"i{position}"
+    return {"image_id": name, "height": size[0], "width": size[1], "image": image, "instances": instances}
+
+
+@functools.cache  # one process trains each scenario once
+def train_on_grid(scenario: str, processes: int, members: int) -> dict:
+    """The checkpoint after STEPS iterations, on the first process."""
+    cfg = tiny_cfg(NUM_PROPOSALS=8, **SCENARIOS[scenario][0])
+    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "GN"  # which has 32 groups
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 32
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.DFM.HEAD.HIDDEN_DIM = 32
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = 0.001, 0.1
+    torch.manual_seed(0)
+    model = build_model(cfg).double().train()
+    in_backward, grid = cfg.MODEL.DFM.STEP_IN_BACKWARD, ProcessGrid.build(members)
+    optimizer = build_block_optimizer(cfg, model, grid=grid)
+    update = RanksUpdate(grid, in_backward) if members > 1 else build_update("sequential", in_backward)
+    rank = dist.get_rank() if processes > 1 else 0
+    share = np.array_split(range(BATCH), processes)[rank].tolist()  # uneven where it does not divide
+
+    def loader(start: int):
+        for position in itertools.count(start, BATCH):
+            batch = [item(position + place) for place in share]
+            yield update.of_row(batch) if members > 1 else batch
+
+    trainer = LocalUpdateTrainer(model, loader, optimizer, update, contextlib.nullcontext, BATCH)
+    trainer.register_hooks([GatherHook(())])
+    trainer.train(0, STEPS)
+    metrics = {key: value for key, (value, _) in trainer.storage.latest().items() if "time" not in key}
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
+
+
+def train_in_process(rank: int, folder: Path, scenario: str, processes: int, members: int) -> None:
+    """The part of one of several processes; the first one writes the checkpoint of all to the folder."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    checkpoint = train_on_grid(scenario, processes, members)
+    if rank == 0:
+        torch.save(checkpoint, folder / "checkpoint.pth")
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("scenario", "processes", "members"), GRIDS)
 def test_processes_train_what_one_trains(server, tmp_path, scenario, processes, members):
     """Parameters, the state of AdamW and what is reported, with uneven shares of a batch too."""
     arguments = (tmp_path, scenario, processes, members)
-    torch.multiprocessing.start_processes(
-        grid_training.train_in_process, arguments, processes, start_method="spawn"
-    )
-    alone, found = in_one_process(scenario), torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    torch.multiprocessing.start_processes(train_in_process, arguments, processes, start_method="spawn")
+    alone, found = train_on_grid(scenario, 1, 1), torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert alone["model"]["predictors.0.box_answer.weight"].dtype == torch.float64
     torch.testing.assert_close(found["model"], alone["model"], rtol=0, atol=1e-9)
     torch.testing.assert_close(found["optimizer"]["state"], alone["optimizer"]["state"], rtol=0, atol=1e-9)
@@ -66,10 +124,8 @@ def test_processes_that_somebody_else_started(server, shapes, alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    keys = ("SOLVER.MAX_ITER=3", "MODEL.DFM.STEP_IN_BACKWARD=True")
-    torch.multiprocessing.start_processes(
-        as_torchrun_starts, (shapes, tmp_path, port, *keys), 2, start_method="spawn"
-    )
+    arguments = (shapes, tmp_path, port, "SOLVER.MAX_ITER=3", "MODEL.DFM.STEP_IN_BACKWARD=True")
+    torch.multiprocessing.start_processes(as_torchrun_starts, arguments, 2, start_method="spawn")
     assert_same(parameters(tmp_path), alone)
 
 

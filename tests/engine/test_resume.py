@@ -6,16 +6,44 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from tiny_training import command, run
-from toy_model import toy_loader
-from toy_training import train_toy
+from torch.utils._pytree import keystr, tree_flatten_with_path
+from toy_model import ToyModel, make_trainer, toy_loader
 
-from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
+from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
+from dfm_d2.engine.metrics import METRICS_FILE, cut_back, read_metrics
+from dfm_d2.framework import IterationTimer, JSONWriter, LRScheduler, PeriodicWriter, seed_all_rng
 
 CLOCKS = ("time", "data_time", "eta_seconds")
+
+
+def train_toy(folder: Path, max_iter: int = 60, loader=toy_loader) -> None:
+    """Train to ``max_iter``, resuming where ``folder`` has a checkpoint."""
+    torch.set_num_threads(1)
+    seed_all_rng(7)
+    start, model = 0, ToyModel(noise=True)
+    trainer = make_trainer(model, loader)
+    trainer.register_hooks([IterationTimer(), LRScheduler()])
+    checkpointer = SafeCheckpointer(model, str(folder), trainer=trainer)
+    if checkpointer.has_checkpoint():
+        checkpointer.resume_or_load("", resume=True)
+        start = trainer.iter + 1
+    if start >= max_iter:
+        return  # it was killed between its last checkpoint and its exit
+    cut_back(folder / METRICS_FILE, start)
+    writers = [JSONWriter(str(folder / METRICS_FILE), window_size=4)]
+    trainer.register_hooks([PeriodicWriter(writers, 4), CheckpointHook(checkpointer, 5, 2, writers)])
+    trainer.train(start, max_iter)
+
+
+def slow_toy_loader(position: int):
+    for batch in toy_loader(position):
+        time.sleep(0.002)
+        yield batch
 
 
 def losses(folder: Path) -> list[dict]:
@@ -24,28 +52,16 @@ def losses(folder: Path) -> list[dict]:
     return [{key: value for key, value in entry.items() if key not in CLOCKS} for entry in entries]
 
 
-def assert_same_checkpoint(a, b, where="checkpoint") -> None:
-    """Every tensor and number of two checkpoints, bit for bit."""
-    if torch.is_tensor(a):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_checkpoint(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, pair in enumerate(zip(a, b)):
-            assert_same_checkpoint(*pair, f"{where}[{index}]")
-    else:
-        assert a == b, where
-
-
 def assert_same_run(one: Path, two: Path) -> None:
+    """Every line of metrics.json, and every tensor and number of the last checkpoint, bit for bit."""
     assert losses(one) == losses(two)
     checkpoints = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (one, two)]
     for checkpoint in checkpoints:
         del checkpoint["dfm_d2"]["config"]  # names its own OUTPUT_DIR
-    assert_same_checkpoint(*checkpoints)
+    (found, form), (expected, expected_form) = map(tree_flatten_with_path, checkpoints)
+    assert form == expected_form
+    for (path, a), (_, b) in zip(found, expected):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, keystr(path)
 
 
 def wait_for_changes(path: Path, number: int, limit: float = 20.0) -> None:
@@ -62,15 +78,14 @@ def wait_for_changes(path: Path, number: int, limit: float = 20.0) -> None:
 def test_killed_and_resumed_equals_uninterrupted(server, tmp_path):
     """Children are killed at random moments, from their start-up to the middle of a checkpoint, and the next
     one resumes."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight, killed, threads = tmp_path / "straight", tmp_path / "killed", torch.get_num_threads()
     straight.mkdir()
     killed.mkdir()
-    threads = torch.get_num_threads()
     train_toy(straight)
     torch.set_num_threads(threads)
     moments, last, statuses = random.Random(0), killed / "last_checkpoint", []
     while not statuses or statuses[-1] != 0:
-        child = server.Process(target=train_toy, args=(killed,), kwargs={"pause": 0.002})
+        child = server.Process(target=train_toy, args=(killed, 60, slow_toy_loader))
         child.start()
         if len(statuses) < 8:  # so that the last one has something left to train
             wait_for_changes(last, moments.randrange(3))
@@ -90,24 +105,17 @@ def test_killed_and_resumed_equals_uninterrupted(server, tmp_path):
 
 
 def test_the_stream_is_opened_where_training_stopped(tmp_path):
-    opened = []
-
-    def loader(position):
-        opened.append(position)
-        return toy_loader(position)
-
-    train_toy(tmp_path, max_iter=7, loader=loader)
-    train_toy(tmp_path, max_iter=9, loader=loader)
-    assert opened == [0, 28]
+    loader = mock.Mock(side_effect=toy_loader)
+    for max_iter in (7, 9):
+        train_toy(tmp_path, max_iter, loader)
+    assert loader.mock_calls == [mock.call(0), mock.call(28)]
 
 
 @pytest.mark.slow
 def test_train_net_killed_and_resumed_equals_uninterrupted(shapes, tmp_path):
     """The real command on generated images, killed at random moments."""
-    options = (
-        "SOLVER.MAX_ITER=24 SOLVER.IMS_PER_BATCH=2 SOLVER.CHECKPOINT_PERIOD=4 TEST.EVAL_PERIOD=8 "
-        "SOLVER.OPTIMIZER=adamw"
-    ).split()
+    options = ["SOLVER.MAX_ITER=24", "SOLVER.IMS_PER_BATCH=2", "SOLVER.CHECKPOINT_PERIOD=4"]
+    options += ["TEST.EVAL_PERIOD=8", "SOLVER.OPTIMIZER=adamw"]
     start = time.monotonic()
     run(command(shapes, tmp_path / "straight", "--resume", *options))
     duration = time.monotonic() - start

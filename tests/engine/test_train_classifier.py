@@ -32,11 +32,8 @@ TINY = (
 
 @pytest.fixture
 def run(tmp_path):
-    def command(*opts: str, flags: tuple[str, ...] = ()) -> int:
-        words = [*flags, *TINY, "OUTPUT_DIR", str(tmp_path / "out"), *opts]
-        return run_command(["--config-file", CONFIG, *words])
-
-    return command
+    start, tiny = ["--config-file", CONFIG], [*TINY, "OUTPUT_DIR", str(tmp_path / "out")]
+    return lambda *opts, flags=(): run_command([*start, *flags, *tiny, *opts])
 
 
 @pytest.mark.parametrize("method", ["flow", "backprop", "forward_forward"])
@@ -60,7 +57,7 @@ def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
     assert run(*options, *weights, "MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-1]", flags=("--eval-only",)) == 0
     if method == "flow":
         capsys.readouterr()
-        assert run(*options[2:], "UPDATE.METHOD", "backprop", *weights, flags=("--eval-only",)) == 2
+        assert run("UPDATE.METHOD", "backprop", *weights, flags=("--eval-only",)) == 2
         assert "was trained with MODEL.META_ARCHITECTURE FlowClassifier" in capsys.readouterr().err
 
 
@@ -75,9 +72,8 @@ def train(folder: Path, kill: bool) -> None:
     if kill:
         SafeCheckpointer.tag_last_checkpoint = tag_and_die
     torch.set_num_threads(1)
-    options = ["SOLVER.MAX_ITER", "9", "SOLVER.CHECKPOINT_PERIOD", "4", "TEST.EVAL_PERIOD", "3"]
-    options += ["OUTPUT_DIR", str(folder)]
-    sys.exit(run_command(["--config-file", CONFIG, "--resume", *TINY, *options]))
+    options = "SOLVER.MAX_ITER 9 SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 3 OUTPUT_DIR".split()
+    sys.exit(run_command(["--config-file", CONFIG, "--resume", *TINY, *options, str(folder)]))
 
 
 def test_killed_and_resumed_equals_uninterrupted(provider, server, tmp_path):
@@ -93,20 +89,17 @@ def test_killed_and_resumed_equals_uninterrupted(provider, server, tmp_path):
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
-@pytest.mark.parametrize(
-    "given, says",
-    [
-        (["INPUT.RANDOM_SHIFT", "8"], "INPUT.RANDOM_SHIFT is 8, but digits["),
-        # Of another network altogether; the batch norms' counters, which torch does not miss, match nothing.
-        (["MODEL.WEIGHTS", "other.pth"], "other.pth matches this model"),
-    ],
-)
-def test_what_the_user_can_put_right_is_one_line(run, tmp_path, monkeypatch, capsys, given, says):
+def test_what_the_user_can_put_right_is_one_line(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save({"other.weight": torch.ones(3)}, "other.pth")
-    assert run("SOLVER.MAX_ITER", "1", *given) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("error: ") == 1 and says in errors and "Traceback" not in errors
+    for key, value, says in (
+        ("INPUT.RANDOM_SHIFT", "8", "INPUT.RANDOM_SHIFT is 8, but digits["),
+        # Of another network altogether; the batch norms' counters, which torch does not miss, match nothing.
+        ("MODEL.WEIGHTS", "other.pth", "other.pth matches this model"),
+    ):
+        assert run("SOLVER.MAX_ITER", "1", key, value) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("error: ") == 1 and says in errors and "Traceback" not in errors
 
 
 def test_broken_images_are_left_out_or_fatal(run, tmp_path, capsys):

@@ -2,11 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import tiny_training
 import torch
 from test_checkpoints import Evil
 from tiny_model import tiny_cfg
@@ -67,7 +68,7 @@ CASES = {
     "MODEL.RESNETS.NORM=FrozenBN": "would stay frozen: set MODEL.RESNETS.NORM",
     "MODEL.RESNETS.NORM=BatchNorm": "BatchNorm' is not",
     "MODEL.BACKBONE.FREEZE_AT=2": "would stay frozen: set MODEL.BACKBONE.FREEZE_AT 0",
-    "MODEL.BACKBONE.NAME=build_resnet": "see MODEL.BACKBONE.NAME",
+    "MODEL.BACKBONE.NAME=build_resnet": "MODEL.BACKBONE.NAME 'build_resnet' is not known",
     "MODEL.DFM.HEAD.IN_FEATURES=['p2','p4']": "strides [4, 16]",
     "MODEL.DFM.HEAD.IN_FEATURES=['p9']": "names ['p9']",
     "MODEL.DFM.UPDATE=parallel MODEL.DFM.PREDICTOR_RANKS=2": "divide the number of processes, 1 (--num-gpus)",
@@ -85,10 +86,8 @@ def test_what_the_user_can_put_right_is_one_line(run, capsys, given):
 
 
 def test_a_traceback_is_for_bugs_and_on_demand(run, capsys, monkeypatch):
-    def prepare(*_):
-        raise ValueError("boom")
-
-    monkeypatch.setattr("dfm_d2.detection.detector.FlowDetector.prepare", prepare)
+    broken = mock.Mock(side_effect=ValueError("boom"))
+    monkeypatch.setattr("dfm_d2.detection.detector.FlowDetector.prepare", broken)
     with pytest.raises(ValueError, match="boom"):  # a command ends with a traceback and status 1
         run()
     monkeypatch.setenv("DFM_DEBUG", "1")
@@ -127,15 +126,8 @@ def test_mistakes_are_named_before_torch_is_imported_and_nothing_malicious_runs(
         [*train, "MODEL.WEIGHTS", str(tmp_path / "evil.pth")],
     ]
     script = str(Path(__file__).with_name("tool_commands.py"))
-    done = subprocess.run(
-        [sys.executable, script, str(ROOT / "tools"), json.dumps(commands)],
-        cwd=tmp_path,
-        env=os.environ | {"DFM_FRAMEWORK": provider},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = [sys.executable, script, str(ROOT / "tools"), json.dumps(commands)]
+    done = tiny_training.run(arguments, folder=tmp_path, DFM_FRAMEWORK=provider)
     statuses, had_torch = json.loads(done.stdout.splitlines()[-1])
     assert statuses == [0, 0] + [2] * 8
     assert done.stderr.count("error: ") == 8 and "Traceback" not in done.stderr

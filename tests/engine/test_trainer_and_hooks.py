@@ -4,7 +4,6 @@ import io
 import json
 import random
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -44,6 +43,15 @@ def test_all_generators_come_back():
     assert drawn == (random.random(), np.random.randn(), torch.rand(1))
 
 
+def test_a_resume_with_another_number_of_threads_is_warned_of(caplog):
+    trainer = make_trainer(make_toy())
+    trainer.train(0, 1)
+    state = trainer.state_dict()
+    for threads, warned in ((state["threads"], False), (state["threads"] + 1, True)):
+        trainer.load_state_dict({**state, "threads": threads})
+        assert ("equal to rounding only" in caplog.text) == warned
+
+
 def test_metrics_are_cut_back(tmp_path):
     path = tmp_path / "metrics.json"
     cut_back(path, 5)
@@ -56,20 +64,20 @@ def test_metrics_are_cut_back(tmp_path):
         cut_back(path, 1)
 
 
-def test_metrics_are_flat_and_without_nan():
+def test_metrics_are_flat_and_without_nan_and_losses_summed_by_predictor_in_the_order_of_their_numbers():
     flat = flatten({"bbox": {"AP": 1, "AP-cat": float("nan")}, "other": {"bbox": {"AP": 2.0}}})
     assert flat == {"bbox/AP": 1.0, "other/bbox/AP": 2.0}
+    metrics = {"loss_cls/predictor0": 1.0, "loss_l1/predictor0": 2.0, "loss_cls/res2": 5.0}
+    metrics |= {"loss_cls/predictor10": 4.0, "loss_cls/predictor2": 3.0, "lr": 9.0}
+    expected = {"predictor0": 3.0, "predictor2": 3.0, "predictor10": 4.0, "res2": 5.0}
+    assert list(loss_by_block(metrics).items()) == list(expected.items())
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("stderr", [io.StringIO, _Terminal])
-def test_progress_tells_the_loss_of_each_predictor(caplog, monkeypatch, stderr):
-    trainer = make_trainer(make_toy())
-    monkeypatch.setattr("sys.stderr", stderr())
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_tells_the_loss_of_each_predictor(caplog, monkeypatch, is_terminal):
+    trainer, stderr = make_trainer(make_toy()), io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stderr", stderr)
     trainer.register_hooks([Progress(2)])
     with caplog.at_level("INFO", logger="dfm_d2.engine.hooks"):
         trainer.train(0, 5)
@@ -77,15 +85,8 @@ def test_progress_tells_the_loss_of_each_predictor(caplog, monkeypatch, stderr):
     number = r"\d+\.\d{3}"
     losses = "".join(rf"  {name} {number}" for name in ("total", "predictor0", "predictor1", "predictor2"))
     assert len(lines) == 3 and re.fullmatch(rf"5/5{losses}  {number} s/it  ETA 0:00:00", lines[-1])
-    bar = sys.stderr.getvalue()
-    assert re.search(rf"5/5 .*total {number}", bar) if stderr is _Terminal else not bar
-
-
-def test_losses_are_summed_by_predictor_in_the_order_of_their_numbers():
-    metrics = {"loss_cls/predictor0": 1.0, "loss_l1/predictor0": 2.0, "loss_cls/res2": 5.0}
-    metrics |= {"loss_cls/predictor10": 4.0, "loss_cls/predictor2": 3.0, "lr": 9.0}
-    expected = {"predictor0": 3.0, "predictor2": 3.0, "predictor10": 4.0, "res2": 5.0}
-    assert list(loss_by_block(metrics).items()) == list(expected.items())
+    bar = stderr.getvalue()
+    assert re.search(rf"5/5 .*total {number}", bar) if is_terminal else not bar
 
 
 def test_precision_choices():

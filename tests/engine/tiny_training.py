@@ -17,7 +17,6 @@ from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import run_tool
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 PREDICTOR_PARALLEL = ("MODEL.DFM.UPDATE=parallel", "MODEL.DFM.PREDICTOR_RANKS=2")
 # GroupNorm: batch norm's statistics are a process's own. SGD: AdamW amplifies rounding. The small rate: a
 # larger one carries what a convolution rounds otherwise with another number of images over ReLUs' kinks.
@@ -88,10 +87,10 @@ def command(shapes: Path, out: Path, *arguments: str, launcher: tuple[str, ...] 
     return [sys.executable, *launcher, str(ROOT / "tools/train_net.py"), *words(shapes, out, *arguments)]
 
 
-def run(arguments: list[str], status: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+def run(arguments: list[str], folder=None, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
 
@@ -101,7 +100,7 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """To float32's rounding. Biases begin at zero: a wrong share of the batch or place in the stream would
-    change all of them. grid_training.py compares in float64, to 1e-9."""
+    change all of them. test_processes.py also compares in float64, to 1e-9."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).norm()

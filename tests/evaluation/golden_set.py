@@ -1,6 +1,12 @@
-"""The tiny fixed set of golden_ap.json as data set dicts, as model outputs and as a VOC folder."""
+"""The tiny fixed set of golden_ap.json as data set dicts, as model outputs and as a VOC folder.
+
+8 images of random objects, whose detections are jittered objects, duplicates and noise, with boxes of one
+decimal and scores of three, all different, as Detectron2's VOC evaluator writes them. What the evaluators of
+the real Detectron2 say of it is written into golden_ap.json by `python tests/evaluation/golden_set.py`.
+"""
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,9 +57,9 @@ def outputs_of(golden):
     return pairs
 
 
-def evaluator_of(golden, output_dir=None, metadata=None, **keys):
+def evaluator_of(golden, output_dir, metadata=None):
     register("golden_ours", dataset_dicts(golden), golden["classes"], **(metadata or {}))
-    return DetectionEvaluator("golden_ours", output_dir, **keys)
+    return DetectionEvaluator("golden_ours", output_dir)
 
 
 def evaluate(evaluator, pairs):
@@ -75,7 +81,34 @@ def write_voc_folder(golden, root):
             f"<ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
             for label, x0, y0, x1, y1, difficult in image["objects"]
         )
-        path = root / "Annotations" / f"{image['image_id']}.xml"
-        path.write_text(f"<annotation>{objects}</annotation>")
+        (root / "Annotations" / f"{image['image_id']}.xml").write_text(f"<annotation>{objects}</annotation>")
     names = "\n".join(image["image_id"] for image in golden["images"])
     (root / "ImageSets" / "Main" / "golden.txt").write_text(names)
+
+
+def measure_with_detectron2(golden, folder):
+    """{"coco": {AP, AP50, ..., AP-<class>}, "voc07": AP50, "voc": AP50}, in percent."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+
+    write_voc_folder(golden, folder / "voc")
+    dicts = dataset_dicts(golden, difficult_key="iscrowd")
+    for name, year in (("coco", 0), ("voc07", 2007), ("voc", 2012)):
+        DatasetCatalog.register(f"golden_d2_{name}", lambda: dicts)
+        metadata = {"dirname": str(folder / "voc"), "split": "golden", "year": year} if year else {}
+        MetadataCatalog.get(f"golden_d2_{name}").set(thing_classes=list(golden["classes"]), **metadata)
+    options = {"tasks": ("bbox",), "distributed": False, "use_fast_impl": False}
+    coco = COCOEvaluator("golden_d2_coco", output_dir=str(folder / "coco"), **options)
+    result = {"coco": dict(evaluate(coco, outputs_of(golden)))}
+    for kind in ("voc07", "voc"):
+        voc = evaluate(PascalVOCDetectionEvaluator(f"golden_d2_{kind}"), outputs_of(golden))
+        result[kind] = float(voc["AP50"])
+    return result
+
+
+if __name__ == "__main__":
+    golden = load_golden()
+    with tempfile.TemporaryDirectory() as scratch:
+        golden["expected"] = measure_with_detectron2(golden, Path(scratch))
+    GOLDEN_PATH.write_text(json.dumps(golden) + "\n", encoding="utf-8")
+    print(json.dumps(golden["expected"], indent=1))

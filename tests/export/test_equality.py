@@ -3,20 +3,13 @@
 import pytest
 import torch
 from small_detector import EVERY_FORMAT, assert_equal_detections, small_cfg, small_detector
-from tiny_model import spread
 from tool_loader import ROOT
 
-from dfm_d2.detection.exportable import (
-    ConstantNoise,
-    ExportedDetector,
-    TensorDetector,
-    export_detector,
-    prepared_model,
-)
+from dfm_d2.detection import exportable
+from dfm_d2.detection.exportable import ConstantNoise, ExportedDetector, TensorDetector, export_detector
 from dfm_d2.detection.postprocess import _kept_by_nms
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config
-from dfm_d2.framework import build_model
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
@@ -55,7 +48,7 @@ def test_constant_noise_repeats(detector, cfg, tmp_path, make_input, format):
     image = torch.zeros(3, 96, 96)
     path = export_detector(detector, format, tmp_path, cfg, ["a", "b", "c"], image, constant_noise=True)
     run, item = ExportedDetector(path), make_input("a", size=(100, 140))
-    eager = ConstantNoise(prepared_model(detector))([item])[0]["instances"]
+    eager = ConstantNoise(exportable.prepared_model(detector))([item])[0]["instances"]
     for image_id in ("a", "b"):
         assert_equal_detections(run([{**item, "image_id": image_id}])[0]["instances"], eager)
     with pytest.raises(ValueError, match="constant noise"):
@@ -65,12 +58,10 @@ def test_constant_noise_repeats(detector, cfg, tmp_path, make_input, format):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"SAMPLER__NMS_THRESH": 0.0},
-        {"SAMPLER__SCORE_THRESH": 0.6},
+        {"SAMPLER__NOISE_PASSES": 2},
+        {"SAMPLER__NMS_THRESH": 0.0, "SAMPLER__SCORE_THRESH": 0.6},
         {"NUM_CLASSES": 37, "SAMPLER__NMS_THRESH": 0.2},
         {"NUM_CLASSES": 1, "NUM_PROPOSALS": 3},
-        {"SAMPLER__NOISE_PASSES": 2},
     ],
 )
 @pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
@@ -78,9 +69,7 @@ def test_padded_tensors_hold_the_instances(make_model, make_input, architecture,
     """The function that ONNX and pt2 files are made of, before any export, on a batch of three sizes."""
     model = make_model(architecture, **options).eval()
     sizes = {"a": (96, 120), "b": (128, 96), "c": (97, 101)}
-    items = [
-        make_input(name, size=size) | dict(zip(("height", "width"), size)) for name, size in sizes.items()
-    ]
+    items = [make_input(name, size=(h, w)) | {"height": h, "width": w} for name, (h, w) in sizes.items()]
     images, image_sizes = torch.zeros(3, 3, 128, 128), torch.tensor(list(sizes.values())).float()
     for place, item in zip(images, items):
         place[:, : item["image"].shape[1], : item["image"].shape[2]] = item["image"]
@@ -107,8 +96,7 @@ def test_a_resnet50_config(photographs, tmp_path, format):
     words = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 20".split()
     words += "MODEL.DFM.SAMPLER.STEPS 2 MODEL.DFM.SAMPLER.NUM_PROPOSALS 100".split()
     cfg = load_config(DETECTION, str(ROOT / "configs/voc_flow_r50.yaml"), [*words, "MODEL.WEIGHTS", ""])
-    torch.manual_seed(0)
-    model = spread(build_model(cfg)).eval()
+    model = small_detector(cfg)
     names = [str(i) for i in range(20)]
     run = ExportedDetector(export_detector(model, format, tmp_path, cfg, names, torch.zeros(3, 96, 128)))
     for item in photographs:
@@ -136,9 +124,8 @@ def test_the_graph_of_nms_may_keep_one_box():
 @pytest.fixture
 def inputs():
     generator = torch.Generator().manual_seed(0)
-    images = 255 * torch.rand(2, 3, 96, 128, generator=generator)
-    sizes = torch.tensor([[90.0, 128.0], [96.0, 100.0]])
-    return images, sizes, torch.randn(2, 24, 4, generator=generator)
+    images, sizes = 255 * torch.rand(2, 3, 96, 128, generator=generator), [[90.0, 128.0], [96.0, 100.0]]
+    return images, torch.tensor(sizes), torch.randn(2, 24, 4, generator=generator)
 
 
 def test_the_whole_detector_is_one_graph(inputs):
@@ -149,18 +136,14 @@ def test_the_whole_detector_is_one_graph(inputs):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [
-        ("FlowDetector", {"TIME": "shared", "SAMPLER__METHOD": "heun", "SAMPLER__STEPS": 2}),
-        ("CascadeDetector", {}),
-    ],
-)
+HEUN = {"TIME": "shared", "SAMPLER__METHOD": "heun", "SAMPLER__STEPS": 2}
+
+
+@pytest.mark.parametrize(("architecture", "options"), [("FlowDetector", HEUN), ("CascadeDetector", {})])
 def test_before_nms_is_one_graph(inputs, architecture, options):
     model = small_detector(small_cfg(architecture, **options))
-    images, sizes, x_0 = inputs
+    inputs = inputs[0] / 100, *inputs[1:]
     compiled = torch.compile(model.candidates, fullgraph=True, backend="eager")
     with torch.no_grad():
-        expected = model.candidates(images / 100, sizes, x_0)
-        for found, wanted in zip(compiled(images / 100, sizes, x_0), expected, strict=True):
+        for found, wanted in zip(compiled(*inputs), model.candidates(*inputs), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -35,9 +35,8 @@ def export(run, tmp_path):
     """The tool's exit status with some options, and KEY VALUE overrides after that of the weights."""
     start = ["--config-file", str(run / "config.yaml"), "--output", str(tmp_path)]
     weights = ["MODEL.WEIGHTS", str(run / "model_final.pth")]
-    return lambda options, *overrides: load_tool("export_model").main(
-        [*start, *options, *weights, *overrides]
-    )
+    main = load_tool("export_model").main
+    return lambda options, *overrides: main([*start, *options, *weights, *overrides])
 
 
 @pytest.mark.parametrize("noise", ["input", "constant"])
@@ -46,12 +45,10 @@ def test_run_eval_gives_the_same_ap(export, tmp_path, capsys, noise):
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
     assert lines["torchscript"] == lines["eager"] and len(lines["eager"]) == 4
     # The AP of an untrained detector says little: so do its detections.
-    found = [
-        json.loads((tmp_path / name / "inference" / "coco_instances_results.json").read_text())
-        for name in ("eager", "torchscript")
-    ]
-    assert len(found[0]) == len(found[1]) > 20
-    for theirs, mine in zip(*found):
+    files = [tmp_path / name / "inference/coco_instances_results.json" for name in ("eager", "torchscript")]
+    found = [json.loads(file.read_text()) for file in files]
+    assert len(found[0]) > 20
+    for theirs, mine in zip(*found, strict=True):
         assert (mine["image_id"], mine["category_id"]) == (theirs["image_id"], theirs["category_id"])
         assert mine["bbox"] == pytest.approx(theirs["bbox"], abs=0.1)
         assert mine["score"] == pytest.approx(theirs["score"], abs=1e-4)

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import observe_backbones
-import observe_models
 import observe_structures
 import observe_training
 from observe_backbones import BACKBONES, LIVE_ONLY, POOLER
@@ -18,7 +17,7 @@ from providers import BUILTIN, detectron2_provider
 # One observation for each name of dfm_d2.framework that a provider supplies.
 BY_NAME = {
     name.removeprefix("observe_"): observe
-    for module in (observe_backbones, observe_models, observe_structures, observe_training)
+    for module in (observe_backbones, observe_structures, observe_training)
     for name, observe in sorted(vars(module).items())
     if name.startswith("observe_")
 }
@@ -39,22 +38,19 @@ def unused_config_keys(detectron2) -> dict:
     return {name: value for name, value in leaves(detectron2.get_cfg()) if name not in honoured}
 
 
-def as_json(value):
-    """The observation as it is after a trip through JSON: tuples are lists, keys are words, NaN is None."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+def as_json(value, parse_float=float):
+    """An observation after a trip through JSON: tuples, tensors and boxes are lists, NaN is None."""
+    text = json.dumps(value, default=lambda tensor: getattr(tensor, "tensor", tensor).tolist())
+    return json.loads(text, parse_constant=lambda name: None, parse_float=parse_float)
 
 
 def differences(seen, wanted, tolerance: float, path: str = "") -> list[str]:
     """Where two observations differ; floats may differ by `tolerance`, relative and absolute."""
-    if isinstance(seen, dict) and isinstance(wanted, dict):
-        if list(seen) != list(wanted):
-            return [f"{path}: keys or their order differ: {sorted(set(seen) ^ set(wanted)) or 'order'}"]
-        return [d for key in seen for d in differences(seen[key], wanted[key], tolerance, f"{path}/{key}")]
-    if isinstance(seen, list) and isinstance(wanted, list):
-        if len(seen) != len(wanted):
-            return [f"{path}: {len(seen)} items, wanted {len(wanted)}"]
-        pairs = enumerate(zip(seen, wanted))
-        return [d for i, (a, b) in pairs for d in differences(a, b, tolerance, f"{path}/{i}")]
+    if type(seen) is type(wanted) and isinstance(seen, (dict, list)):
+        keys, wanted_keys = (list(x) if isinstance(x, dict) else list(range(len(x))) for x in (seen, wanted))
+        if keys != wanted_keys:
+            return [f"{path}: keys or their order differ: {sorted(set(keys) ^ set(wanted_keys)) or 'order'}"]
+        return [d for key in keys for d in differences(seen[key], wanted[key], tolerance, f"{path}/{key}")]
     if type(seen) is float and type(wanted) in (int, float):
         same = abs(seen - wanted) <= tolerance * max(1.0, abs(wanted))
     else:
@@ -62,13 +58,9 @@ def differences(seen, wanted, tolerance: float, path: str = "") -> list[str]:
     return [] if same else [f"{path}: {seen!r}, wanted {wanted!r}"]
 
 
-def _rounded(value):
-    """Seven digits: what float32 holds."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+def _seven_digits(text: str) -> float:
+    """What float32 holds."""
+    return float(f"{float(text):.7g}")
 
 
 def _write(path: Path, values: dict) -> None:
@@ -79,7 +71,7 @@ def _write(path: Path, values: dict) -> None:
 if __name__ == "__main__":
     theirs, here = detectron2_provider(), Path(__file__).resolve().parent
     for file, table in GOLDEN.items():
-        values = {name: _rounded(as_json(observe(theirs))) for name, observe in table.items()}
+        values = {name: as_json(observe(theirs), _seven_digits) for name, observe in table.items()}
         _write(here / "golden" / f"{file}.json", values)
     builtin = here.parents[1] / "dfm_d2" / "framework" / "_builtin"
     _write(builtin / "unused_keys.json", unused_config_keys(theirs))

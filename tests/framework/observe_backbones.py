@@ -53,17 +53,16 @@ def seeded_images(height: int = 64, width: int = 96) -> torch.Tensor:
 
 def summary(tensor: torch.Tensor) -> dict:
     flat = tensor.detach().double().flatten()
-    step = max(flat.numel() // 5, 1)
-    return {
-        "shape": list(tensor.shape),
-        "mean": flat.mean().item(),
-        "std": flat.std(unbiased=False).item(),
-        "some": flat[::step][:5].tolist(),
-    }
+    some, std = flat[:: max(flat.numel() // 5, 1)][:5], flat.std(unbiased=False)
+    return {"shape": tensor.shape, "mean": flat.mean(), "std": std, "some": some}
 
 
 def names_and_shapes(module: torch.nn.Module) -> dict:
-    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _checksum(words) -> int:
+    return zlib.crc32(" ".join(words).encode())
 
 
 def _trained(module: torch.nn.Module) -> list[str]:
@@ -73,10 +72,7 @@ def _trained(module: torch.nn.Module) -> list[str]:
 def parameters(provider, depth: int):
     """Names, order and shapes of an FPN's parameters and buffers, and which are trained."""
     backbone = provider.build_backbone(backbone_config(provider, depth, "FrozenBN", 2))
-    return {
-        "state": names_and_shapes(backbone),
-        "trained": zlib.crc32(" ".join(_trained(backbone)).encode()),
-    }
+    return {"state": names_and_shapes(backbone), "trained": _checksum(_trained(backbone))}
 
 
 def outputs(provider, depth: int, norm: str, options=()):
@@ -98,7 +94,7 @@ def gradients(provider):
         "weight": summary(frozen.get_parameter("bottom_up.stem.conv1.weight").grad),
         "norm": summary(normed.get_parameter("bottom_up.res2.0.conv1.norm.weight").grad),
         "running mean": summary(state["bottom_up.res3.0.conv1.norm.running_mean"]),
-        "batches": state["bottom_up.res3.0.conv1.norm.num_batches_tracked"].item(),
+        "batches": state["bottom_up.res3.0.conv1.norm.num_batches_tracked"],
     }
 
 
@@ -109,8 +105,8 @@ def freezing(provider):
         backbone = provider.build_backbone(backbone_config(provider, 18, norm, freeze_at))
         trained = _trained(backbone)
         fixed = [n for n, m in backbone.named_modules() if type(m).__name__ == "FrozenBatchNorm2d"]
-        text = " ".join([*trained, "|", *fixed, "|", *backbone.state_dict()])
-        seen[f"{norm} {freeze_at}"] = [len(trained), len(fixed), zlib.crc32(text.encode())]
+        names = _checksum([*trained, "|", *fixed, "|", *backbone.state_dict()])
+        seen[f"{norm} {freeze_at}"] = [len(trained), len(fixed), names]
     return seen
 
 
@@ -120,7 +116,7 @@ def seeded_initialisation(provider):
     for depth in (18, 50):
         torch.manual_seed(depth)
         backbone = provider.build_backbone(backbone_config(provider, depth, "GN", 0))
-        seen[depth] = {name: p.detach().double().sum().item() for name, p in backbone.named_parameters()}
+        seen[depth] = {name: p.double().sum() for name, p in backbone.named_parameters()}
     return seen
 
 
@@ -141,7 +137,7 @@ def observe_build_backbone(provider):
         "resnet": names_and_shapes(resnet),
         "resnet shape": {name: [spec.channels, spec.stride] for name, spec in resnet.output_shape().items()},
         "resnet outputs": sorted(resnet(torch.zeros(1, 1, 32, 32))),
-        "norms": zlib.crc32(" ".join(no_norm.state_dict()).encode()),
+        "norms": _checksum(no_norm.state_dict()),
         "unknown": raised(lambda: make(config("GN", 0, ["MODEL.BACKBONE.NAME", "build_nothing"]))),
     }
 
@@ -150,11 +146,8 @@ def observe_Backbone(provider):
     class Tiny(provider.Backbone):
         def __init__(self):
             super().__init__()
-            self._out_features, self._out_feature_channels, self._out_feature_strides = (
-                ["a"],
-                {"a": 3},
-                {"a": 2},
-            )
+            self._out_features = ["a"]
+            self._out_feature_channels, self._out_feature_strides = {"a": 3}, {"a": 2}
 
         def forward(self, x):
             return {"a": x[..., ::2, ::2]}
@@ -175,16 +168,9 @@ def pooler(provider, output_size: int, sampling_ratio: int):
     for level, side in enumerate((64, 32, 16, 8)):
         wave = torch.arange(2 * 3 * side * (side * 5 // 4), dtype=torch.float64)
         maps.append(torch.sin(wave * 0.37 + level).reshape(2, 3, side, side * 5 // 4).float())
-    first = [
-        [10.0, 20.0, 60.0, 90.0],
-        [0.0, 0.0, 112.0, 112.0],
-        [3.5, 7.25, 227.5, 231.25],
-        [-30.0, -20.0, 100.0, 80.0],
-        [300.0, 200.0, 400.0, 300.0],
-        [50.0, 60.0, 51.0, 61.5],
-        [20.0, 100.0, 310.0, 104.0],
-        [0.0, 0.0, 320.0, 256.0],
-    ]
+    rows = "10 20 60 90, 0 0 112 112, 3.5 7.25 227.5 231.25, -30 -20 100 80, 300 200 400 300, 50 60 51 61.5, "
+    rows += "20 100 310 104, 0 0 320 256"
+    first = [[float(number) for number in row.split()] for row in rows.split(", ")]
     second = [[x0 + 1.7, y0 - 2.3, x1 + 11.1, y1 + 5.9] for x0, y0, x1, y1 in first[:-1]]
     boxes_xyxy = torch.tensor([first, [*second, [-400.0, -400.0, 700.0, 700.0]]])
     scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -198,12 +184,9 @@ def pooler(provider, output_size: int, sampling_ratio: int):
         pool = ROIPooler(output_size, scales, sampling_ratio, "ROIAlignV2")
         pooled = pool(maps, [provider.Boxes(boxes) for boxes in boxes_xyxy])
     pooled = pooled.double()
-    return {
-        "shape": list(pooled.shape),
-        "mean": pooled.mean(dim=(1, 2, 3)).tolist(),
-        "std": pooled.std(dim=(1, 2, 3), unbiased=False).tolist(),
-        "corners": pooled[:, :, [0, -1], [0, -1]].flatten().tolist(),
-    }
+    mean, std = pooled.mean(dim=(1, 2, 3)), pooled.std(dim=(1, 2, 3), unbiased=False)
+    corners = pooled[:, :, [0, -1], [0, -1]].flatten()
+    return {"shape": pooled.shape, "mean": mean, "std": std, "corners": corners}
 
 
 # More about the backbones: too much for one observation.

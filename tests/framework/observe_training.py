@@ -21,8 +21,7 @@ def _curve(provider, options, iterations: int = 40):
     cfg = provider.get_cfg()
     cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.WARMUP_ITERS", 7, *options])
     optimizer = _optimizer(rates=(0.5, 0.05), sizes=(1, 2))
-    scheduler = provider.build_lr_scheduler(cfg, optimizer)
-    rates = []
+    scheduler, rates = provider.build_lr_scheduler(cfg, optimizer), []
     for _ in range(iterations):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
@@ -51,7 +50,6 @@ def observe_build_lr_scheduler(provider):
 
 def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at=None, log=None):
     """A trainer that has put the scalars "loss" (iteration squared) and broke off at iteration `stop_at`."""
-
     log = [] if log is None else log
 
     class Trainer(provider.TrainerBase):
@@ -66,13 +64,9 @@ def _train(provider, hooks=(), start: int = 0, end: int = 0, stop_at=None, log=N
 
     trainer = Trainer()
     trainer.register_hooks(hooks)
-    return _trained(trainer, start, end) if end else trainer
-
-
-def _trained(trainer, start: int, end: int):
-    """The trainer after training, even where a step broke it off, which Detectron2 logs with a traceback."""
-    with suppress(ArithmeticError):
-        trainer.train(start, end)
+    if end:
+        with suppress(ArithmeticError):
+            trainer.train(start, end)
     return trainer
 
 
@@ -135,10 +129,10 @@ def observe_LRScheduler(provider):
     first, second = (_train(provider, [provider.LRScheduler()]) for _ in range(2))
     for trainer in (first, second):
         trainer.scheduler = provider.build_lr_scheduler(cfg, trainer.optimizer)
-    _trained(first, 0, 6)
+    first.train(0, 6)
     second.load_state_dict(first.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
-    _trained(second, 6, 10)
+    second.train(6, 10)
     best = provider.LRScheduler.get_best_param_group_id
     return {
         "lr": [trainer.storage.history("lr").values() for trainer in (first, second)],

@@ -2,18 +2,16 @@
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from observations import differences
-from observe_backbones import fill_by_formula
-from providers import detectron2_provider
+from observations import as_json, differences
+from observe_backbones import fill_by_formula, names_and_shapes
+from providers import detectron2_provider, run_python
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.detection.data.shapes import write_shapes
@@ -21,8 +19,7 @@ from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config
 from dfm_d2.framework import PROVIDER, Boxes, Instances, build_model
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 3 MODEL.DFM.NUM_PROPOSALS 8 SOLVER.BASE_LR 0.5"
 # For Detectron2's own script: fewer predictors, narrow.
 CONFIG = f"""
@@ -42,20 +39,12 @@ def _describe(cfg) -> dict:
     image = (torch.arange(3 * 64 * 96) * 7 % 256).reshape(3, 64, 96).to(torch.uint8)
     truth = Instances((64, 96), gt_boxes=Boxes([[8.0, 8.0, 40.0, 50.0]]), gt_classes=torch.tensor([1]))
     batch = [{"image": image, "height": 128, "width": 192, "image_id": "a", "instances": truth}]
-    model.train()
-    losses = model(batch)
-    model.eval()
+    losses = model.train()(batch)
     with torch.no_grad():
-        found = model(batch)[0]["instances"]
-    return {
-        "provider": [PROVIDER, Boxes.__module__],
-        "config": yaml.safe_load(cfg.dump()),
-        "state": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
-        "losses": {name: loss.item() for name, loss in losses.items()},
-        "boxes": found.pred_boxes.tensor.tolist(),
-        "scores": found.scores.tolist(),
-        "classes": found.pred_classes.tolist(),
-    }
+        found = model.eval()(batch)[0]["instances"]
+    about = {"provider": [PROVIDER, Boxes.__module__], "config": yaml.safe_load(cfg.dump())}
+    about |= {"state": names_and_shapes(model), "losses": losses, "boxes": found.pred_boxes}
+    return as_json({**about, "scores": found.scores, "classes": found.pred_classes})
 
 
 @pytest.mark.d2
@@ -66,9 +55,7 @@ def test_detector_is_the_same(tmp_path):
     theirs = _describe(cfg)
     path = tmp_path / "config.yaml"
     path.write_text(cfg.dump())
-    env = {**os.environ, "DFM_FRAMEWORK": "builtin", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    command = [sys.executable, "-W", "ignore", __file__, str(path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = run_python(__file__, str(path), DFM_FRAMEWORK="builtin")
     assert done.returncode == 0, done.stderr
     ours = json.loads(done.stdout.splitlines()[-1])
     assert theirs.pop("provider") == ["detectron2", "detectron2.structures.boxes"]
@@ -100,9 +87,7 @@ def test_analyze_model(tmp_path):
     code, words = re.search(r'python -c "\n(import runpy\n.*?)\n" (--.*?)\n', docs, re.DOTALL).groups()
     code = code.replace("detectron2/tools/analyze_model.py", str(script))
     code, words = (text.replace("configs/shapes_flow_r18.yaml", "config.yaml") for text in (code, words))
-    command = [sys.executable, "-W", "ignore", "-c", code, *words.split(), "MODEL.DFM.SAMPLER.STEPS", "1"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", code, *words.split(), "MODEL.DFM.SAMPLER.STEPS", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout + done.stderr
     assert "predictors.1.class_logits.weight" in said and "(6, 16)" in said, "the classes of the data set"

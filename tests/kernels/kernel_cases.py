@@ -13,14 +13,10 @@ from dfm_kernels.dispatch import is_interpreted
 from dfm_kernels.dynamic_interaction import dynamic_interaction
 from dfm_kernels.flow_loss import flow_loss
 from dfm_kernels.multilevel_roi_align import multilevel_roi_align
-from hypothesis import HealthCheck
 from torch import Tensor, float32
 
 FLOW = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.5), "aggregation": "uniform"}
 LOSS = {"signal_scale": 2.0, "kind": "focal", "alpha": 0.25, "gamma": 2.0, "velocity_max": 25.0}
-SCALES = (0.25, 0.125, 0.0625)
-# The device of a fixture is the same for all examples.
-PROPERTY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
 class Case(NamedTuple):
@@ -112,20 +108,13 @@ def interaction_case(device="cpu", m=3, cells=9, c=20, h=6, sets=1, dtype=torch.
     def limits(name, value, _):
         # Relative to the largest element or one: LayerNorms of few channels cancel.
         scale = max(1.0, float(value.detach().abs().max())) if value.numel() else 1.0
-        return {"rtol": 0, "atol": interaction_tolerance(dtype) * scale}
+        exact = dtype == float32 and is_interpreted()
+        tolerance = {torch.float32: 2e-5 if exact else 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+        return {"rtol": 0, "atol": tolerance[dtype] * scale}
 
-    return Case(
-        lambda *x: dynamic_interaction(*x[:3], x[3:5], x[5:]),
-        [x.to(device).requires_grad_() for x in tensors],
-        limits,
-        torch.float64,  # LayerNorms of few channels cost a float32 reference as many digits as the kernel
-    )
-
-
-def interaction_tolerance(dtype=torch.float32) -> float:
-    if dtype == torch.float32 and is_interpreted():
-        return 2e-5
-    return {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    tensors = [x.to(device).requires_grad_() for x in tensors]
+    # In float64: LayerNorms of few channels cost a float32 reference as many digits as the kernel.
+    return Case(lambda *x: dynamic_interaction(*x[:3], x[3:5], x[5:]), tensors, limits, torch.float64)
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -96,49 +97,36 @@ def test_a_sampler_on_kernels_never_waits_for_the_device(make_model, make_input,
     images, sizes = model._images([make_input("a")])
     features = model._features(images)
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
-    field, settings = model._field(features, sizes), model.sampler.settings
+    step_function, settings = model._step_function(features, sizes), model.sampler.settings
     x_0 = torch.randn(1, 5, 4, device=kernel_device)
     with NoSynchronisation():
-        ODESolver(settings.method).sample(field, x_0, settings.grid)
+        ODESolver(settings.method).sample(step_function, x_0, settings.grid)
 
 
 def double(x):
     return [2 * x]
 
 
-class Recorder:
-    """Instead of a CUDA graph: counts captures and replays."""
-
-    def __init__(self):
-        self.captures, self.replays = 0, 0
-
-    def __call__(self, run, inputs):
-        self.captures += 1
-
-        def replay(*inputs):
-            self.replays += 1
-            return run(*inputs)
-
-        return replay
+@pytest.fixture
+def capture():
+    """Instead of a CUDA graph: counts its calls, the captures, and those of what it answers, the replays."""
+    return Mock(return_value=Mock(side_effect=double))
 
 
-def test_a_shape_is_captured_the_second_time_until_the_cache_is_full():
-    recorder = Recorder()
-    cache = GraphCache(size=2, capture=recorder)
+def test_a_shape_is_captured_the_second_time_until_the_cache_is_full(capture):
+    cache = GraphCache(size=2, capture=capture)
     for expected, length in ((0, 1), (1, 1), (1, 1), (1, 2), (2, 2), (2, 3), (2, 3), (2, 3)):
         assert torch.equal(cache("model", double, [torch.ones(length)])[0], torch.full((length,), 2.0))
-        assert recorder.captures == len(cache) == expected
-    assert recorder.replays == 3
+        assert capture.call_count == len(cache) == expected
+    assert capture.return_value.call_count == 3
 
 
-def test_graphs_of_other_parameters_are_dropped_and_not_copied():
-    recorder = Recorder()
-    cache = GraphCache(capture=recorder)
-    for owner in ("a", "a", "b", "b", "a"):
+def test_graphs_of_other_parameters_are_dropped_and_not_copied(capture):
+    cache = GraphCache(capture=capture)
+    for owner, kept in (("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 0), ("a", 1)):
         cache(owner, double, [torch.ones(1)])
-    assert recorder.captures == 2 and len(cache) == 0
-    cache("a", double, [torch.ones(1)])
-    assert len(cache) == 1 and len(copy.deepcopy(cache)) == 0
+        assert len(cache) == kept
+    assert capture.call_count == 3 and len(copy.deepcopy(cache)) == 0
 
 
 def test_a_detector_on_a_cpu_captures_nothing(make_model, make_input):

@@ -15,6 +15,8 @@ from dfm_d2.flow import BoxSpace, keyed_normal
 
 SCALE, K = 2.0, 3
 SPACE = BoxSpace(SCALE)
+COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=3)  # of boxes, image by image
+ASSIGNER = DynamicK(BlockLoss(SCALE))
 
 
 def _ground_truth(counts, seed=0):
@@ -28,11 +30,7 @@ def _ground_truth(counts, seed=0):
     return GroundTruth.pad(x_1, classes)
 
 
-@given(
-    counts=st.lists(st.integers(0, 12), min_size=1, max_size=3),
-    num_slots=st.integers(1, 10),
-    repeat=st.integers(1, 4),
-)
+@given(counts=COUNTS, num_slots=st.integers(1, 10), repeat=st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
 def test_slots_hold_each_box_at_most_repeat_times(counts, num_slots, repeat):
     gt = _ground_truth(counts)
@@ -49,8 +47,7 @@ def test_slots_hold_each_box_at_most_repeat_times(counts, num_slots, repeat):
 
 
 def test_coupling_permutes_and_transport_is_optimal():
-    gt = _ground_truth([3, 0])
-    keys = [7, 8]
+    gt, keys = _ground_truth([3, 0]), [7, 8]
     slots = build_slots(gt, 6, 1, keys, SCALE)
     x_0 = keyed_normal(keys, 6)
     costs = {}
@@ -63,6 +60,11 @@ def test_coupling_permutes_and_transport_is_optimal():
             torch.testing.assert_close(coupled.x_1[i, rows], gt.x_1[i, coupled.gt_index[i, rows]])
         costs[method] = (x_0 - coupled.x_1).square().sum((1, 2))
     assert (costs["optimal_transport"] < costs["independent"]).all()
+    # Independent of the noise.
+    other = couple(keyed_normal([1, 2], 6), slots, "independent", keys)
+    assert torch.equal(other.gt_index, coupled.gt_index)
+    with pytest.raises(ValueError, match="'optimal_transport' or 'independent', got 'ot'"):
+        couple(x_0, slots, "ot", keys)
     swapped = couple(x_0, slots, "optimal_transport", keys).x_1
     for a in range(6):
         for b in range(a):
@@ -71,26 +73,13 @@ def test_coupling_permutes_and_transport_is_optimal():
             assert ((x_0 - other).square().sum((1, 2)) >= costs["optimal_transport"] - 1e-4).all()
 
 
-def test_independent_coupling_ignores_the_noise():
-    gt = _ground_truth([2])
-    slots = build_slots(gt, 5, 1, [3], SCALE)
-    one = couple(keyed_normal([1], 5), slots, "independent", [3])
-    two = couple(keyed_normal([2], 5), slots, "independent", [3])
-    assert torch.equal(one.gt_index, two.gt_index)
-
-
-@given(
-    counts=st.lists(st.integers(0, 8), min_size=1, max_size=3),
-    num_queries=st.integers(1, 12),
-    seed=st.integers(0, 1000),
-    with_logits=st.booleans(),
-)
+@given(counts=COUNTS, num_queries=st.integers(1, 12), seed=st.integers(0, 1000), with_logits=st.booleans())
 @settings(deadline=None, max_examples=100)
 def test_dynamic_k_serves_every_box_while_queries_last(counts, num_queries, seed, with_logits):
     gt = _ground_truth(counts, seed)
     x = keyed_normal(list(range(len(counts))), num_queries)
     logits = torch.randn(len(counts), num_queries, K) if with_logits else None
-    index = DynamicK(BlockLoss(SCALE))(gt, x, logits)
+    index = ASSIGNER(gt, x, logits)
     assert index.shape == (len(counts), num_queries)
     for i, count in enumerate(counts):
         found = index[i][index[i] >= 0].unique()
@@ -105,26 +94,26 @@ def test_dynamic_k_prefers_the_query_on_the_box_and_survives_nan():
     x = keyed_normal([1, 2], 6) * 0.1 - 1.5
     x[0, 2], x[0, 4], x[1, 5] = gt.x_1[0, 0], gt.x_1[0, 1], gt.x_1[1, 0]
     x[1, 0] = float("nan")
-    index = DynamicK(BlockLoss(SCALE))(gt, x, torch.zeros(2, 6, K))
+    index = ASSIGNER(gt, x, torch.zeros(2, 6, K))
     assert index[0, 2] == 0 and index[0, 4] == 1 and index[1, 5] == 0 and index[1, 0] == -1
 
 
 def test_dynamic_k_gives_a_well_found_box_more_queries():
     gt = _ground_truth([1])
     x = gt.x_1[:, :1].expand(1, 8, 4).clone()
-    assert (DynamicK(BlockLoss(SCALE))(gt, x) == 0).sum() == 5
-    assert (DynamicK(BlockLoss(SCALE))(gt, x[:, :3]) == 0).sum() == 3
+    assert (ASSIGNER(gt, x) == 0).sum() == 5
+    assert (ASSIGNER(gt, x[:, :3]) == 0).sum() == 3
     x[:, 1:] = -SCALE
-    assert (DynamicK(BlockLoss(SCALE))(gt, x) == 0).tolist() == [[True] + [False] * 7]
+    assert (ASSIGNER(gt, x) == 0).tolist() == [[True] + [False] * 7]
 
 
 def test_batch_of_two_is_two_batches_of_one():
     gt = _ground_truth([4, 2])
     x, logits = keyed_normal([1, 2], 7), torch.randn(2, 7, K)
-    both = DynamicK(BlockLoss(SCALE))(gt, x, logits)
+    both = ASSIGNER(gt, x, logits)
     for i in range(2):
         one = GroundTruth(*(part[i : i + 1] for part in gt))
-        assert torch.equal(DynamicK(BlockLoss(SCALE))(one, x[i : i + 1], logits[i : i + 1])[0], both[i])
+        assert torch.equal(ASSIGNER(one, x[i : i + 1], logits[i : i + 1])[0], both[i])
 
 
 def test_assigned_targets_of_background_is_class_k():
@@ -134,21 +123,14 @@ def test_assigned_targets_of_background_is_class_k():
     torch.testing.assert_close(x_1[0, 0], gt.x_1[0, 1])
 
 
-def test_block_loss_without_any_object_trains_classes_only():
-    logits = torch.zeros(1, 4, K, requires_grad=True)
-    x = torch.zeros(1, 4, 4, requires_grad=True)
-    loss = BlockLoss(SCALE, velocity_weight=1.0)(
-        logits, x, torch.full((1, 4), K), torch.zeros(1, 4, 4), torch.zeros(1)
-    )
+def test_block_loss_without_any_object_trains_classes_only_and_leaves_out_terms_of_weight_zero():
+    logits, x = torch.zeros(1, 4, K, requires_grad=True), torch.zeros(1, 4, 4, requires_grad=True)
+    arguments = logits, x, torch.full((1, 4), K), torch.zeros(1, 4, 4), torch.zeros(1)
+    loss = BlockLoss(SCALE, velocity_weight=1.0)(*arguments)
     assert loss["l1"] == loss["giou"] == loss["velocity"] == 0 and loss["cls"] > 0
     sum(loss.values()).backward()
     assert logits.grad.abs().sum() > 0 and torch.equal(x.grad, torch.zeros_like(x))
-
-
-def test_block_loss_leaves_out_terms_of_weight_zero():
-    args = (torch.zeros(1, 1, K), torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64))
-    loss = BlockLoss(SCALE, l1_weight=0.0)(*args, torch.zeros(1, 1, 4), torch.zeros(()))
-    assert set(loss) == {"cls", "giou"}
+    assert set(BlockLoss(SCALE, l1_weight=0.0)(*arguments)) == {"cls", "giou"}
 
 
 def _one_box(num_boxes=1):
@@ -161,17 +143,7 @@ def test_of_two_equal_boxes_the_more_probable_is_assigned(lower, higher):
     # Both overlap the object by less than a half, so that it takes one query.
     x = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2]] * 2]), SCALE)
     probs = torch.tensor([[[lower, 0.99], [higher, 0.5]]])  # the second class is not the object's
-    assert DynamicK(BlockLoss(SCALE))(_one_box(), x, probs.logit()).tolist() == [[-1, 0]]
-
-
-def test_class_cost_by_hand():
-    gt, x = _one_box(), boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2]] * 2]), SCALE)
-    assigner = DynamicK(BlockLoss(SCALE))
-    probs = torch.tensor([[[0.5], [0.1]]])
-    cost = assigner._cost(gt, x, probs.logit())[0] - assigner._cost(gt, x, None)[0]
-    for p, found in zip((0.5, 0.1), cost[0, :, 0].tolist()):
-        expected = -0.25 * (1 - p) ** 2 * math.log(p) + 0.75 * p**2 * math.log(1 - p)
-        assert found == pytest.approx(2 * expected, abs=1e-5)
+    assert ASSIGNER(_one_box(), x, probs.logit()).tolist() == [[-1, 0]]
 
 
 def test_of_more_boxes_than_slots_a_random_subset_gets_one():
@@ -201,12 +173,16 @@ def test_background_boxes_lie_around_the_middle():
     torch.testing.assert_close(slots.x_1.std(), torch.tensor(SCALE / 3), rtol=0.03, atol=0)
 
 
-def test_box_cost_by_hand():
-    """`5 L1 - 2 GIoU`, and 100 more where the centre lies outside of the box."""
-    gt = _one_box()
+def test_costs_by_hand():
+    """`5 L1 - 2 GIoU`, 100 more where the centre lies outside of the box, and twice the focal loss."""
+    gt, probs = _one_box(), torch.tensor([[[0.5], [0.1]]])
     x = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.9, 0.5, 0.2, 0.2]]]), SCALE)
-    cost, iou = DynamicK(BlockLoss(SCALE))._cost(gt, x, None)
+    cost, iou = ASSIGNER._cost(gt, x, None)
     torch.testing.assert_close(iou[0, :, 0], torch.tensor([0.25, 0.0]))
     # The second: boxes of 0.16 and 0.04 that do not meet, in a hull of 0.7 by 0.4.
     expected = [5 * 0.4 - 2 * 0.25, 5 * 0.8 + 2 * (0.28 - 0.2) / 0.28 + 100]
     torch.testing.assert_close(cost[0, :, 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    x = x[:, :1].expand(1, 2, 4)
+    of_classes = ASSIGNER._cost(gt, x, probs.logit())[0] - ASSIGNER._cost(gt, x, None)[0]
+    expected = [2 * (-0.25 * (1 - p) ** 2 * math.log(p) + 0.75 * p**2 * math.log(1 - p)) for p in (0.5, 0.1)]
+    torch.testing.assert_close(of_classes[0, :, 0], torch.tensor(expected), rtol=0, atol=1e-5)

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from dfm_d2.detection import training
+from dfm_d2.detection import from_config, training
 from dfm_d2.detection.postprocess import detections, padded_detections
 from dfm_d2.detection.sampler import BoxSampler, Candidates, SamplerSettings
 from dfm_d2.detection.training import disagreement
+from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
 from dfm_d2.framework import EventStorage
 from dfm_d2.local_update import HandOver, Leaves, attached_losses
@@ -21,14 +22,10 @@ def _losses(model, inputs, iteration=0):
 def _inputs_of_predictors(model, prepared):
     """x_t that each predictor sees in a step."""
     seen = []
-    hooks = [
+    for head in model.predictors:
         head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2].clone()))
-        for head in model.predictors
-    ]
     attached_losses(model, prepared)
-    for hook in hooks:
-        hook.remove()
-    return seen
+    return seen[: model.num_predictors]
 
 
 def _detections(model, inputs, **settings):
@@ -51,11 +48,8 @@ def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, t
         assert set(losses) == {f"loss_{t}/{name}" for t in ("cls", "l1", "giou", "velocity")} | metrics
         sum(losses.values()).backward()
         for block, parameters in model.blocks().items():
-            grads = [p.grad for _, p in parameters]
-            if block == name:
-                assert all(g is not None for g in grads)
-            else:
-                assert all(g is None for g in grads), f"the loss of {name} reached {block}"
+            reached = {p.grad is not None for _, p in parameters}
+            assert reached == {block == name}, f"the loss of {name} in {block}"
     (name,), losses, carried = next(items)
     assert name == "shared" and not losses
     carried.backward()
@@ -98,18 +92,11 @@ def test_disagreement_is_none_where_a_predictor_would_choose_as_all_do(make_mode
     x_t, logits = prepared.samples[0].x_t, torch.zeros(2, 12, 3)
     own = model.assigner(prepared.ground_truth, x_t, logits)
     for common, share in ((own, 0.0), (torch.full_like(own, -1), 1.0)):
-        terms, _ = model._losses(
-            "predictor0",
-            logits,
-            torch.zeros(2, 12, 4),
-            x_t,
-            torch.zeros(2),
-            prepared._replace(gt_index=common),
-        )
+        arguments = logits, torch.zeros(2, 12, 4), x_t, torch.zeros(2), prepared._replace(gt_index=common)
+        terms, _ = model._losses("predictor0", *arguments)
         assert float(terms["disagreement/predictor0"]) == share
-    assert float(
-        disagreement(torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0, 2, 0, -1]]))
-    ) == pytest.approx(2 / 3)
+    some = torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0, 2, 0, -1]])
+    assert float(disagreement(*some)) == pytest.approx(2 / 3)
 
 
 def test_blocks_partition_the_trainable_parameters(make_model):
@@ -134,13 +121,9 @@ def test_the_cascade_lets_gradients_cross_and_is_one_item(make_model, make_input
 @pytest.mark.parametrize(
     "options",
     [
-        {"COUPLING": "independent"},
-        {"LOSS__VELOCITY_WEIGHT": 0.5},
-        {"LOSS__CLS": "quality_focal"},
-        {"TIME": "shared", "AGGREGATION": "confidence"},
-        {"HEAD__INTERACTION": "grid_linear"},
-        {"NUM_PREDICTORS": 1, "NUM_CLASSES": 3},
-        {"NUM_PROPOSALS": 1},
+        {"COUPLING": "independent", "LOSS__VELOCITY_WEIGHT": 0.5, "NUM_PROPOSALS": 1},
+        {"TIME": "shared", "AGGREGATION": "confidence", "HEAD__INTERACTION": "grid_linear"},
+        {"LOSS__CLS": "quality_focal", "NUM_PREDICTORS": 1},
     ],
     ids=lambda o: ",".join(o),
 )
@@ -148,9 +131,8 @@ def test_every_option_trains_and_detects(make_model, make_input, meta_architectu
     model = make_model(meta_architecture, **options)
     inputs = [make_input("a"), make_input("b", boxes=())]
     losses = _losses(model, inputs)
-    total = sum(losses.values())
-    assert torch.isfinite(total)
-    total.backward()
+    assert all(torch.isfinite(v) for v in losses.values())
+    sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     for found in _detections(model, inputs):
         assert torch.isfinite(found.pred_boxes.tensor).all() and torch.isfinite(found.scores).all()
@@ -201,23 +183,18 @@ def test_two_evaluations_agree_and_the_seed_matters(make_model, make_input):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_proposals": 1},
-        {"num_proposals": 300},
-        {"steps": 1},
-        {"steps": 8},
-        {"nms_thresh": 0.0},
-        {"noise_passes": 3},
+        {"num_proposals": 1, "noise_passes": 3},
+        {"num_proposals": 300, "steps": 8},
+        {"steps": 1, "nms_thresh": 0.0},
         {"score_thresh": 2.0},
     ],
     ids=str,
 )
 def test_the_sampler_changes_without_retraining(make_model, make_input, settings):
-    model = make_model()
-    found = _detections(model, [make_input()], **settings)[0]
+    found = _detections(make_model(), [make_input()], **settings)[0]
     assert found.image_size == (96, 128)  # the original image's
-    assert len(found) <= 100
-    assert (found.scores.diff() <= 0).all()
-    if settings.get("score_thresh"):
+    assert len(found) <= 100 and (found.scores.diff() <= 0).all()
+    if "score_thresh" in settings:
         assert len(found) == 0
 
 
@@ -230,14 +207,6 @@ def test_a_subset_of_predictors_needs_shared_time(make_model, make_input):
         _detections(make_model(), [make_input()], predictors=(1,))
 
 
-def test_the_steps_of_a_sampler(make_model):
-    assert make_model().sampler.settings.steps == 3
-    settings = SamplerSettings(num_proposals=1, steps=4)
-    assert settings.grid == (0.0, 0.25, 0.5, 0.75, 1.0)
-    with pytest.raises(ValueError, match="at least one step"):
-        _ = dataclasses.replace(settings, steps=0).grid
-
-
 def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
     model = make_model(TIME_RATE=0.0).eval()
     trajectory, sizes = model.trajectory([make_input()])
@@ -247,6 +216,11 @@ def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
 
 
 def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(make_model, make_input):
+    settings = SamplerSettings(num_proposals=1, steps=4)
+    assert settings.grid == (0.0, 0.25, 0.5, 0.75, 1.0)
+    for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
+        with pytest.raises(ValueError, match=f"must be at least 1, got .*{name}=0"):
+            dataclasses.replace(settings, **{name: 0})
     model = make_model(TIME_RATE=2.0).eval()
     grid = model.sampler.settings.grid
     assert grid == (0.0, pytest.approx(0.5627, abs=1e-4), pytest.approx(0.8516, abs=1e-4), 1.0)
@@ -255,15 +229,42 @@ def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(m
     assert all(grid[d] <= samples[d].t <= grid[d + 1] for d in range(3))
 
 
+def test_shared_time_is_one_t_for_all_uniform_and_not_warped(make_model, make_input):
+    model = make_model(TIME="shared", TIME_RATE=9.0)
+    first, *others = model.prepare([make_input(str(image)) for image in range(200)], 0).samples
+    assert others and all(torch.equal(sample.t, first.t) for sample in others)
+    assert 0 <= first.t.min() and first.t.max() < 1
+    assert (first.t.sort().values - torch.linspace(0, 1, 200)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AssertionError("Must set MODEL.RESNETS.NUM_GROUPS = 1"), "Must set MODEL.RESNETS.NUM_GROUPS = 1"),
+        (AssertionError(), "check MODEL.RESNETS and MODEL.FPN."),
+        (KeyError("XN"), "'XN' is not known"),
+    ],
+)
+def test_a_backbone_that_cannot_be_built_is_an_error_message(make_model, monkeypatch, error, said):
+    """Detectron2 asserts, now and then without a word."""
+
+    def build(cfg):
+        raise error
+
+    monkeypatch.setattr(from_config, "build_backbone", build)
+    with pytest.raises(UserError, match=f"no backbone can be built: {said}"):
+        make_model()
+
+
 def test_bad_input_is_named(make_model, make_input):
     model, item = make_model(), make_input()
     item["instances"].gt_classes = torch.tensor([1, 2])  # an image needs no object of class 0
     assert model.prepare([item], 0).ground_truth.classes.tolist() == [[1, 2]]
     for classes in ([3, 1], [1, -1]):
         item["instances"].gt_classes = torch.tensor(classes)
-        with pytest.raises(ValueError, match=r"'a.jpg' has a class outside \[0, 3\)"):
+        with pytest.raises(UserError, match=r"'a.jpg' has a class outside \[0, 3\)"):
             model.prepare([item], 0)
-    with pytest.raises(ValueError, match="no 'instances'"):
+    with pytest.raises(UserError, match="no 'instances'"):
         model.prepare([{k: v for k, v in make_input().items() if k != "instances"}], 0)
 
 
@@ -279,12 +280,10 @@ def test_in_training_mode_a_call_answers_the_losses_of_the_joint_update(make_mod
 
 
 def test_bad_config_is_named(make_model):
-    with pytest.raises(ValueError, match="IN_FEATURES names"):
-        make_model(HEAD__IN_FEATURES=["p9"])
-    with pytest.raises(ValueError, match="HIDDEN_DIM is 32"):
-        make_model(HEAD__HIDDEN_DIM=32)
-    with pytest.raises(ValueError, match="NUM_CLASSES must be at least 1"):
-        make_model(NUM_CLASSES=0)
+    wrong = (("HEAD__IN_FEATURES", ["p9"], "IN_FEATURES names"), ("HEAD__HIDDEN_DIM", 32, "HIDDEN_DIM is 32"))
+    for key, value, message in (*wrong, ("NUM_CLASSES", 0, "NUM_CLASSES must be at least 1")):
+        with pytest.raises(ValueError, match=message):
+            make_model(**{key: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -306,13 +305,6 @@ def _found(boxes, scores, size, **settings):
     return found, padded_detections(candidates, space, sizes, settings)
 
 
-def test_scores_that_are_no_numbers_are_no_detections():
-    boxes = torch.tensor([[[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [40.0, 0.0, 49.0, 9.0]]])
-    found, _ = _found(boxes, [0.9, float("nan"), 0.5], (50, 50))
-    assert found.scores.tolist() == pytest.approx([0.9, 0.5])
-    torch.testing.assert_close(found.pred_boxes.tensor, boxes[0, ::2], rtol=0, atol=1e-3)
-
-
 def test_images_of_a_process_are_padded_to_the_largest_of_all(monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda: 2)
     monkeypatch.setattr(training, "max_over_processes", lambda size: torch.tensor([50, 70]))
@@ -323,7 +315,12 @@ def test_images_of_a_process_are_padded_to_the_largest_of_all(monkeypatch):
     assert training.of_common_size(images) is images
 
 
-def test_a_box_without_area_takes_the_place_of_another_detection():
+def test_scores_that_are_no_numbers_and_boxes_without_area_are_no_detections():
+    boxes = torch.tensor([[[0.0, 0.0, 9.0, 9.0], [20.0, 0.0, 29.0, 9.0], [40.0, 0.0, 49.0, 9.0]]])
+    found, _ = _found(boxes, [0.9, float("nan"), 0.5], (50, 50))
+    assert found.scores.tolist() == pytest.approx([0.9, 0.5])
+    torch.testing.assert_close(found.pred_boxes.tensor, boxes[0, ::2], rtol=0, atol=1e-3)
+    # A box without area takes the place of another detection.
     boxes = torch.tensor([[[5.0, 5.0, 5.0, 20.0], [10.0, 10.0, 30.0, 30.0], [40.0, 5.0, 55.0, 15.0]]])
     found, padded = _found(boxes, [0.9, 0.8, 0.7], (40, 60), detections_per_image=2)
     assert found.image_size == (40, 60)  # without "height" and "width" that of what the network saw

@@ -23,6 +23,11 @@ def _inputs(num_images=2, num_proposals=6):
     return features, boxes, torch.randn(num_images, num_proposals, 4), torch.rand(num_images)
 
 
+def test_an_unknown_interaction_is_refused():
+    with pytest.raises(ValueError, match="'dynamic_conv' or 'grid_linear', got 'linear'"):
+        _head("linear")
+
+
 @pytest.mark.parametrize("interaction", ["dynamic_conv", "grid_linear"])
 def test_a_head_answers_for_every_proposal_in_any_order(interaction):
     torch.manual_seed(1)
@@ -41,9 +46,8 @@ def test_time_and_place_reach_the_answer():
     torch.nn.init.normal_(head.time_modulation[1].weight, std=0.1)  # it begins at zero
     features, boxes, x_t, t = _inputs()
     base = head(features, boxes, x_t, t).class_logits
-    assert not torch.allclose(base, head(features, boxes, x_t, t * 0).class_logits)
-    assert not torch.allclose(base, head(features, boxes, x_t + 1, t).class_logits)
-    assert not torch.allclose(base, head(features, boxes + 5, x_t, t).class_logits)
+    for changed in ((boxes, x_t, t * 0), (boxes, x_t + 1, t), (boxes + 5, x_t, t)):
+        assert not torch.allclose(base, head(features, *changed).class_logits)
     one = head(features, boxes, x_t, t[:1].squeeze()).class_logits
     torch.testing.assert_close(one[0], base[0], atol=1e-5, rtol=1e-4)
 
@@ -67,7 +71,7 @@ def test_time_embedding_tells_times_apart_and_needs_an_even_dimension():
 @pytest.mark.parametrize("rate", [0.0, 0.5, 3.0, 9.0, 12.0])
 @pytest.mark.parametrize("num_predictors", [1, 3, 4, 6, 7])
 def test_partitioned_time_covers_the_unit_interval_once(num_predictors, rate):
-    stack = PredictorStack(lambda: torch.nn.Identity(), num_predictors, "partitioned", rate)
+    stack = PredictorStack(torch.nn.Identity, num_predictors, "partitioned", rate)
     grid = warped_grid(num_predictors, rate)
     for k in range(num_predictors):
         assert stack.answering(grid[k]) == [k]
@@ -77,11 +81,7 @@ def test_partitioned_time_covers_the_unit_interval_once(num_predictors, rate):
     assert stack.answering(1.0) == [num_predictors - 1]
 
 
-def test_time_of_a_grid_that_rounding_made_fall_short():
-    stack = PredictorStack(lambda: torch.nn.Identity(), 6, "partitioned")
-    assert stack.answering(3 * (1 / 6)) == [3] and stack.answering(0.8333333134651184) == [5]
-
-
-def test_shared_time_asks_all_or_those_chosen():
-    stack = PredictorStack(lambda: torch.nn.Identity(), 3, "shared")
-    assert stack.answering(0.9) == [0, 1, 2] and stack.answering(0.9, [2, 0]) == [2, 0]
+def test_shared_time_asks_all_or_those_chosen_and_rounding_may_fall_short_of_partitioned_time():
+    shared, partitioned = (PredictorStack(torch.nn.Identity, 6, time) for time in ("shared", "partitioned"))
+    assert shared.answering(0.9) == [0, 1, 2, 3, 4, 5] and shared.answering(0.9, [2, 0]) == [2, 0]
+    assert partitioned.answering(3 * (1 / 6)) == [3] and partitioned.answering(0.8333333134651184) == [5]

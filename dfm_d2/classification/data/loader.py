@@ -16,7 +16,11 @@ from dfm_d2.framework import CfgNode, DatasetCatalog
 
 
 def build_class_train_loader(cfg: CfgNode, start_position: int):
-    """As build_train_loader, of labelled images: resized to INPUT.IMAGE_SIZE, shifted and flipped."""
+    """Infinite iterator of training batches from sample `start_position` of the global stream on.
+
+    Images are resized to INPUT.IMAGE_SIZE, shifted and flipped. Raises UserError for a batch that the ranks
+    cannot share, and where no training set is named.
+    """
     entries = [entry for name in cfg.DATASETS.TRAIN for entry in DatasetCatalog.get(name)]
     if not entries:
         raise UserError("DATASETS.TRAIN is empty: name a data set to train on, such as digits_train.")
@@ -25,7 +29,7 @@ def build_class_train_loader(cfg: CfgNode, start_position: int):
 
 
 def build_class_test_loader(cfg: CfgNode, dataset_name: str) -> TestLoader:
-    """As build_test_loader, of labelled images."""
+    """Every image of a registered set, in order, in lists of TEST.BATCH_SIZE items."""
     return TestLoader(DatasetCatalog.get(dataset_name), partial(class_item, cfg=cfg), cfg)
 
 

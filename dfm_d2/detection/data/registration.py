@@ -49,8 +49,8 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
 
     Classes are cfg.DATASETS.CLASSES if given, else those of the training sets (of the test sets if there are
     no training sets): VOC's 20 for voc_20xx, the categories of a COCO json by id, the sorted names found in
-    the annotations for voc_root_*. The metadata of a name holds thing_classes, data_problems (its
-    ProblemReport) and what Detectron2's own evaluators look for.
+    the annotations for voc_root_*. The metadata of a name holds thing_classes and what
+    Detectron2's own evaluators look for.
 
     Returns {name: its ProblemReport}. Raises UserError for a missing folder, split or json, an unknown name,
     training sets whose classes differ, a set without any usable image, and, under DATASETS.ON_ERROR "fatal",
@@ -68,7 +68,7 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
         if ids is not None:
             contiguous = {key: classes.index(label) for key, label in ids.items() if label in classes}
             metadata = {**metadata, "thing_dataset_id_to_contiguous_id": contiguous}
-        register(name, dicts, classes, data_problems=reports[name], **metadata)
+        register(name, dicts, classes, **metadata)
     return reports
 
 

@@ -27,14 +27,15 @@ _VOC_KEYS = ("VOC07_AP50", "VOC_AP50")  # what average_precisions returns
 class DetectionEvaluator(DatasetEvaluator):
     """Collects detections and computes their AP; an evaluator for Detectron2's inference_on_dataset."""
 
-    def __init__(self, dataset_name: str, output_dir: str | Path | None = None) -> None:
+    def __init__(self, dataset_name: str, output_dir: Path) -> None:
         """
         dataset_name: a registered data set. output_dir: folder for coco_instances_results.json (detections)
-        and instances_gt.json (ground truth), both in COCO's format; None writes nothing.
+        and instances_gt.json (ground truth), both in COCO's format.
         """
         self._name = dataset_name
-        self._output_dir = None if output_dir is None else Path(output_dir)
-        self._dicts, metadata = DatasetCatalog.get(dataset_name), MetadataCatalog.get(dataset_name)
+        self._output_dir = output_dir
+        self._dicts = DatasetCatalog.get(dataset_name)
+        metadata = MetadataCatalog.get(dataset_name)
         # COCO categories in the order of the class indices, with the data set's own ids where it has them.
         ids = getattr(metadata, "thing_dataset_id_to_contiguous_id", None) or {}
         own, free = {index: key for key, index in ids.items()}, max(ids, default=-1) + 1
@@ -87,9 +88,8 @@ class DetectionEvaluator(DatasetEvaluator):
             return OrderedDict()
         detections = [item for share in gathered for item in share]
         ground_truth = coco_ground_truth(self._dicts, self._categories)
-        if self._output_dir is not None:
-            write_text_atomically(self._output_dir / "coco_instances_results.json", json.dumps(detections))
-            write_text_atomically(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
+        write_text_atomically(self._output_dir / "coco_instances_results.json", json.dumps(detections))
+        write_text_atomically(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
         if not detections:
             logger.warning("data set %s: the model made no detection at all", self._name)
         results = coco_average_precisions(ground_truth, detections)

@@ -24,6 +24,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+_THRESHOLD = 0.5
 # Boxes xyxy (G, 4) and whether each is difficult, bool (G,).
 Truth = tuple[np.ndarray, np.ndarray]
 
@@ -33,7 +34,6 @@ def match_detections(
     image_ids: Sequence[Hashable],
     scores: np.ndarray,
     boxes_xyxy: np.ndarray,
-    threshold: float = 0.5,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each detection, in order of falling score, is a true and whether it is a false positive.
 
@@ -51,7 +51,7 @@ def match_detections(
         boxes, difficult = truths[image_id]
         overlaps = box_iou(boxes_xyxy[detection], boxes)
         best = int(overlaps.argmax())
-        if overlaps[best] < threshold:
+        if overlaps[best] < _THRESHOLD:
             false_positive[rank] = True
         elif not difficult[best]:
             true_positive[rank] = not taken[image_id][best]

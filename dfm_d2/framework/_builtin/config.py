@@ -1,6 +1,7 @@
 """The config node, the default config and the `@configurable` decorator."""
 
 import functools
+import inspect
 
 from fvcore.common.config import CfgNode as _CfgNode
 
@@ -78,8 +79,10 @@ class CfgNode(_CfgNode):
     def _open_cfg(cls, filename):
         return PathManager.open(filename, "r")
 
-    def merge_from_file(self, cfg_filename: str) -> None:
-        """As `merge_config_file`. Detectron2's `allow_unsafe`, with which a file can run code, is missing."""
+    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
+        """As `merge_config_file`; ValueError for `allow_unsafe`, with which a file could run code."""
+        if allow_unsafe:
+            raise ValueError("allow_unsafe must be False: no code from a config file is ever run")
         merge_config_file(self, cfg_filename)
 
 
@@ -89,13 +92,15 @@ def get_cfg() -> CfgNode:
 
 
 def configurable(init_func):
-    """Let an `__init__` be called with a config alone: the class has a classmethod `from_config(cfg)` that
-    returns its keyword arguments."""
+    """Let an `__init__` be called with a config: the class has a classmethod `from_config(cfg, ...)` that
+    returns its keyword arguments. Keywords of the call that `from_config` does not take win over these."""
 
     @functools.wraps(init_func)
     def wrapped(self, *args, **kwargs):
         if isinstance(args[0] if args else kwargs.get("cfg"), _CfgNode):
-            args, kwargs = (), type(self).from_config(*args, **kwargs)
+            taken = inspect.signature(type(self).from_config).parameters
+            own = {name: kwargs.pop(name) for name in kwargs.keys() - taken.keys()}
+            args, kwargs = (), type(self).from_config(*args, **kwargs) | own
         init_func(self, *args, **kwargs)
 
     return wrapped

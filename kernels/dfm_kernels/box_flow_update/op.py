@@ -23,6 +23,7 @@ def _unsupported(x_t: Tensor, class_logits: Tensor) -> str:
     return ""
 
 
+# `__wrapped__` alone: help and editors show the reference's signature with the docstring here.
 @wraps(reference.box_flow_update, assigned=())
 def box_flow_update(x_t, answers, class_logits, t, t_next, image_sizes, **options) -> BoxFlowUpdate:
     """Everything between the heads of one step and the RoIAlign of the next.

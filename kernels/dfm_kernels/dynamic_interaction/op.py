@@ -35,6 +35,7 @@ def _unsupported(roi: Tensor, weight_in: Tensor, weight_out: Tensor) -> str:
     return ""
 
 
+# `__wrapped__` alone: help and editors show the reference's signature with the docstring here.
 @wraps(reference.dynamic_interaction, assigned=())
 def dynamic_interaction(roi, weight_in, weight_out, norm_in, norm_out) -> Tensor:
     """`relu(LN(relu(LN(roi W_in)) W_out))`, one pair of matrices a query.
@@ -61,8 +62,12 @@ def dynamic_interaction(roi, weight_in, weight_out, norm_in, norm_out) -> Tensor
             f"roi {tuple(roi.shape)}, weight_in {tuple(weight_in.shape)} and weight_out "
             f"{tuple(weight_out.shape)} must be (M, P^2, C), (M, C, H) and (M, H, C)"
         )
-    if num_queries % max(sets, 1) or any(x.shape[-1] != hidden for x in norm_in):
-        raise ValueError(f"norms of {sets} predictors and H = {hidden} do not divide M = {num_queries}")
+    widths = [x.shape[-1] for x in (*norm_in, *norm_out)]
+    if num_queries % max(sets, 1) or widths != [hidden, hidden, channels, channels]:
+        raise ValueError(
+            f"norms of {sets} predictors and the sizes {widths} do not fit M = {num_queries}, H = {hidden}, "
+            f"C = {channels}"
+        )
     if not use_triton("dynamic_interaction", roi, _unsupported(roi, weight_in, weight_out)):
         return reference.dynamic_interaction(roi, weight_in, weight_out, norm_in, norm_out)
     from dfm_kernels.dynamic_interaction.triton import dynamic_interaction as on_triton

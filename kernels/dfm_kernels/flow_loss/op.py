@@ -18,6 +18,7 @@ def _unsupported(class_logits: Tensor, x_1_hat: Tensor, target_x_1: Tensor) -> s
     return "" if class_logits.shape[-1] else "there is no class"
 
 
+# `__wrapped__` alone: help and editors show the reference's signature with the docstring here.
 @wraps(reference.flow_loss, assigned=())
 def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, **options) -> FlowLoss:
     """Classes, L1, GIoU and velocity of one predictor; the reference has the equations.
@@ -39,9 +40,6 @@ def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, 
     """
     if options["kind"] not in reference.KINDS:
         raise ValueError(f"class loss must be 'focal' or 'quality_focal', got {options['kind']!r}")
-    if not use_triton("flow_loss", x_1_hat, _unsupported(class_logits, x_1_hat, target_x_1)):
-        tensors = class_logits, x_1_hat, target_classes, target_x_1, t, normalizer
-        return reference.flow_loss(*tensors, **options)
     batch = class_logits.shape[:2]
     if x_1_hat.shape != (*batch, 4) or target_x_1.shape != (*batch, 4) or target_classes.shape != batch:
         raise ValueError(
@@ -49,6 +47,9 @@ def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, 
             f"{tuple(target_x_1.shape)} and target_classes {tuple(target_classes.shape)} must be "
             "(B, N, K), (B, N, 4) twice and (B, N)"
         )
+    if not use_triton("flow_loss", x_1_hat, _unsupported(class_logits, x_1_hat, target_x_1)):
+        tensors = class_logits, x_1_hat, target_classes, target_x_1, t, normalizer
+        return reference.flow_loss(*tensors, **options)
     from dfm_kernels.flow_loss.triton import flow_loss as on_triton
 
     tensors = [class_logits, x_1_hat, target_classes, target_x_1, expand_t(t, x_1_hat), normalizer]

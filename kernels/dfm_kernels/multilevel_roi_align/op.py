@@ -21,6 +21,7 @@ def _unsupported(features: Sequence[Tensor], boxes_xyxy: Tensor, scales: Sequenc
     return ""
 
 
+# `__wrapped__` alone: help and editors show the reference's signature with the docstring here.
 @wraps(reference.multilevel_roi_align, assigned=())
 def multilevel_roi_align(
     features, boxes_xyxy, scales, output_size, sampling_ratio, canonical_size=224.0

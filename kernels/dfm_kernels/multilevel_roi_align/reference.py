@@ -32,10 +32,8 @@ def size_tensor(
     return torch.as_tensor(sizes, device=device, dtype=dtype)
 
 
-def assign_levels(
-    boxes_xyxy: Tensor, num_levels: int, min_level: int, canonical_size: float, canonical_level: int = 4
-) -> Tensor:
-    """FPN's rule (arXiv 1612.03144, eq. 1): `floor(k_0 + log2(sqrt(area) / canonical_size))`, clamped.
+def assign_levels(boxes_xyxy: Tensor, num_levels: int, min_level: int, canonical_size: float) -> Tensor:
+    """FPN's rule (arXiv 1612.03144, eq. 1): `floor(4 + log2(sqrt(area) / canonical_size))`, clamped.
 
     Args:
         boxes_xyxy: `(M, 4)` pixels.
@@ -46,7 +44,7 @@ def assign_levels(
     """
     sides = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=0)
     # 1e-8 keeps the logarithm of an empty box finite; it then falls on the finest level.
-    level = torch.floor(canonical_level + torch.log2(sides.prod(1).sqrt() / canonical_size + 1e-8))
+    level = torch.floor(4 + torch.log2(sides.prod(1).sqrt() / canonical_size + 1e-8))
     level = level.nan_to_num(min_level, torch.inf, -torch.inf)
     return level.clamp(min_level, min_level + num_levels - 1).to(torch.int64) - min_level
 

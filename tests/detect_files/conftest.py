@@ -8,8 +8,6 @@ from dfm_d2.detection import FlowPredictor
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.framework import build_model
 
-CLASSES = ("circle", "square", "star")
-
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -20,8 +18,8 @@ def trained(tmp_path_factory):
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 96, 160
     cfg.MODEL.DFM.NUM_CLASSES = 3
     torch.manual_seed(0)
-    model = spread(build_model(cfg))
-    SafeCheckpointer(model, str(folder), cfg=cfg, class_names=CLASSES).save("model_final")
+    model, names = spread(build_model(cfg)), ("circle", "square", "star")
+    SafeCheckpointer(model, str(folder), cfg=cfg, class_names=names).save("model_final")
     cfg.MODEL.DFM.NUM_CLASSES = 0  # as in the configs: the checkpoint knows
     (folder / "config.yaml").write_text(cfg.dump())
     return str(folder / "config.yaml"), str(folder / "model_final.pth")

@@ -28,21 +28,17 @@ def same(found, expected, pixels=1e-3, scores=1e-5):
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=scores)
 
 
-def test_a_file_and_its_pixels_are_in_original_coordinates(predictor, tmp_path):
-    for image in (save(tmp_path / "a.png", picture(60, 80)), picture(60, 80)):
-        found = predictor(image)
-        assert found.image_size == (60, 80) and len(found) > 0
-        assert (found.pred_boxes.tensor[:, 2:] <= torch.tensor([80, 60])).all()
-    assert predictor.class_names == ["circle", "square", "star"]
-
-
-def test_a_list_is_answered_in_order_and_in_batches(trained, predictor, tmp_path):
+def test_a_list_is_answered_in_order_and_in_batches_and_in_original_coordinates(trained, predictor, tmp_path):
     files = [save(tmp_path / f"{number}.png", picture(60, 80, number)) for number in range(5)]
     one_by_one = predictor(files)
     in_batches = FlowPredictor.from_files(*trained, batch_size=2)(files)
     for found, expected in zip(in_batches, one_by_one, strict=True):
         same(found, expected, pixels=0.01, scores=1e-4)
     assert len({tuple(f.scores.tolist()) for f in one_by_one}) == 5
+    for found in (*one_by_one, predictor(picture(60, 80))):
+        assert found.image_size == (60, 80) and len(found) > 0
+        assert (found.pred_boxes.tensor[:, 2:] <= torch.tensor([80, 60])).all()
+    assert predictor.class_names == ["circle", "square", "star"]
     assert list(predictor.stream([])) == []
 
 
