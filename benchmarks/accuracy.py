@@ -24,6 +24,9 @@ from dfm_d2.engine.run import evaluate
 
 _SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
 
+_CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
+_DENSE, _DENSE_FLOW = (["MODEL.DFM.DENSE_LOSS", kind] for kind in ("plain", "flow"))
+
 # Trainings: overrides of the config. The first is what the config says.
 VARIANTS: dict[str, list[str]] = {
     "sequential": [],
@@ -31,9 +34,11 @@ VARIANTS: dict[str, list[str]] = {
     # Every stage of the backbone a block, too.
     "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],
     # The backprop twin, trained at every t as DiffusionDet is.
-    "cascade": (
-        "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
-    ),
+    "cascade": _CASCADE,
+    # With a loss of the shared block's own: every cell answers, plainly or as a flow of its own.
+    "local_dense": _DENSE,
+    "local_dense_flow": _DENSE_FLOW,
+    "cascade_dense": [*_CASCADE, *_DENSE],
     # Later predictors trained on the path instead of where the earlier ones lead.
     "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],
     "time_rate_0": ["MODEL.DFM.TIME_RATE", "0.0"],

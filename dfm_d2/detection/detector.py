@@ -4,6 +4,7 @@ Shapes: B images, N proposals, D predictors, C channels, K classes, G ground-tru
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from dfm_kernels.box_flow_update import euler_step
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dfm_d2.detection.assignment import DynamicK, assigned_targets
 from dfm_d2.detection.config import MEANING
 from dfm_d2.detection.coupling import build_slots, couple
+from dfm_d2.detection.dense import DensePredictor
 from dfm_d2.detection.from_config import detector_arguments, owners_in_bottom_up
 from dfm_d2.detection.head import StagePredictor
 from dfm_d2.detection.inference import BoxFlowModel
@@ -32,6 +34,7 @@ class FlowDetector(BoxFlowModel):
 
     Args (besides those of BoxFlowModel):
         stage_predictors: of the backbone's stages that are blocks of their own, by name.
+        dense_predictor: what the shared block loses by itself; None: nothing.
         criterion, assigner: loss of a block, dynamic_k.
         num_proposals: N in training. gt_repeat: see coupling.build_slots.
         on_policy: share of the images whose later predictors train where the earlier ones lead.
@@ -43,13 +46,15 @@ class FlowDetector(BoxFlowModel):
     # Whether predictors are independent, so that they may be updated one by one.
     is_local = True
     # What the engine asks of a model, see Task.
-    meaning, backbone_prefix, training_only = MEANING, "backbone.bottom_up", ("stage_predictors.",)
+    meaning, backbone_prefix = MEANING, "backbone.bottom_up"
+    training_only = ("stage_predictors.", "dense_predictor.")
 
     @configurable
     def __init__(
         self,
         *,
         stage_predictors: Mapping[str, StagePredictor],
+        dense_predictor: DensePredictor | None,
         criterion: BlockLoss,
         assigner: DynamicK,
         num_proposals: int,
@@ -63,6 +68,7 @@ class FlowDetector(BoxFlowModel):
     ):
         super().__init__(**inference)
         self.stage_predictors = nn.ModuleDict(stage_predictors)
+        self.dense_predictor = dense_predictor
         self.criterion = criterion
         self.assigner = assigner
         self.num_proposals = num_proposals
@@ -108,7 +114,7 @@ class FlowDetector(BoxFlowModel):
         """Trainable parameters, by full name, of each block: "shared" (backbone and FPN), "predictor0", ...
 
         "shared" is empty where the backbone is frozen. With stage predictors each of their stages is a block,
-        "res2", ..., and "shared" is the FPN.
+        "res2", ..., and "shared" is the FPN. A dense predictor belongs to "shared".
         """
         stage_names = list(self.stage_predictors)
         names = [*stage_names, SHARED_BLOCK, *(predictor_block(d) for d in range(self.num_predictors))]
@@ -151,8 +157,10 @@ class FlowDetector(BoxFlowModel):
         uniform = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
         times = warped_time(uniform, self.predictors.rate).unbind(1)
         stage_samples = [self.path.sample(x_0, slots.x_1, t) for t in times]
-        images = of_common_size(images)
-        return Prepared(images, image_sizes, ground_truth, samples, on_policy, gt_index, stage_samples)
+        images, dense = of_common_size(images), None
+        if self.dense_predictor is not None:
+            dense = self.dense_predictor.sample(images.shape[-2:], image_sizes, ground_truth, keys)
+        return Prepared(images, image_sizes, ground_truth, samples, on_policy, gt_index, stage_samples, dense)
 
     def block_losses(self, prepared: Prepared, hand_over: HandOver) -> Iterator[BlockLosses]:
         """Of stages that are blocks, predictors and the shared block: scalars `loss_cls/predictor0`, ...
@@ -168,7 +176,10 @@ class FlowDetector(BoxFlowModel):
         features = hand_over.open(features)
         yield from self._predictor_losses(features, prepared, hand_over)
         del features
-        yield from hand_over.close()
+        losses = None
+        if self.dense_predictor is not None:
+            losses = partial(self.dense_predictor.losses, sample=own.dense, ground_truth=own.ground_truth)
+        yield from hand_over.close(losses)
 
     def _stage_losses(self, prepared: Prepared) -> Iterator[BlockLosses]:
         """The local losses of backbone stages, each by its own predictor; returns the features, L maps

@@ -74,7 +74,9 @@ def prepared_model(model: FlowDetector) -> FlowDetector:
             "MODEL.DFM.HEAD.POOLER_SAMPLING_RATIO 0 takes as many samples as the largest box needs, which "
             "is no fixed graph: export a model trained with 1 or more"
         )
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model.stage_predictors, model.dense_predictor = nn.ModuleDict(), None  # training needs them only
+    return model
 
 
 def _metadata(

@@ -1,11 +1,13 @@
 """Explicit constructor arguments of the detectors from a config."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from dfm_kernels import set_backend
 
 from dfm_d2.detection.assignment import DynamicK
+from dfm_d2.detection.dense import DensePredictor
 from dfm_d2.detection.head import FeaturePooler, FlowHead, StagePredictor
 from dfm_d2.detection.loss import BlockLoss
 from dfm_d2.detection.sampler import BoxSampler, SamplerSettings
@@ -36,13 +38,15 @@ def detector_arguments(cfg) -> dict:
         raise UserError(f"no backbone can be built: {said}") from error
     set_backend(dfm.KERNELS)
     criterion = BlockLoss(dfm.SIGNAL_SCALE, **_lower(dfm.LOSS))
+    space = BoxSpace(dfm.SIGNAL_SCALE, tuple(dfm.HEAD.BOX_WEIGHTS))
     return {
         "backbone": backbone,
         "in_features": dfm.HEAD.IN_FEATURES,
         "predictors": _predictors(cfg, backbone),
         "stage_predictors": _stage_predictors(cfg, backbone),
+        "dense_predictor": _dense_predictor(cfg, backbone, space, criterion),
         "num_classes": dfm.NUM_CLASSES,
-        "space": BoxSpace(dfm.SIGNAL_SCALE, tuple(dfm.HEAD.BOX_WEIGHTS)),
+        "space": space,
         "aggregation": dfm.AGGREGATION,
         "sampler": BoxSampler(sampler_settings(cfg)),
         "criterion": criterion,
@@ -116,6 +120,23 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
         for name in stages
         if name in learning
     }
+
+
+def _dense_predictor(cfg, backbone, space: BoxSpace, criterion: BlockLoss) -> DensePredictor | None:
+    dfm, head = cfg.MODEL.DFM, cfg.MODEL.DFM.HEAD
+    if dfm.DENSE_LOSS == "none":
+        return None
+    weights = {"cls_weight": dfm.DENSE_WEIGHT, "giou_weight": dfm.DENSE_WEIGHT}
+    shapes = backbone.output_shape()
+    return DensePredictor(
+        dim=head.HIDDEN_DIM,
+        num_classes=dfm.NUM_CLASSES,
+        strides=[shapes[name].stride for name in head.IN_FEATURES],
+        canonical_size=head.POOLER_CANONICAL_SIZE,
+        space=space,
+        criterion=dataclasses.replace(criterion, **weights, l1_weight=0.0, velocity_weight=0.0),
+        is_flow=dfm.DENSE_LOSS == "flow",
+    )
 
 
 def owners_in_bottom_up(bottom_up, stages: Sequence[str]) -> dict[str, str]:

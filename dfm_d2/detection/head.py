@@ -31,6 +31,15 @@ class HeadAnswer(NamedTuple):
     queries: Tensor
 
 
+def answer_layers(dim: int, num_classes: int) -> tuple[nn.Linear, nn.Linear]:
+    """Layers of class logits and raw box answers, which begin with rare classes and unmoved boxes."""
+    class_logits, box_answer = nn.Linear(dim, num_classes), nn.Linear(dim, 4)
+    nn.init.constant_(class_logits.bias, -math.log((1 - _PRIOR) / _PRIOR))
+    nn.init.normal_(box_answer.weight, std=0.001)
+    nn.init.zeros_(box_answer.bias)
+    return class_logits, box_answer
+
+
 class FeaturePooler(nn.Module):
     """RoIAlign on the level that fits a proposal's size. No parameters.
 
@@ -148,13 +157,9 @@ class FlowHead(nn.Module):
         self.time_embedding = TimeEmbedding(dim)
         self.time_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         self.cls_tower, self.reg_tower = _tower(dim, num_cls), _tower(dim, num_reg)
-        self.class_logits = nn.Linear(dim, num_classes)
-        self.box_answer = nn.Linear(dim, 4)
-        nn.init.constant_(self.class_logits.bias, -math.log((1 - _PRIOR) / _PRIOR))
+        self.class_logits, self.box_answer = answer_layers(dim, num_classes)
         nn.init.zeros_(self.time_modulation[1].weight)  # begin as a head that ignores the time
         nn.init.zeros_(self.time_modulation[1].bias)
-        nn.init.normal_(self.box_answer.weight, std=0.001)
-        nn.init.zeros_(self.box_answer.bias)
 
     def forward(
         self,

@@ -45,7 +45,8 @@ class LocallyTrainable(Protocol):
 
         The consumer finishes the backward of an item before it asks for the next, so that the model may
         compute block by block, each on detached input. Features that several blocks share go through
-        ``hand_over.open``; ``yield from hand_over.close()`` then ends the items.
+        ``hand_over.open``; ``yield from hand_over.close()`` then ends the items, with what the shared block
+        loses by itself as its argument.
         """
         ...
 

@@ -8,7 +8,7 @@ With F' = detach(F), a leaf, the backward of each block adds dL_d/dF' to the gra
 which is the gradient of the joint loss L = sum_d L_d, to rounding: L_d depends on theta_s only through F.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from dfm_d2.local_update.blocks import SHARED_BLOCK, BlockLosses
+
+# The losses of the shared block itself, of its attached features.
+OwnLosses = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 
 
 class HandOver:
@@ -27,6 +30,7 @@ class HandOver:
 
     def __init__(self, together: bool = False):
         self.together = together
+        self._features: list[Tensor] = []
 
     def own(self, prepared: Any) -> Any:
         """The part of what was prepared that the shared block of this process sees."""
@@ -34,11 +38,13 @@ class HandOver:
 
     def open(self, features: Sequence[Tensor]) -> list[Tensor]:
         """What the other blocks see of the shared block's output; the caller keeps no other reference."""
-        return list(features)
+        self._features = list(features)
+        return self._features
 
-    def close(self) -> Iterator[BlockLosses]:
-        """The last item, where the shared block has a backward of its own."""
-        return iter(())
+    def close(self, own: OwnLosses | None = None) -> Iterator[BlockLosses]:
+        """The last item, where the shared block has losses or a backward of its own."""
+        if own is not None:
+            yield BlockLosses((SHARED_BLOCK,), own(self._features))
 
     def owns(self, block: str) -> bool:
         """Whether this process evaluates a block."""
@@ -61,7 +67,6 @@ class Leaves(HandOver):
 
     def __init__(self) -> None:
         super().__init__()
-        self._features: list[Tensor] = []
         self._leaves: list[Tensor] = []
 
     def open(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -78,12 +83,13 @@ class Leaves(HandOver):
         """The gradient of this process's own features."""
         return [leaf.grad for leaf in leaves]
 
-    def close(self) -> Iterator[BlockLosses]:
-        """The shared block's item: its backward starts from the gradients that met in the features.
+    def close(self, own: OwnLosses | None = None) -> Iterator[BlockLosses]:
+        """The shared block's item: one backward of its losses and of the gradients that met in the features.
 
         Nothing here keeps features or gradients: they are freed as that backward goes on, as in a joint one.
         """
         gradients = self.gradients(self._leaves)
+        losses = {} if own is None else own(self._features)
         pairs = [(f, g) for f, g in zip(self._features, gradients) if f.requires_grad and g is not None]
         self._features.clear()
         self._leaves.clear()  # the list that the model has, too
@@ -91,7 +97,7 @@ class Leaves(HandOver):
         if pairs:
             root = _HandBack.apply([gradient for _, gradient in pairs], *[feature for feature, _ in pairs])
             del pairs
-            yield BlockLosses((SHARED_BLOCK,), {}, root)
+            yield BlockLosses((SHARED_BLOCK,), losses, root)
 
 
 class _HandBack(torch.autograd.Function):

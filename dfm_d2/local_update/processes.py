@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from dfm_d2.local_update.blocks import SHARED_BLOCK, predictor_index
+from dfm_d2.local_update.blocks import predictor_index
 
 # A process that waits this long for the others gives up. Those that wait while the main process computes the
 # AP of a large data set must not; one that died is noticed at once, by its connection.
@@ -187,17 +187,10 @@ class ProcessGrid:
         index = predictor_index(block)
         return index is None or self.owner(index) == self.member
 
-    def averaging(self, block: str) -> tuple[dist.ProcessGroup | None, int]:
-        """The processes over which the gradient of a block is added up, and by what to divide.
-
-        The shared block's gradient of a process holds the losses of all predictors of its row, each of them
-        averaged over W / G owners. A stage of the backbone is plainly data parallel.
-        """
-        everyone = all_processes()
-        owners = size_of(everyone) // self.members
-        if predictor_index(block) is not None:
-            return (everyone if self.members == 1 else self.replicas), owners
-        return everyone, owners if block == SHARED_BLOCK else size_of(everyone)
+    def averaging(self, block: str) -> dist.ProcessGroup | None:
+        """The processes over which the gradient of a block is averaged."""
+        shared_out = self.members > 1 and predictor_index(block) is not None
+        return self.replicas if shared_out else all_processes()
 
 
 class GradientReducer:
@@ -209,7 +202,7 @@ class GradientReducer:
 
     def start(self, block: str, parameters: Sequence[nn.Parameter]) -> None:
         """Begin to add up the gradients of a block; its processes all do so in the same order of blocks."""
-        group, _ = self.grid.averaging(block)
+        group = self.grid.averaging(block)
         if size_of(group) == 1 or block in self._running or not parameters:
             return
         has = [parameter.grad is not None for parameter in parameters]
@@ -227,7 +220,7 @@ class GradientReducer:
         work, buffer = self._running.pop(block)
         work.wait()
         flags = buffer[-len(parameters) :].tolist()
-        buffer /= self.grid.averaging(block)[1]
+        buffer /= size_of(self.grid.averaging(block))
         grads = [parameter.grad for parameter in parameters]
         means = _unflatten_dense_tensors(buffer[: -len(parameters)], grads)
         for parameter, flag, mean in zip(parameters, flags, means):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dfm_d2.local_update.blocks import BlockLosses, predictor_index
-from dfm_d2.local_update.hand_over import HandOver, Leaves
+from dfm_d2.local_update.hand_over import HandOver, Leaves, OwnLosses
 from dfm_d2.local_update.processes import ProcessGrid, among, gather_objects
 from dfm_d2.local_update.updates import SequentialUpdate
 
@@ -94,13 +94,14 @@ class RankLeaves(Leaves):
             flat = _flatten_dense_tensors(parts)
             dist.reduce(flat, self.grid.first + member, group=self.grid.row)
             if member == self.grid.member:
-                gradients = list(_unflatten_dense_tensors(flat, parts))
+                # A predictor's loss is averaged over W / G owners, the shared block's gradient over all W.
+                gradients = list(_unflatten_dense_tensors(flat * self.grid.members, parts))
         return gradients
 
-    def close(self) -> Iterator[BlockLosses]:
+    def close(self, own: OwnLosses | None = None) -> Iterator[BlockLosses]:
         for work in self._sent:
             work.wait()
-        return super().close()
+        return super().close(own)
 
     def owns(self, block: str) -> bool:
         return self.grid.owns(block)
