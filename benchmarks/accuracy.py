@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """AP of local updates, joint training and the backprop cascade, with the controls that iteration must beat.
 
-python benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3
-python benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda \\
+python benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --save
+python benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda --save \\
     --opts DATASETS.VOC_ROOT ../shared/data/bccd
     --variants sequential cascade      only these trainings
 
@@ -101,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     for variant in args.variants or VARIANTS:
         rows = STUDY.rows(args, variant, partial(scores_of, variant, args.samplers))
-        reported(rows, f"accuracy_{op_of(args)}")
+        reported(rows, args.save and f"accuracy_{op_of(args)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Accuracy on corrupted test images: Gaussian noise, blur, occlusion and JPEG at several severities.
 
-python benchmarks/robustness.py --config configs/digits_flow_cnn.yaml
+python benchmarks/robustness.py --config configs/digits_flow_cnn.yaml --save
 
 Of flow with K = 1, 4, 16 steps and M = 1, 8 noise samples, and of backprop: the trainings of
 benchmarks/classification.py, made here where they are not there. Corruptions are seeded by image.
@@ -95,9 +95,10 @@ def main() -> None:
     for variant in args.variants or ["flow", "backprop"]:
         rows += STUDY.rows(args, variant, partial(scores_of, variant), any_rate=True)
     name = f"robustness_{op_of(args)}"
-    reported(rows, name)
+    reported(rows, args.save and name)
     title = f"{op_of(args)}: corrupted test images"
-    print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels_of(rows)))
+    if args.save:
+        print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels_of(rows)))
 
 
 if __name__ == "__main__":

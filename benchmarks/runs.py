@@ -47,6 +47,7 @@ class Study:
         parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this, less one")
         parser.add_argument("--variants", nargs="+", choices=self.variants, metavar="VARIANT")
         parser.add_argument("--device", default="", help="cpu or cuda; else what the config says")
+        parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.csv, .png")
         parser.add_argument("--name", default="", help="of the results; else the config's")
         parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides, last")
         return parser

@@ -8,8 +8,11 @@ from tool_loader import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import accuracy  # noqa: E402
 import classification  # noqa: E402
 import harness  # noqa: E402
+import robustness  # noqa: E402
+import runs  # noqa: E402
 from harness import Row, draw_panels, lines_of, load_rows, quantiles, reported  # noqa: E402
 
 
@@ -29,6 +32,29 @@ def test_rows_are_printed_and_only_what_was_measured_again_is_replaced(tmp_path,
     found = {(r.op, r.provider, r.x_value): r.p50 for r in load_rows("x")}
     assert found == {("a", "flow", "0"): 4.0, ("a", "backprop", "0"): 3.0, ("b", "flow", "0"): 9.0}
     assert load_rows("x")[-1] == row("flow", 4.0)
+
+
+@pytest.mark.parametrize(
+    "benchmark, words",
+    [
+        (accuracy, ["--variants", "joint"]),
+        (classification, ["--variants", "flow"]),
+        (classification, ["--probe"]),
+        (robustness, []),
+    ],
+)
+def test_trainings_leave_the_rows_alone_without_save(benchmark, words, tmp_path, monkeypatch, capsys):
+    found = [row("flow", 1.5)._replace(x_name="clean")]
+    monkeypatch.setattr(runs.Study, "rows", lambda *args, **options: found)
+    for module in (harness, classification, robustness):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    config = str(ROOT / f"configs/{'shapes_flow_r18' if benchmark is accuracy else 'digits_flow_cnn'}.yaml")
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--config", config, *words])
+    benchmark.main()
+    assert "accuracy 1.5 %" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    sys.argv.append("--save")
+    benchmark.main()
+    assert len(list(tmp_path.glob("*.csv"))) == 1
 
 
 def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch):
