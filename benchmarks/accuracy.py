@@ -11,6 +11,7 @@ Every training is evaluated with several samplers; on a resume only with those t
 
 import dataclasses
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from runs import Key, Study, costs_of, op_of
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import evaluate
+from dfm_d2.errors import exit_status
 
 _SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
 
@@ -105,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -16,6 +16,7 @@ is the backbone before training.
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -34,6 +35,7 @@ from dfm_d2.classification.sampler import ClassSampler
 from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.setup import load_config
+from dfm_d2.errors import exit_status
 from dfm_d2.framework import build_model
 
 _NO_READOUT = ["MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", "0.0"]
@@ -241,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -8,6 +8,7 @@ benchmarks/classification.py, made here where they are not there. Corruptions ar
 """
 
 import io
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image
 from runs import Key, op_of
 
 from dfm_d2.classification.data.loader import build_class_test_loader
+from dfm_d2.errors import exit_status
 from dfm_d2.flow import stream_key
 
 # Severities of each: standard deviation (of 255), that of the blur in shares of the side, side of the
@@ -102,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -1,5 +1,6 @@
 """What the benchmarks share: rows of results, and when a training may be taken for another."""
 
+import runpy
 import subprocess
 import sys
 
@@ -55,6 +56,28 @@ def test_trainings_leave_the_rows_alone_without_save(benchmark, words, tmp_path,
     sys.argv.append("--save")
     benchmark.main()
     assert len(list(tmp_path.glob("*.csv"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words", "said"),
+    [
+        ("accuracy", "--config configs/shapes_flow_r18.yaml --opts FOO.BAR 3", "FOO.BAR"),
+        ("accuracy", "--config configs/shapes_flow_r18.yaml --opts DATASETS.VOC_ROOT /nope", "/nope"),
+        ("classification", "--config configs/digits_flow_cnn.yaml --tune --opts FOO.BAR 3", "FOO.BAR"),
+        ("robustness", "--config /nope.yaml", "/nope.yaml"),
+        ("latency", "--config /nope.yaml", "/nope.yaml"),
+        ("scaling", "--config /nope.yaml", "/nope.yaml"),
+    ],
+)
+def test_a_mistake_in_a_config_is_one_error_message(benchmark, words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)  # of the trainings
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [benchmark, *words.split()])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / f"benchmarks/{benchmark}.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and not list(tmp_path.iterdir())
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
 def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch):
