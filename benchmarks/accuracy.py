@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """AP of local updates, joint training and the backprop cascade, with the controls that iteration must beat.
 
-python benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3
-python benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda \\
+python benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --save
+python benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda --save \\
     --opts DATASETS.VOC_ROOT ../shared/data/bccd
     --variants sequential cascade      only these trainings
 
@@ -11,6 +11,7 @@ Every training is evaluated with several samplers; on a resume only with those t
 
 import dataclasses
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from runs import Key, Study, costs_of, op_of
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import evaluate
+from dfm_d2.errors import exit_status
 
 _SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
 
@@ -106,8 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     for variant in args.variants or VARIANTS:
         rows = STUDY.rows(args, variant, partial(scores_of, variant, args.samplers))
-        reported(rows, f"accuracy_{op_of(args)}")
+        reported(rows, args.save and f"accuracy_{op_of(args)}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Accuracy of local flow, backprop and Forward-Forward on one backbone, with the controls of transport.
 
-python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --tune
-python benchmarks/classification.py --config configs/cifar10_flow_vit.yaml --seeds 1 --variants flow backprop
-python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --probe
+python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --tune --save
+python benchmarks/classification.py --config configs/cifar10_flow_vit.yaml --seeds 1 --save \\
+    --variants flow backprop
+python benchmarks/classification.py --config configs/digits_flow_cnn.yaml --probe --save
 
 --tune: every method first gets the same budget, three learning rates (0.3, 1 and 3 times the config's) on one
 seed and a third of the iterations, compared on a fifth of the training images that is set aside; what won
@@ -15,6 +16,7 @@ is the backbone before training.
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -33,6 +35,7 @@ from dfm_d2.classification.sampler import ClassSampler
 from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.setup import load_config
+from dfm_d2.errors import exit_status
 from dfm_d2.framework import build_model
 
 _NO_READOUT = ["MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", "0.0"]
@@ -219,7 +222,7 @@ def main() -> None:
         name, rows = f"representation_{op_of(args)}", []
         for variant in args.variants or PROBED:
             rows += STUDY.rows(args, variant, partial(probed, variant), any_rate=True)
-        reported(rows, name)
+        reported(rows, args.save and name)
         kinds = dict.fromkeys(row.mode for row in rows)
         panels = {kind: ("block", lines_of(row for row in rows if row.mode == kind)) for kind in kinds}
         title = f"{op_of(args)}: frozen features of each block"
@@ -231,13 +234,13 @@ def main() -> None:
         for variant in variants:
             more = ["SOLVER.BASE_LR", rates[variant]]
             rows += STUDY.rows(args, variant, partial(scores_of, variant), more)
-        reported(rows, name)
+        reported(rows, args.save and name)
         curves = [row for row in load_rows(name) if row.mode == "curve"]
         panels = {"training": ("iteration", lines_of(curves))} if curves else {}
         title = f"{op_of(args)}: accuracy on the test images, {rows[0].device}"
-    if panels:
+    if args.save and panels:
         print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -37,11 +37,11 @@ run() {
     python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128
     # shellcheck disable=SC2086
-    python3 benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda \
+    python3 benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda --save \
         --name shapes_cuda ${EXTRA:-}
     if [ -d "$data/bccd" ]; then
         # shellcheck disable=SC2086
-        python3 benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda --name bccd_cuda \
+        python3 benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda --save --name bccd_cuda \
             ${EXTRA:-} --opts DATASETS.VOC_ROOT "$data/bccd"
     fi
     cp benchmarks/results/*cuda* "$out/"

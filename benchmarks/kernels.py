@@ -22,6 +22,8 @@ from harness import Row, arguments, device_name, launches, measured, parsed, pea
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from dfm_d2.errors import exit_status
+
 # (B, N, D, K): VOC and COCO inference, shared time, LVIS' classes, a training batch; and what a CPU can do.
 GRIDS = {
     "cuda": ((1, 300, 1, 20), (1, 300, 6, 20), (8, 300, 6, 80), (16, 500, 6, 80), (16, 500, 1, 1203)),
@@ -203,4 +205,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -40,6 +40,7 @@ from dfm_d2.detection.loading import load_detector
 from dfm_d2.detection.sampler import Candidates
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config
+from dfm_d2.errors import exit_status
 from dfm_d2.framework import PROVIDER
 
 
@@ -226,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

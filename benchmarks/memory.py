@@ -28,6 +28,7 @@ import contextlib
 import multiprocessing
 import resource
 import statistics
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +42,7 @@ from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.detection.head import HeadAnswer
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.setup import load_config
+from dfm_d2.errors import exit_status
 from dfm_d2.framework import Boxes, Instances
 from dfm_d2.local_update import block_optimizer, updates
 from dfm_d2.local_update.activations import SavedActivations
@@ -309,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

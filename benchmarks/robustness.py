@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Accuracy on corrupted test images: Gaussian noise, blur, occlusion and JPEG at several severities.
 
-python benchmarks/robustness.py --config configs/digits_flow_cnn.yaml
+python benchmarks/robustness.py --config configs/digits_flow_cnn.yaml --save
 
 Of flow with K = 1, 4, 16 steps and M = 1, 8 noise samples, and of backprop: the trainings of
 benchmarks/classification.py, made here where they are not there. Corruptions are seeded by image.
 """
 
 import io
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image
 from runs import Key, op_of
 
 from dfm_d2.classification.data.loader import build_class_test_loader
+from dfm_d2.errors import exit_status
 from dfm_d2.flow import stream_key
 
 # Severities of each: standard deviation (of 255), that of the blur in shares of the side, side of the
@@ -95,10 +97,11 @@ def main() -> None:
     for variant in args.variants or ["flow", "backprop"]:
         rows += STUDY.rows(args, variant, partial(scores_of, variant), any_rate=True)
     name = f"robustness_{op_of(args)}"
-    reported(rows, name)
+    reported(rows, args.save and name)
     title = f"{op_of(args)}: corrupted test images"
-    print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels_of(rows)))
+    if args.save:
+        print(draw_panels(RESULTS / f"{name}.png", title, "accuracy (%)", panels_of(rows)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

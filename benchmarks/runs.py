@@ -20,7 +20,7 @@ from harness import MIB, ROOT, Row, commit, device_name, measured, raw_parser
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import load_for_inference
-from dfm_d2.engine.setup import load_config, resolve_classes
+from dfm_d2.engine.setup import check_run, load_config, resolve_classes
 from dfm_d2.engine.task import Task
 from dfm_d2.framework import CfgNode
 
@@ -47,6 +47,7 @@ class Study:
         parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to this, less one")
         parser.add_argument("--variants", nargs="+", choices=self.variants, metavar="VARIANT")
         parser.add_argument("--device", default="", help="cpu or cuda; else what the config says")
+        parser.add_argument("--save", action="store_true", help="write benchmarks/results/<name>.csv, .png")
         parser.add_argument("--name", default="", help="of the results; else the config's")
         parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides, last")
         return parser
@@ -68,11 +69,15 @@ class Study:
             if not self.same_training(args.config, opts, out, any_rate):
                 raise SystemExit(f"{out} was trained with other values: give --name, or delete it")
             return out
+        opts += ["OUTPUT_DIR", str(out)]
+        # A mistake is an error message here: that of the training's process goes to its log.
+        as_trained = argparse.Namespace(resume=True, eval_only=False)
+        check_run(self.task, load_config(self.task, args.config, opts), as_trained)
         out.mkdir(parents=True, exist_ok=True)
         print(f"training {folder or variant}, seed {seed}: {out}", flush=True)
         command = [sys.executable, __file__, self.tool, "--config-file", args.config, "--resume", *opts]
         with (out / "stdout.txt").open("a") as log:
-            done = subprocess.run([*command, "OUTPUT_DIR", str(out)], stdout=log, stderr=log)
+            done = subprocess.run(command, stdout=log, stderr=log)
         if done.returncode:
             raise SystemExit(f"{variant}, seed {seed} failed: see {out / 'stdout.txt'}")
         return out

@@ -21,7 +21,10 @@ import harness
 from harness import MIB, ROOT, Row, measured, quantiles
 
 from dfm_d2.detection.data.shapes import write_shapes
+from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
+from dfm_d2.engine.setup import load_config
+from dfm_d2.errors import exit_status
 
 DATA, IMAGES = ROOT / "data" / "scaling", 4  # images a process and step
 
@@ -111,8 +114,9 @@ def main() -> None:
     args = harness.parsed(parser, lambda _: {"name": "scaling"})
     if args.volumes:
         return volumes()
+    load_config(DETECTION, args.config, [])  # a mistake is an error at once
     harness.reported(rows_of(args), args.save and args.name)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

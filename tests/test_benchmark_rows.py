@@ -1,5 +1,6 @@
 """What the benchmarks share: rows of results, and when a training may be taken for another."""
 
+import runpy
 import subprocess
 import sys
 
@@ -8,8 +9,11 @@ from tool_loader import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import accuracy  # noqa: E402
 import classification  # noqa: E402
 import harness  # noqa: E402
+import robustness  # noqa: E402
+import runs  # noqa: E402
 from harness import Row, draw_panels, lines_of, load_rows, quantiles, reported  # noqa: E402
 
 
@@ -29,6 +33,51 @@ def test_rows_are_printed_and_only_what_was_measured_again_is_replaced(tmp_path,
     found = {(r.op, r.provider, r.x_value): r.p50 for r in load_rows("x")}
     assert found == {("a", "flow", "0"): 4.0, ("a", "backprop", "0"): 3.0, ("b", "flow", "0"): 9.0}
     assert load_rows("x")[-1] == row("flow", 4.0)
+
+
+@pytest.mark.parametrize(
+    "benchmark, words",
+    [
+        (accuracy, ["--variants", "joint"]),
+        (classification, ["--variants", "flow"]),
+        (classification, ["--probe"]),
+        (robustness, []),
+    ],
+)
+def test_trainings_leave_the_rows_alone_without_save(benchmark, words, tmp_path, monkeypatch, capsys):
+    found = [row("flow", 1.5)._replace(x_name="clean")]
+    monkeypatch.setattr(runs.Study, "rows", lambda *args, **options: found)
+    for module in (harness, classification, robustness):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    config = str(ROOT / f"configs/{'shapes_flow_r18' if benchmark is accuracy else 'digits_flow_cnn'}.yaml")
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--config", config, *words])
+    benchmark.main()
+    assert "accuracy 1.5 %" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    sys.argv.append("--save")
+    benchmark.main()
+    assert len(list(tmp_path.glob("*.csv"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words", "said"),
+    [
+        ("accuracy", "--config configs/shapes_flow_r18.yaml --opts FOO.BAR 3", "FOO.BAR"),
+        ("accuracy", "--config configs/shapes_flow_r18.yaml --opts DATASETS.VOC_ROOT /nope", "/nope"),
+        ("classification", "--config configs/digits_flow_cnn.yaml --tune --opts FOO.BAR 3", "FOO.BAR"),
+        ("robustness", "--config /nope.yaml", "/nope.yaml"),
+        ("latency", "--config /nope.yaml", "/nope.yaml"),
+        ("scaling", "--config /nope.yaml", "/nope.yaml"),
+    ],
+)
+def test_a_mistake_in_a_config_is_one_error_message(benchmark, words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)  # of the trainings
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [benchmark, *words.split()])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / f"benchmarks/{benchmark}.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and not list(tmp_path.iterdir())
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
 def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch):

@@ -35,24 +35,40 @@ def test_the_demo_trains_and_draws_in_the_folder_that_is_asked_for(tmp_path, mon
     assert f"  {out / 'model_final.pth'}\n" in written and f"  {out / 'curves.png'}\n" in written
 
 
-HELP = """
-import os.path, runpy, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-for tool in sys.argv[1:]:
-    sys.argv = [tool, "--help"]
+# Runs commands in one process: each tool by its name, then its words.
+COMMANDS = """
+import runpy, sys
+sys.path.insert(0, "tools")
+for command in sys.argv[1:]:
+    sys.argv = command.split()
     try:
-        runpy.run_path(tool, run_name="__main__")
+        runpy.run_path(f"tools/{sys.argv[0]}.py", run_name="__main__")
     except SystemExit as done:
-        assert not done.code, tool
-    assert "torch" not in sys.modules, tool
+        assert (done.code or 0) == (0 if "--help" in sys.argv else 2), command
+    assert "torch" not in sys.modules, command
 """
+CONFIG = "configs/shapes_flow_r18.yaml"
+MISTAKES = {
+    "analyze_model": "arguments are required: --config-file",
+    "export_model": "arguments are required: --config-file",
+    f"detect --config-file {CONFIG} --output x --input x.jpg --weights {CONFIG}": "x.jpg does not exist",
+    f"detect --config-file {CONFIG} --output x --input {CONFIG} --weights a.pth": "no weight file a.pth",
+    f"export_model --config-file {CONFIG} MODEL.WEIGHTS b.pth": "no weight file b.pth",
+    f"export_model --config-file {CONFIG} --sample-image y.jpg MODEL.WEIGHTS {CONFIG}": "y.jpg cannot be",
+    f"visualize_flow --config-file {CONFIG} MODEL.WEIGHTS c.pth": "no weight file c.pth",
+    f"visualize_flow --config-file {CONFIG}": "MODEL.WEIGHTS is empty",
+    f"visualize_flow --config-file {CONFIG} --image z.jpg MODEL.WEIGHTS {CONFIG}": "z.jpg is not a readable",
+}
 
 
-def test_help_needs_no_torch():
-    command = [sys.executable, "-c", HELP, *(str(ROOT / "tools" / f"{name}.py") for name in TOOLS)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_help_and_mistakes_need_no_torch():
+    commands = [*(f"{name} --help" for name in TOOLS), *MISTAKES]
+    run = [sys.executable, "-c", COMMANDS, *commands]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert all(f"usage: {name}.py" in done.stdout for name in TOOLS)
+    errors = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert all(said in error for said, error in zip(MISTAKES.values(), errors, strict=True)), errors
 
 
 def test_a_detector_by_hand(make_model):

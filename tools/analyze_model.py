@@ -17,7 +17,7 @@ HEADERS = ("part", "parameters (M)", "multiply-adds (G)", "activations (M)")
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right."""
-    parser = argument_parser(__doc__, default="")
+    parser = argument_parser(__doc__, required=True)
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar=("HEIGHT", "WIDTH"))
     args = parser.parse_args(arguments)
     if min(args.size) < 1:

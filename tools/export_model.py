@@ -21,7 +21,7 @@ from dfm_d2.export import FORMATS
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 something that the user can put right."""
-    parser = argument_parser(__doc__, default="", help="path to config file")
+    parser = argument_parser(__doc__, required=True)
     parser.add_argument("--format", choices=sorted(FORMATS), default="torchscript", help="output format")
     parser.add_argument("--export-method", choices=["tracing"], default="tracing")
     parser.add_argument("--sample-image", help="image of which the trace is made; else a blank one")
@@ -37,10 +37,11 @@ def run(args: argparse.Namespace) -> None:
 
     from dfm_d2.data.images import read_image
     from dfm_d2.detection.task import DETECTION
-    from dfm_d2.engine.setup import load_config, resolve_classes, validate_config
+    from dfm_d2.engine.setup import check_weights, load_config, resolve_classes, validate_config
 
     cfg = load_config(DETECTION, args.config_file, args.opts)
     validate_config(DETECTION, cfg)
+    check_weights(cfg.MODEL.WEIGHTS)
     # Files compute in float32 and in plain torch, and so does the model that they are compared with.
     cfg.SOLVER.AMP.ENABLED = False
     cfg.MODEL.DFM.KERNELS = "torch"

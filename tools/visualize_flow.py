@@ -35,13 +35,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    from dfm_d2.data.images import image_size
     from dfm_d2.detection.task import DETECTION
-    from dfm_d2.engine.setup import load_config, setup_run, validate_config
+    from dfm_d2.engine.setup import check_weights, load_config, setup_run, validate_config
 
     cfg = load_config(DETECTION, args.config_file, args.opts)
     validate_config(DETECTION, cfg)
     if not args.image and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name a data set, or give files with --image.")
+    for file in args.image:
+        image_size(file)  # an ImageError, where it is not one
+    check_weights(cfg.MODEL.WEIGHTS)
     # Now that the config is right, what brings torch.
     from dfm_d2.detection.flow_pictures import write_pictures
     from dfm_d2.detection.loading import load_detector

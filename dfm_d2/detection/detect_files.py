@@ -12,6 +12,7 @@ import tqdm
 
 from dfm_d2.data.files import paths_by_stem, write_atomically, write_text_atomically
 from dfm_d2.data.images import ImageError, read_image
+from dfm_d2.engine.setup import check_weights
 from dfm_d2.errors import UserError
 from dfm_d2.visualize.paint import paint_detections
 
@@ -39,6 +40,7 @@ def detect_files(
     lost = {path.resolve() for path in (*images, *videos)} & {*map(Path.resolve, (*pictures, *films))}
     if lost:
         raise UserError(f"--output {output} would overwrite the input {lost.pop()}: choose another folder.")
+    check_weights(cfg.MODEL.WEIGHTS)
     # Now that the inputs are right, what brings torch.
     from dfm_d2.detection.flow_predictor import FlowPredictor
 

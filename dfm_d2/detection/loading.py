@@ -5,7 +5,7 @@ from torch import nn
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.checkpoint import class_names_of
 from dfm_d2.engine.run import load_for_inference
-from dfm_d2.engine.setup import resolve_device, validate_config
+from dfm_d2.engine.setup import check_weights, resolve_device, validate_config
 from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode
 
@@ -20,8 +20,7 @@ def load_detector(cfg: CfgNode, explicit_device: bool = False) -> tuple[nn.Modul
     validate_config(DETECTION, cfg)
     resolve_device(cfg, explicit_device)
     weights, dfm = cfg.MODEL.WEIGHTS, cfg.MODEL.DFM
-    if not weights:
-        raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
+    check_weights(weights)
     trained = class_names_of(weights)
     classes = trained or list(cfg.DATASETS.CLASSES) or [*map(str, range(dfm.NUM_CLASSES))]
     if not classes:

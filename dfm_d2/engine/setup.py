@@ -67,7 +67,15 @@ def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
-    if weights and "://" not in weights and not Path(weights).is_file():
+    if weights:
+        check_weights(weights)
+
+
+def check_weights(weights: str) -> None:
+    """UserError for a MODEL.WEIGHTS that is empty or names a file that is not there."""
+    if not weights:
+        raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
+    if "://" not in weights and not Path(weights).is_file():
         raise CheckpointError(
             f"There is no weight file {weights}: set MODEL.WEIGHTS to a local .pth or .pkl file."
         )
