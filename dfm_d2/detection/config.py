@@ -110,8 +110,8 @@ _MEANING = "SIGNAL_SCALE TIME TIME_RATE HEAD.IN_FEATURES HEAD.BOX_WEIGHTS HEAD.P
 MEANING = tuple(f"MODEL.DFM.{name}" for name in _MEANING.split())
 
 _ON_POLICY = "MODEL.DFM.ON_POLICY trains on the states of inference"
-# What config files of earlier versions have: {key: (its default, what replaced it)}; "" for the classifier's
-# keys, and for what may have any value without harm.
+_OF_CLASSIFIERS = (..., "classifiers have it")
+# What config files of earlier versions have, as `merge_config_file` takes it.
 REMOVED = {
     "MODEL.DFM.ENDPOINT_NOISE": (0.0, _ON_POLICY),
     "MODEL.DFM.FROM_NOISE": (0.0, _ON_POLICY),
@@ -119,13 +119,13 @@ REMOVED = {
     "MODEL.DFM.SAMPLER.RENEWAL_THRESH": (0.0, "MODEL.DFM.SAMPLER.NUM_PROPOSALS gives more proposals"),
     "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint, which was better by 8 AP50"),
     "MODEL.DFM.SAMPLER.TIME_GRID": ([], "MODEL.DFM.SAMPLER.STEPS are even in the warped time"),
-    "TEST.AP": ({}, ""),  # which AP is computed: all of them
-    "DATASETS.HOLD_OUT": (0.0, ""),
-    "DATASETS.ROOT": ("", ""),
-    "INPUT.IMAGE_SIZE": (0, ""),
-    "INPUT.RANDOM_SHIFT": (0, ""),
-    "MODEL.CLASSIFIER": ({}, ""),
-    "UPDATE": ({}, ""),
+    "TEST.AP": (..., "every AP is computed"),
+    "DATASETS.HOLD_OUT": _OF_CLASSIFIERS,
+    "DATASETS.ROOT": _OF_CLASSIFIERS,
+    "INPUT.IMAGE_SIZE": _OF_CLASSIFIERS,
+    "INPUT.RANDOM_SHIFT": _OF_CLASSIFIERS,
+    "MODEL.CLASSIFIER": _OF_CLASSIFIERS,
+    "UPDATE": _OF_CLASSIFIERS,
 }
 
 

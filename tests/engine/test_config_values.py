@@ -62,6 +62,9 @@ BAD_DETECTORS = {
     "D.ENDPOINT_NOISE 0.1": "this option was removed: MODEL.DFM.ON_POLICY trains on the states of inference.",
     "D.FROM_NOISE 1.0": "this option was removed: MODEL.DFM.ON_POLICY",
     "D.SAMPLER.ENSEMBLE_STEPS True": "this option was removed: MODEL.DFM.SAMPLER.NOISE_PASSES merges",
+    "C.TYPO 3": "MODEL.CLASSIFIER.TYPO, which is no key of this tool: classifiers have it.",
+    "UPDATE.TYPO 3": "UPDATE.TYPO, which is no key of this tool: classifiers have it.",
+    "TEST.AP.FOO 3": "TEST.AP.FOO, which is no key of this tool: every AP is computed.",
     "D.SAMPLER.RENEWAL_THRESH 0.5": "this option was removed: MODEL.DFM.SAMPLER.NUM_PROPOSALS",
 }
 # Of the digits' config. "C.": "MODEL.CLASSIFIER.".
@@ -78,6 +81,9 @@ BAD_CLASSIFIERS = {
     "C.SHUFFLE_X0 True SOLVER.IMS_PER_BATCH 1": "SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2",
     "UPDATE.METHOD stochastic_forward_forward": "the stochastic Forward-Forward lost everywhere and is gone",
     "C.SAMPLER.AGGREGATION probability": "this option was removed: blocks move one state",
+    "D.SAMPLER.STEPS 8": "SAMPLER.STEPS, which is no key of this tool: detectors have it.",
+    "D.SAMPLER.RENEWAL_THRESH 0.5": "which is no key of this tool",
+    "DATASETS.VOC_ROOT /nope": "DATASETS.VOC_ROOT, which is no key of this tool",
     "D.HEAD.HIDEN_DIM 3": "the unknown key MODEL.DFM.HEAD.HIDEN_DIM",
     "INPUT.RANDOM_SHIFT 9 INPUT.IMAGE_SIZE 9": "RANDOM_SHIFT is 9; it must be less than INPUT.IMAGE_SIZE",
     "MODEL.PIXEL_MEAN [1.0,2.0]": "it must have 1 or 3 numbers.",
