@@ -8,6 +8,7 @@ from dfm_d2.errors import UserError
 KEYS = (
     Key("MODEL.META_ARCHITECTURE", choices=("FlowDetector", "CascadeDetector")),
     Key("MODEL.PIXEL_MEAN", lengths=(3,)),
+    Key("MODEL.FPN.IN_FEATURES", of=str),
     Key("MODEL.FPN.OUT_CHANNELS", least=1),
     Key("MODEL.RESNETS.NUM_GROUPS", least=1),
     Key("MODEL.RESNETS.RES2_OUT_CHANNELS", least=1),
@@ -145,6 +146,8 @@ def problems(cfg) -> Iterator[str]:
         yield f"MODEL.DFM.PREDICTOR_RANKS is above NUM_PREDICTORS {dfm.NUM_PREDICTORS}: give each rank one."
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
         yield f"INPUT.MIN_SIZE_TRAIN is {sizes}, but MIN_SIZE_TRAIN_SAMPLING range wants (low, high)."
+    if cfg.INPUT.DETR_CROP and cfg.INPUT.CROP_SIZE[0] > cfg.INPUT.CROP_SIZE[1]:
+        yield f"INPUT.CROP_SIZE is {cfg.INPUT.CROP_SIZE}; it must be (least, greatest)."
     if 0 < loss.FOCAL_GAMMA < 1:  # the gradient of a saturated class would be infinite
         yield f"MODEL.DFM.LOSS.FOCAL_GAMMA is {loss.FOCAL_GAMMA}; set 0 or at least 1."
     if not any(loss[name] for name in ("CLS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "VELOCITY_WEIGHT")):

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -218,16 +219,17 @@ def _fits(value: Any, default: Any) -> bool:
     if default is None:
         return value is None or _fits(value, 0.0)
     if isinstance(default, (list, tuple)):
-        items = [float(item) if type(item) is int else item for item in default[:1]]
-        return isinstance(value, (list, tuple)) and all(_fits(v, item) for v in value for item in items)
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    return type(value) in kinds
+        items = [float(item) if type(item) is int else item for item in default[:1]] or ["", 0.0]
+        return isinstance(value, (list, tuple)) and all(any(_fits(v, item) for item in items) for v in value)
+    if isinstance(default, float):  # neither infinite nor NaN
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is type(default)
 
 
 def _kind(default: Any) -> str:
     """The values that a key with this default can have, for an error message."""
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    names = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
     items = {int: " of numbers", float: " of numbers", str: " of texts"}
     if isinstance(default, (list, tuple)):
-        return "a list" + (items.get(type(default[0]), "") if default else "")
-    return names.get(type(default), "a number or None")
+        return "a list" + (items.get(type(default[0]), "") if default else " of texts or numbers")
+    return names.get(type(default), "a finite number or None")
