@@ -219,8 +219,8 @@ def _fits(value: Any, default: Any) -> bool:
     if default is None:
         return value is None or _fits(value, 0.0)
     if isinstance(default, (list, tuple)):
-        items = [float(item) if type(item) is int else item for item in default[:1]] or ["", 0.0]
-        return isinstance(value, (list, tuple)) and all(any(_fits(v, item) for item in items) for v in value)
+        items = [float(item) if type(item) is int else item for item in default[:1]]
+        return isinstance(value, (list, tuple)) and all(_fits(v, item) for v in value for item in items)
     if isinstance(default, float):  # neither infinite nor NaN
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is type(default)
@@ -231,5 +231,5 @@ def _kind(default: Any) -> str:
     names = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
     items = {int: " of numbers", float: " of numbers", str: " of texts"}
     if isinstance(default, (list, tuple)):
-        return "a list" + (items.get(type(default[0]), "") if default else " of texts or numbers")
+        return "a list" + (items.get(type(default[0]), "") if default else "")
     return names.get(type(default), "a finite number or None")

@@ -147,7 +147,8 @@ def test_choices_and_bounds_are_those_of_the_key():
                 assert words in problem(bound + out) and problem(float("nan"))
                 assert not problem(bound + within)
         if key.of:
-            assert "each must be" in key.problem([None])
+            assert "each must be" in key.problem([None]) and key.problem([[1]])
+        assert key.of or key.default not in ([], ()), key.name
         if key.choices:
             assert ", ".join(key.choices) in problem("other") and not problem(key.choices[0])
 

@@ -223,8 +223,6 @@ BAD_FILES = {
     "SOLVER: {BASE_LR: fast}\n": "config.yaml' sets SOLVER.BASE_LR to 'fast': it must be a finite number",
     "SOLVER: {BASE_LR: .inf}\n": "sets SOLVER.BASE_LR to inf: it must be a finite number",
     "SOLVER: {STEPS: [.nan]}\n": "sets SOLVER.STEPS to .nan.: it must be a list of numbers",
-    "DATASETS: {TRAIN: [[1]]}\n": "sets DATASETS.TRAIN to .*: it must be a list of texts or numbers",
-    "MODEL: {FPN: {IN_FEATURES: [null]}}\n": "sets MODEL.FPN.IN_FEATURES to .*: it must be a list of texts",
     "MODEL: {PIXEL_STD: [a]}\n": "sets MODEL.PIXEL_STD to .*: it must be a list of numbers",
     "SOLVER: 3\n": "config.yaml' sets the section SOLVER to 3",
     "SOLVER:\n": "config.yaml' sets the section SOLVER to None",
