@@ -186,8 +186,9 @@ def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
 
     name, weights = classifier.TIMM.NAME, classifier.TIMM.WEIGHTS
     if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=5)
-        raise UserError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm; such are {close}.")
+        close = ", ".join(get_close_matches(name, timm.list_models(), n=5))
+        hint = f"; such are {close}." if close else "."
+        raise UserError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm{hint}")
     options = _timm_options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
     given = {}
     if weights not in ("", "hub"):

@@ -82,7 +82,7 @@ KEYS = (
     Key("MODEL.CLASSIFIER.FF.LABEL_SCALE", 1.0, least=0),
 )
 
-# Of earlier config files: {key: (its default, what replaced it)}; "" for the keys of the detector.
+# Of earlier config files, as `merge_config_file` takes it.
 _OF_DETECTORS = {
     "DATASETS": "COCO_TRAIN_IMAGES COCO_TRAIN_JSON COCO_VAL_IMAGES COCO_VAL_JSON VOC_ROOT",
     "INPUT": "CROP_RESIZE CROP_SIZE DETR_CROP",
@@ -97,7 +97,9 @@ _OF_DETECTORS = {
     "RENEWAL_THRESH SCORE_THRESH SEED STEPS TIME_GRID",
 }
 REMOVED = {
-    f"{section}.{name}": ({}, "") for section, names in _OF_DETECTORS.items() for name in names.split()
+    f"{section}.{name}": (..., "detectors have it")
+    for section, names in _OF_DETECTORS.items()
+    for name in names.split()
 } | {
     "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
     "MODEL.CLASSIFIER.FF.COPIES": (4, _STOCHASTIC),

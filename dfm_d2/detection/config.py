@@ -8,6 +8,7 @@ from dfm_d2.errors import UserError
 KEYS = (
     Key("MODEL.META_ARCHITECTURE", choices=("FlowDetector", "CascadeDetector")),
     Key("MODEL.PIXEL_MEAN", lengths=(3,)),
+    Key("MODEL.FPN.IN_FEATURES", of=str),
     Key("MODEL.FPN.OUT_CHANNELS", least=1),
     Key("MODEL.RESNETS.NUM_GROUPS", least=1),
     Key("MODEL.RESNETS.RES2_OUT_CHANNELS", least=1),
@@ -115,8 +116,8 @@ _MEANING = "SIGNAL_SCALE TIME TIME_RATE HEAD.IN_FEATURES HEAD.BOX_WEIGHTS HEAD.P
 MEANING = tuple(f"MODEL.DFM.{name}" for name in _MEANING.split())
 
 _ON_POLICY = "MODEL.DFM.ON_POLICY trains on the states of inference"
-# What config files of earlier versions have: {key: (its default, what replaced it)}; "" for the classifier's
-# keys, and for what may have any value without harm.
+_OF_CLASSIFIERS = (..., "classifiers have it")
+# What config files of earlier versions have, as `merge_config_file` takes it.
 REMOVED = {
     "MODEL.DFM.ENDPOINT_NOISE": (0.0, _ON_POLICY),
     "MODEL.DFM.FROM_NOISE": (0.0, _ON_POLICY),
@@ -124,13 +125,13 @@ REMOVED = {
     "MODEL.DFM.SAMPLER.RENEWAL_THRESH": (0.0, "MODEL.DFM.SAMPLER.NUM_PROPOSALS gives more proposals"),
     "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint, which was better by 8 AP50"),
     "MODEL.DFM.SAMPLER.TIME_GRID": ([], "MODEL.DFM.SAMPLER.STEPS are even in the warped time"),
-    "TEST.AP": ({}, ""),  # which AP is computed: all of them
-    "DATASETS.HOLD_OUT": (0.0, ""),
-    "DATASETS.ROOT": ("", ""),
-    "INPUT.IMAGE_SIZE": (0, ""),
-    "INPUT.RANDOM_SHIFT": (0, ""),
-    "MODEL.CLASSIFIER": ({}, ""),
-    "UPDATE": ({}, ""),
+    "TEST.AP": (..., "every AP is computed"),
+    "DATASETS.HOLD_OUT": _OF_CLASSIFIERS,
+    "DATASETS.ROOT": _OF_CLASSIFIERS,
+    "INPUT.IMAGE_SIZE": _OF_CLASSIFIERS,
+    "INPUT.RANDOM_SHIFT": _OF_CLASSIFIERS,
+    "MODEL.CLASSIFIER": _OF_CLASSIFIERS,
+    "UPDATE": _OF_CLASSIFIERS,
 }
 
 
@@ -152,6 +153,8 @@ def problems(cfg) -> Iterator[str]:
         yield f"MODEL.DFM.PREDICTOR_RANKS is above NUM_PREDICTORS {dfm.NUM_PREDICTORS}: give each rank one."
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
         yield f"INPUT.MIN_SIZE_TRAIN is {sizes}, but MIN_SIZE_TRAIN_SAMPLING range wants (low, high)."
+    if cfg.INPUT.DETR_CROP and cfg.INPUT.CROP_SIZE[0] > cfg.INPUT.CROP_SIZE[1]:
+        yield f"INPUT.CROP_SIZE is {cfg.INPUT.CROP_SIZE}; it must be (least, greatest)."
     if 0 < loss.FOCAL_GAMMA < 1:  # the gradient of a saturated class would be infinite
         yield f"MODEL.DFM.LOSS.FOCAL_GAMMA is {loss.FOCAL_GAMMA}; set 0 or at least 1."
     if not any(loss[name] for name in ("CLS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "VELOCITY_WEIGHT")):

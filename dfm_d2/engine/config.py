@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from dfm_d2.engine.keys import Key
 
@@ -9,6 +10,8 @@ KEYS = (
     Key("DATALOADER.NUM_WORKERS", least=0),
     # Class names in the order of their indices; empty: found in the data, sorted.
     Key("DATASETS.CLASSES", [], of=str),
+    Key("DATASETS.TRAIN", of=str),
+    Key("DATASETS.TEST", of=str),
     # A broken annotation, a missing or truncated image, a box of zero area: "skip" counts and reports them
     # with their file names and goes on without them, "fatal" stops. Registration, before training, finds all
     # of it but truncated images that it did not decode (VERIFY_IMAGES).
@@ -43,7 +46,7 @@ KEYS = (
     # ---- training
     Key("SOLVER.OPTIMIZER", "adamw", choices=("adamw", "sgd")),
     # Learning-rate factor of the backbone (not of the FPN).
-    Key("SOLVER.BACKBONE_MULTIPLIER", 1.0),
+    Key("SOLVER.BACKBONE_MULTIPLIER", 1.0, least=0),
     # Each block's gradient is clipped to this norm, by itself; 0 is off. (Detectron2's SOLVER.CLIP_GRADIENTS
     # would clip over all blocks, which local updates cannot know.)
     Key("SOLVER.BLOCK_CLIP_NORM", 1.0, least=0),
@@ -55,12 +58,19 @@ KEYS = (
     Key("SOLVER.CHECKPOINTS_TO_KEEP", 2, least=0),
     Key("SOLVER.BASE_LR", above=0),
     Key("SOLVER.BASE_LR_END", least=0),
+    Key("SOLVER.BIAS_LR_FACTOR", least=0),
     Key("SOLVER.CHECKPOINT_PERIOD", least=1),
+    Key("SOLVER.GAMMA", least=0),
     Key("SOLVER.IMS_PER_BATCH", least=1),
     Key("SOLVER.LR_SCHEDULER_NAME", choices=("WarmupMultiStepLR", "WarmupCosineLR")),
     Key("SOLVER.MAX_ITER", least=1),
+    Key("SOLVER.MOMENTUM", least=0, below=1),
+    Key("SOLVER.WARMUP_FACTOR", least=0),
     Key("SOLVER.WARMUP_ITERS", least=0),
     Key("SOLVER.WARMUP_METHOD", choices=("linear", "constant")),
+    Key("SOLVER.WEIGHT_DECAY", least=0),
+    Key("SOLVER.WEIGHT_DECAY_BIAS", least=0),
+    Key("SOLVER.WEIGHT_DECAY_NORM", least=0),
     # ---- evaluation
     # Images in a batch of evaluation.
     Key("TEST.BATCH_SIZE", 1, least=1),
@@ -76,8 +86,8 @@ REMOVED = {
 
 def problems(cfg) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
-    model, dfm, solver = cfg.MODEL, cfg.MODEL.DFM, cfg.SOLVER
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", model.DEVICE):
+    model, dfm, solver, steps = cfg.MODEL, cfg.MODEL.DFM, cfg.SOLVER, tuple(cfg.SOLVER.STEPS)
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", model.DEVICE):
         yield f"MODEL.DEVICE is {model.DEVICE!r}: set it to cpu, cuda or cuda:0."
     if len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         yield "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have as many numbers."
@@ -85,6 +95,12 @@ def problems(cfg) -> Iterator[str]:
         yield "SOLVER.CLIP_GRADIENTS would clip over all blocks together: set SOLVER.BLOCK_CLIP_NORM instead."
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and solver.BASE_LR_END > solver.BASE_LR:
         yield f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}; it must be at most BASE_LR {solver.BASE_LR}."
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and (
+        solver.MAX_ITER in steps or not all(first < second for first, second in pairwise((0, *steps)))
+    ):
+        yield f"SOLVER.STEPS is {steps}; they must increase, begin above 0 and leave out MAX_ITER."
+    if solver.OPTIMIZER == "sgd" and solver.NESTEROV and solver.MOMENTUM == 0:
+        yield "SOLVER.NESTEROV needs SOLVER.MOMENTUM above 0."
     if dfm.STEP_IN_BACKWARD and dfm.PREDICTOR_RANKS == 1 and dfm.UPDATE != "sequential":
         yield "MODEL.DFM.STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential: the others have one backward."
     if dfm.PREDICTOR_RANKS > 1 and dfm.UPDATE != "parallel":

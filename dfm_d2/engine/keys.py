@@ -21,7 +21,7 @@ class Key:
 
     name: with dots. default: None for a key of Detectron2, which has one.
     choices: what the value may be. least, most: its bounds; above, below: bounds that it must not reach. Of a
-    list, each entry is meant.
+    list, each entry is meant; None is in all bounds.
     of: type of the entries of a list whose default is empty. filled: whether a list must have an entry.
     lengths: how many entries a list may have; empty: any number.
     gone: {former choice: what replaced it}.
@@ -42,7 +42,7 @@ class Key:
     def problem(self, value: Any) -> str:
         """What is wrong with a value of the right type, as the end of an error message; empty: nothing."""
         is_list = isinstance(value, (list, tuple))
-        entries, each = (value, "each") if is_list else ([value], "it")
+        entries, each = (value, "each") if is_list else ([value] if value is not None else [], "it")
         if str(value) in self.gone:
             return self.gone[str(value)]
         if self.choices and not all(entry in self.choices for entry in entries):

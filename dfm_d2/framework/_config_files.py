@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -24,7 +25,8 @@ _logger = logging.getLogger(__name__)
 
 
 # What config files of earlier versions set and the config does not have any more. Full name of a key or of a
-# section: (its former default, for a section a dict; what replaced it, "" for what is another task's).
+# section: (its former default, for a section a dict; what replaced it). A default of `...`: whatever a file
+# sets does no harm; the text then says why the command line may not set it.
 Removed = Mapping[str, tuple[Any, str]]
 
 
@@ -32,14 +34,14 @@ def merge_config_file(cfg, path: str, removed: Removed | None = None) -> None:
     """Merge the YAML file at `path`, and the files that its `_BASE_` names, into `cfg`, in place.
 
     removed: a key of it changes nothing at its former default; another value is an error that says what
-    replaced the key; what is another task's is ignored. Keys of Detectron2 that the framework does not have
+    replaced the key; what is harmless is ignored. Keys of Detectron2 that the framework does not have
     are left out, so that what a run under Detectron2 dumped can be read; one warning names those whose value
     is not Detectron2's default. No code from a file is ever run.
 
     Raises UserError for a missing file, broken YAML, Python tags, unknown keys and values of the wrong kind;
     the message is one line that names the file and the key.
     """
-    merge = _Merge(cfg, removed, unused_keys())
+    merge = _Merge(cfg, removed, of_file=True)
     values = merge.read(path)
     version = values.get("VERSION", cfg.get("VERSION"))
     if version != cfg.get("VERSION"):
@@ -52,8 +54,8 @@ def merge_config_file(cfg, path: str, removed: Removed | None = None) -> None:
 def merge_config_opts(cfg, opts: Sequence[str] | None, removed: Removed | None = None) -> None:
     """Merge `[KEY, VALUE, KEY, VALUE, ...]`, as typed at the end of a command, into `cfg`, in place.
 
-    removed: as for `merge_config_file`. Raises UserError, in one line that names the key, for an odd count,
-    an unknown key or a value of the wrong kind.
+    removed: as for `merge_config_file`, but nothing is ignored. Raises UserError, in one line that names the
+    key, for an odd count, an unknown key or a value of the wrong kind.
     """
     opts = list(opts or [])
     if len(opts) % 2:
@@ -61,7 +63,9 @@ def merge_config_opts(cfg, opts: Sequence[str] | None, removed: Removed | None =
             f"Config overrides come in pairs KEY VALUE, but {len(opts)} words were given "
             f"({' '.join(opts)}): the value of {opts[-1]} is missing or a space is."
         )
-    values = _Merge(cfg, removed, {}).checked(dict(zip(opts[0::2], opts[1::2])), "The command line")
+    values = _Merge(cfg, removed, of_file=False).checked(
+        dict(zip(opts[0::2], opts[1::2])), "The command line"
+    )
     cfg.merge_from_list([word for pair in values.items() for word in pair])
 
 
@@ -84,10 +88,11 @@ class _Merge:
     ignored: "KEY VALUE" of what was left out and is not at its default.
     """
 
-    def __init__(self, cfg, removed: Removed | None, unused: Mapping[str, Any]):
+    def __init__(self, cfg, removed: Removed | None, of_file: bool):
         self.cfg = cfg
         self.removed = removed or {}
-        self.unused = unused
+        self.of_file = of_file
+        self.unused = unused_keys() if of_file else {}
         self.ignored: list[str] = []
         self._leaves = dict(_leaves(cfg))
         self._read: dict[str, dict[str, Any]] = {}
@@ -146,8 +151,12 @@ class _Merge:
 
     def _check_removed(self, key: str, value: Any, section: str, named: str) -> None:
         default, instead = self.removed[section]
+        if default is ...:
+            if self.of_file:
+                return
+            raise UserError(f"{named} sets {key}, which is no key of this tool: {instead}.")
         before = dict(_leaves(default, section))
-        if instead and (key not in before or _plain(value) != _plain(before[key])):
+        if key not in before or _plain(value) != _plain(before[key]):
             raise UserError(f"{named} sets {key} to {value!r}, but this option was removed: {instead}.")
 
 
@@ -212,14 +221,15 @@ def _fits(value: Any, default: Any) -> bool:
     if isinstance(default, (list, tuple)):
         items = [float(item) if type(item) is int else item for item in default[:1]]
         return isinstance(value, (list, tuple)) and all(_fits(v, item) for v in value for item in items)
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    return type(value) in kinds
+    if isinstance(default, float):  # neither infinite nor NaN
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is type(default)
 
 
 def _kind(default: Any) -> str:
     """The values that a key with this default can have, for an error message."""
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    names = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
     items = {int: " of numbers", float: " of numbers", str: " of texts"}
     if isinstance(default, (list, tuple)):
         return "a list" + (items.get(type(default[0]), "") if default else "")
-    return names.get(type(default), "a number or None")
+    return names.get(type(default), "a finite number or None")

@@ -3,7 +3,7 @@
 import gzip
 import itertools
 import tarfile
-from unittest.mock import Mock
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,10 +75,15 @@ def test_idx_files_that_are_damaged_or_do_not_go_together_are_named(tmp_path):
 
 
 def test_a_missing_cifar_says_what_to_do(tmp_path, monkeypatch):
-    no_network = Mock(side_effect=OSError("no route to host"))
+    def no_network(url, root, **_):
+        Path(root).mkdir(exist_ok=True)  # as torchvision does
+        raise OSError("no route to host")
+
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
-    with pytest.raises(UserError, match="cifar100 is not in .* could not be downloaded"):
-        read_torchvision("cifar100", tmp_path, "train")
+    for root in (tmp_path, tmp_path / "new"):
+        with pytest.raises(UserError, match="cifar100 is not in .* could not be downloaded"):
+            read_torchvision("cifar100", root, "train")
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
 
 
 def test_the_stream_flips_and_shifts_by_the_position_and_fills_with_zeros(folder, class_cfg):

@@ -19,6 +19,7 @@ OLD_FILES = {DETECTION: f"{OLD}/detector.yaml", CLASSIFICATION: f"{OLD}/classifi
 # Keys that are younger than the old files, and the values with which a run is what it was.
 LATER = {"MODEL.DFM.DENSE_LOSS": "none", "MODEL.DFM.DENSE_WEIGHT": 2.0}
 CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector"
+MULTI_STEP = "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"
 
 # Overrides of the config of the demo, and a part of what is said about them. "D.": "MODEL.DFM.".
 BAD_DETECTORS = {
@@ -38,7 +39,8 @@ BAD_DETECTORS = {
     "D.LOSS.FOCAL_ALPHA -3": "FOCAL_ALPHA is -3.0; it must be greater than 0",
     "D.LOSS.GIOU_WEIGHT -1": "GIOU_WEIGHT is -1.0; it must be at least 0.",
     "D.HEAD.NUM_HEADS 0": "NUM_HEADS is 0; it must be at least 1.",
-    "D.SIGNAL_SCALE nan": "SIGNAL_SCALE to 'nan': it must be a number.",
+    "D.SIGNAL_SCALE nan": "SIGNAL_SCALE to 'nan': it must be a finite number.",
+    "D.SAMPLER.SCORE_THRESH 1e999": "SCORE_THRESH to '1e999': it must be a finite number.",
     "D.HEAD.IN_FEATURES []": "IN_FEATURES is []; it must not be empty.",
     "D.HEAD.NUM_HEADS 3": "NUM_HEADS is 3; it must divide HIDDEN_DIM 128.",
     "D.HEAD.BOX_WEIGHTS (1.0,1.0,1.0)": "it must have 4 numbers.",
@@ -50,11 +52,23 @@ BAD_DETECTORS = {
     "D.TIME shared D.SAMPLER.PREDICTORS [1,1]": "name each predictor once",
     "D.TIME shared D.SAMPLER.PREDICTORS [4]": "indices go from 0 to 3",
     "INPUT.MIN_SIZE_TRAIN ()": "INPUT.MIN_SIZE_TRAIN is (); it must not be empty.",
+    "INPUT.DETR_CROP 1.0 INPUT.CROP_SIZE (600,384)": "CROP_SIZE is (600, 384); it must be (least, greatest).",
     "INPUT.MIN_SIZE_TRAIN_SAMPLING range": "MIN_SIZE_TRAIN_SAMPLING range wants (low, high).",
     "MODEL.PIXEL_MEAN [1.0]": "PIXEL_MEAN is [1.0]; it must have 3 numbers.",
     "MODEL.PIXEL_STD [1.0,0.0,1.0]": "each must be greater than 0.",
     "MODEL.PIXEL_STD [1.0]": "must have as many numbers.",
     "MODEL.DEVICE gpu": "MODEL.DEVICE is 'gpu': set it to cpu, cuda or cuda:0.",
+    "MODEL.DEVICE mps": "MODEL.DEVICE is 'mps': set it to cpu",
+    f"{MULTI_STEP} SOLVER.STEPS (5,3)": "SOLVER.STEPS is (5, 3); they must increase",
+    f"{MULTI_STEP} SOLVER.STEPS (-1,)": "SOLVER.STEPS is (-1,); they must increase, begin above 0",
+    f"{MULTI_STEP} SOLVER.MAX_ITER 9 SOLVER.STEPS (9,)": "SOLVER.STEPS is (9,); they must increase",
+    "SOLVER.MOMENTUM -1": "MOMENTUM is -1.0; it must be at least 0 and less than 1.",
+    "SOLVER.OPTIMIZER sgd SOLVER.NESTEROV True SOLVER.MOMENTUM 0": "NESTEROV needs SOLVER.MOMENTUM above 0.",
+    "SOLVER.BACKBONE_MULTIPLIER -1": "BACKBONE_MULTIPLIER is -1.0; it must be at least 0.",
+    "SOLVER.WEIGHT_DECAY -1": "WEIGHT_DECAY is -1.0; it must be at least 0.",
+    "SOLVER.WEIGHT_DECAY_BIAS -1": "WEIGHT_DECAY_BIAS is -1.0; it must be at least 0.",
+    "SOLVER.GAMMA -1": "GAMMA is -1.0; it must be at least 0.",
+    "SOLVER.WARMUP_FACTOR -3": "WARMUP_FACTOR is -3.0; it must be at least 0.",
     "SOLVER.BASE_LR_END 1.0": "SOLVER.BASE_LR_END is 1.0; it must be at most BASE_LR 0.001.",
     "SEED 99999999999": "SEED is 99999999999; it must be less than 2147483648.",
     "SOLVER.CLIP_GRADIENTS.ENABLED True": "SOLVER.CLIP_GRADIENTS",
@@ -64,6 +78,9 @@ BAD_DETECTORS = {
     "D.ENDPOINT_NOISE 0.1": "this option was removed: MODEL.DFM.ON_POLICY trains on the states of inference.",
     "D.FROM_NOISE 1.0": "this option was removed: MODEL.DFM.ON_POLICY",
     "D.SAMPLER.ENSEMBLE_STEPS True": "this option was removed: MODEL.DFM.SAMPLER.NOISE_PASSES merges",
+    "C.TYPO 3": "MODEL.CLASSIFIER.TYPO, which is no key of this tool: classifiers have it.",
+    "UPDATE.TYPO 3": "UPDATE.TYPO, which is no key of this tool: classifiers have it.",
+    "TEST.AP.FOO 3": "TEST.AP.FOO, which is no key of this tool: every AP is computed.",
     "D.SAMPLER.RENEWAL_THRESH 0.5": "this option was removed: MODEL.DFM.SAMPLER.NUM_PROPOSALS",
 }
 # Of the digits' config. "C.": "MODEL.CLASSIFIER.".
@@ -80,6 +97,9 @@ BAD_CLASSIFIERS = {
     "C.SHUFFLE_X0 True SOLVER.IMS_PER_BATCH 1": "SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2",
     "UPDATE.METHOD stochastic_forward_forward": "the stochastic Forward-Forward lost everywhere and is gone",
     "C.SAMPLER.AGGREGATION probability": "this option was removed: blocks move one state",
+    "D.SAMPLER.STEPS 8": "SAMPLER.STEPS, which is no key of this tool: detectors have it.",
+    "D.SAMPLER.RENEWAL_THRESH 0.5": "which is no key of this tool",
+    "DATASETS.VOC_ROOT /nope": "DATASETS.VOC_ROOT, which is no key of this tool",
     "D.HEAD.HIDEN_DIM 3": "the unknown key MODEL.DFM.HEAD.HIDEN_DIM",
     "INPUT.RANDOM_SHIFT 9 INPUT.IMAGE_SIZE 9": "RANDOM_SHIFT is 9; it must be less than INPUT.IMAGE_SIZE",
     "MODEL.PIXEL_MEAN [1.0,2.0]": "it must have 1 or 3 numbers.",
@@ -124,6 +144,9 @@ def test_choices_and_bounds_are_those_of_the_key():
             if bound is not None:
                 assert words in problem(bound + out) and problem(float("nan"))
                 assert not problem(bound + within)
+        if key.of:
+            assert "each must be" in key.problem([None]) and key.problem([[1]])
+        assert key.of or key.default not in ([], ()), key.name
         if key.choices:
             assert ", ".join(key.choices) in problem("other") and not problem(key.choices[0])
 

@@ -145,7 +145,8 @@ def test_learned_embeddings_learn_by_the_read_out_term_alone():
 
 WRONG = {
     "blocks": (["MODEL.CLASSIFIER.BLOCKS", "9"], "BLOCKS is 9, but the backbone has 3 stages"),
-    "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm"),
+    "no such model": ([*TIMM_CNN[:3], "vit_tinny"], "'vit_tinny' is no model of timm; such are \\w+, "),
+    "nothing like it": ([*TIMM_CNN[:3], "nope"], "'nope' is no model of timm\\.$"),
     "option form": ([*VIT[:-1], '["depth"]'], "OPTIONS has 'depth': write name=value"),
     "option": ([*VIT[:-1], '["depht=2"]'], "timm cannot build vit_tiny_patch16_224"),
     "no stages": ([*TIMM_CNN[:3], "test_efficientnet"], "has no row of stages"),

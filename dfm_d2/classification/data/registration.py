@@ -233,9 +233,12 @@ def read_torchvision(name: str, root: Path, split: str) -> list[ClassSample]:
     """torchvision's CIFAR ("cifar10", "cifar100"), downloaded to `root` where it is not there. UserError."""
     from torchvision import datasets
 
+    is_new = not root.exists()
     try:
         found = getattr(datasets, name.upper())(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
+        if is_new and root.is_dir() and not any(root.iterdir()):  # torchvision made it
+            root.rmdir()
         raise UserError(
             f"{name} is not in {root} and could not be downloaded ({error}): put torchvision's files "
             "there, or point DATASETS.ROOT to where they are."

@@ -4,7 +4,7 @@ Shapes: images (B, C, H, W); the map p<k> has stride 2^k and `out_channels` chan
 """
 
 import torch
-from fvcore.nn.weight_init import c2_xavier_fill
+from torch import nn
 from torch.nn import functional as F
 
 from dfm_d2.framework._builtin.layers import Backbone, Conv2d, ShapeSpec
@@ -41,8 +41,10 @@ class FPN(Backbone):
             lateral = Conv2d(shapes[name].channels, out_channels, 1, norm, bias=bias)
             output = Conv2d(out_channels, out_channels, 3, norm, bias=bias)
             # After both exist, as in Detectron2, so that a seed gives the same weights.
-            c2_xavier_fill(lateral)
-            c2_xavier_fill(output)
+            for conv in (lateral, output):
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+                if bias:
+                    nn.init.zeros_(conv.bias)
             self.add_module(f"fpn_lateral{level}", lateral)
             self.add_module(f"fpn_output{level}", output)
         self.bottom_up = bottom_up

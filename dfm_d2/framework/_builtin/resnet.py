@@ -4,7 +4,6 @@ Shapes: images (B, C, H, W); the map res<k> has stride 2^k.
 """
 
 import torch
-from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,13 +12,18 @@ from dfm_d2.framework._builtin.layers import Backbone, Conv2d, FrozenBatchNorm2d
 BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
+def _init(conv: Conv2d) -> None:
+    """Weights by He et al. (2015); a convolution of a ResNet has no bias."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+
 class Stem(nn.Module):
     """7x7 convolution, then max pooling: stride 4."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: str):
         super().__init__()
         self.conv1 = Conv2d(in_channels, out_channels, 7, norm, stride=2, bias=False)
-        c2_msra_fill(self.conv1)
+        _init(self.conv1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
@@ -54,7 +58,7 @@ class ResidualBlock(nn.Module):
         # In Detectron2's order, after all convolutions exist: a seed gives the same weights.
         for name in [*self._convs, "shortcut"]:
             if getattr(self, name) is not None:
-                c2_msra_fill(getattr(self, name))
+                _init(getattr(self, name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.conv1(x)
