@@ -152,7 +152,8 @@ def test_box_flow_update_and_flow_loss_of_any_size(kernel_device, b, n, d, k, da
 @settings(max_examples=5, deadline=None, suppress_health_check=ONE_DEVICE)
 @given(b=st.integers(1, 2), n=st.integers(1, 2), cells=st.integers(1, 20), data=st.data())
 def test_roi_align_and_interaction_of_any_size(kernel_device, b, n, cells, data):
-    c, h, seed = (data.draw(st.integers(*ends)) for ends in ((2, 40), (2, 40), (0, 1000)))
+    # A LayerNorm of two channels answers little but signs: its gradient is all rounding.
+    c, h, seed = (data.draw(st.integers(*ends)) for ends in ((4, 40), (4, 40), (0, 1000)))
     size = data.draw(st.tuples(*[st.integers(5, 80)] * 2))
     compare(pool_case(kernel_device, b, n, c, samples=1 + seed % 2, size=size, seed=seed))
     compare(interaction_case(kernel_device, b * n, cells, c, h, seed=seed))
