@@ -27,14 +27,11 @@ def _package_of(path: Path) -> str:
     return parts[0] if parts[0] != "dfm_d2" else parts[1].removesuffix(".py")
 
 
-def _is_pure(path: Path) -> bool:
-    return _package_of(path) in MAY_KNOW
-
-
 # The syntax of each file of ours, node by node.
-FOLDERS = [ROOT / name for name in ("dfm_d2", "kernels", "tools", "benchmarks")]
-PATHS = [path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))]
+FOLDERS = ("dfm_d2", "kernels", "tools", "benchmarks")
+PATHS = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 NODES = [(path, node) for path in PATHS for node in ast.walk(ast.parse(path.read_text()))]
+PURE = {path for path in PATHS if _package_of(path) in MAY_KNOW}
 
 
 def _at(path: Path, node: ast.AST) -> str:
@@ -73,10 +70,10 @@ def test_imports_only_go_down():
 
 
 def test_no_config_gets_into_pure_packages():
-    wrong = [place for place, path, name in IMPORTS if _is_pure(path) and name.startswith(CONFIG_MODULES)]
+    wrong = [place for place, path, name in IMPORTS if path in PURE and name.startswith(CONFIG_MODULES)]
     for path, node in NODES:
         name = getattr(node, "arg", None) if isinstance(node, ast.arg) else getattr(node, "id", None)
-        if _is_pure(path) and name in ("cfg", "CfgNode"):
+        if path in PURE and name in ("cfg", "CfgNode"):
             wrong.append(f"{_at(path, node)}: pass the values themselves")
     assert not wrong
 
@@ -86,13 +83,10 @@ def test_the_engine_names_neither_vertical():
     assert not [path for path in (ROOT / "dfm_d2/engine").glob("*.py") if named.search(path.read_text())]
 
 
-def test_only_one_file_imports_detectron2_and_none_touches_sys_modules():
+def test_only_one_file_imports_detectron2_none_touches_sys_modules_and_framework_is_a_closed_list():
     files = {path for _, path, module in IMPORTS if module.split(".")[0] == "detectron2"}
     assert files == {ROOT / "dfm_d2/framework/_providers.py"}
     attributes = [(path, node) for path, node in NODES if isinstance(node, ast.Attribute)]
     assert not [_at(path, node) for path, node in attributes if ast.unparse(node) == "sys.modules"]
-
-
-def test_framework_is_used_through_its_closed_list():
     users = [entry for entry in IMPORTS if _package_of(entry[1]) != "framework"]
     assert not [place for place, _, module in users if module.startswith("dfm_d2.framework._")]

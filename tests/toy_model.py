@@ -68,7 +68,7 @@ class ToyModel(nn.Module):
         factors = torch.arange(1, self.num_predictors + 1, device=images.device)
         targets = images.mean(dim=(1, 2, 3))[:, None] * factors
         if self.noise:
-            targets = targets + random.random() + np.random.rand() + torch.rand(1)
+            targets = targets + random.random() + np.random.randn() + torch.rand(1)
         return ToyPrepared(images, targets)
 
     def block_losses(self, prepared: ToyPrepared, hand_over: HandOver) -> Iterator[BlockLosses]:
@@ -92,16 +92,11 @@ class ToyModel(nn.Module):
         }
 
 
-def toy_item(position: int) -> dict:
-    """Sample ``position`` of the toy stream, a pure function of the position."""
-    generator = torch.Generator().manual_seed(position)
-    return {"image_id": f"toy{position}", "image": torch.randn(3, 8, 8, generator=generator)}
-
-
 def toy_loader(start_position: int, batch_size: int = 4):
-    """The endless stream of toy batches from a position on."""
-    for position in itertools.count(start_position, batch_size):
-        yield [toy_item(position + i) for i in range(batch_size)]
+    """The endless stream of toy batches from a position on; each sample is a pure function of its own."""
+    for first in itertools.count(start_position, batch_size):
+        samples = [(p, torch.Generator().manual_seed(p)) for p in range(first, first + batch_size)]
+        yield [{"image_id": f"toy{p}", "image": torch.randn(3, 8, 8, generator=g)} for p, g in samples]
 
 
 BATCH = next(toy_loader(0))

@@ -31,9 +31,7 @@ def inputs(make_input):
 
 @pytest.fixture
 def detectron2():
-    """Skips the test where Detectron2 is absent; fails it where DFM_REQUIRE_D2=1 demands it."""
-    providers = Path(__file__).parents[1] / "framework/providers.py"
-    return runpy.run_path(str(providers))["detectron2_provider"]()
+    return runpy.run_path(str(Path(__file__).parents[1] / "framework/providers.py"))["detectron2_provider"]()
 
 
 @pytest.fixture(params=["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])

@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_an_error_when_resuming(tmp_path):
     SafeCheckpointer(other).load(str(path), [])
 
 
-def test_weights_that_would_mean_something_else_are_refused(tmp_path):
+def test_weights_that_would_mean_something_else_or_lack_a_frozen_part_are_refused(tmp_path):
     path, cfgs = tmp_path / "model.pth", {order: toy_config() for order in ("RGB", "BGR")}
     for order, cfg in cfgs.items():
         cfg.INPUT.FORMAT = order
@@ -130,10 +130,7 @@ def test_weights_that_would_mean_something_else_are_refused(tmp_path):
         model.meaning = MEANING
         said = error_of(model, path, cfg=cfgs["BGR"])
         assert f"was trained with MODEL.DFM.{key} {before}, but the config has {now}" in said
-
-
-def test_a_frozen_part_that_the_weights_lack_is_an_error(tmp_path):
-    """ImageNet weights have no FPN: frozen, it would stay random."""
+    # ImageNet weights have no FPN: frozen, it would stay random.
     model, path = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), str(tmp_path / "part.pth")
     torch.save({"model": {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}}, path)
     SafeCheckpointer(model).load(path, [])
@@ -141,20 +138,20 @@ def test_a_frozen_part_that_the_weights_lack_is_an_error(tmp_path):
     assert "has no 1.weight, which this run keeps frozen" in error_of(model, path, [])
 
 
-class Evil:
-    """Writes a marker file when it is unpickled by anything that runs code."""
+class Made:
+    """Pickled as a call, and a state for what it returns, of one's choice."""
 
-    def __init__(self, marker) -> None:
-        self.marker = str(marker)
+    def __init__(self, *reduced):
+        self.reduced = reduced
 
     def __reduce__(self):
-        return (open, (self.marker, "w"))
+        return self.reduced
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pt"])
 def test_a_malicious_file_runs_nothing(tmp_path, suffix):
     marker, path = tmp_path / "marker", tmp_path / f"evil{suffix}"
-    content = {"model": {"backbone.fpn.weight": Evil(marker)}, "__author__": "nobody"}
+    content = {"model": {"backbone.fpn.weight": Made(open, (str(marker), "w"))}, "__author__": "nobody"}
     with open(path, "wb") as file:
         pickle.dump(content, file) if suffix == ".pkl" else torch.save(content, file)
     checkpointer = SafeCheckpointer(ToyModel(), str(tmp_path))

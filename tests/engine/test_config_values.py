@@ -64,11 +64,6 @@ BAD_DETECTORS = {
     f"{MULTI_STEP} SOLVER.MAX_ITER 9 SOLVER.STEPS (9,)": "SOLVER.STEPS is (9,); they must increase",
     "SOLVER.MOMENTUM -1": "MOMENTUM is -1.0; it must be at least 0 and less than 1.",
     "SOLVER.OPTIMIZER sgd SOLVER.NESTEROV True SOLVER.MOMENTUM 0": "NESTEROV needs SOLVER.MOMENTUM above 0.",
-    "SOLVER.BACKBONE_MULTIPLIER -1": "BACKBONE_MULTIPLIER is -1.0; it must be at least 0.",
-    "SOLVER.WEIGHT_DECAY -1": "WEIGHT_DECAY is -1.0; it must be at least 0.",
-    "SOLVER.WEIGHT_DECAY_BIAS -1": "WEIGHT_DECAY_BIAS is -1.0; it must be at least 0.",
-    "SOLVER.GAMMA -1": "GAMMA is -1.0; it must be at least 0.",
-    "SOLVER.WARMUP_FACTOR -3": "WARMUP_FACTOR is -3.0; it must be at least 0.",
     "SOLVER.BASE_LR_END 1.0": "SOLVER.BASE_LR_END is 1.0; it must be at most BASE_LR 0.001.",
     "SEED 99999999999": "SEED is 99999999999; it must be less than 2147483648.",
     "SOLVER.CLIP_GRADIENTS.ENABLED True": "SOLVER.CLIP_GRADIENTS",
@@ -83,6 +78,8 @@ BAD_DETECTORS = {
     "TEST.AP.FOO 3": "TEST.AP.FOO, which is no key of this tool: every AP is computed.",
     "D.SAMPLER.RENEWAL_THRESH 0.5": "this option was removed: MODEL.DFM.SAMPLER.NUM_PROPOSALS",
 }
+for key in "BACKBONE_MULTIPLIER WEIGHT_DECAY WEIGHT_DECAY_BIAS GAMMA WARMUP_FACTOR".split():
+    BAD_DETECTORS[f"SOLVER.{key} -1"] = f"{key} is -1.0; it must be at least 0."
 # Of the digits' config. "C.": "MODEL.CLASSIFIER.".
 BAD_CLASSIFIERS = {
     "D.BACKBONE_UPDATE frozen": "leave it at accumulate",

@@ -10,6 +10,7 @@ from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.local_update import SavedActivations, attached_losses
 
 OPTIONS = [{"ON_POLICY": 1.0}, {"ON_POLICY": 0.0}, {"TIME": "shared"}, {"NUM_PREDICTORS": 1}]
+FROZEN = [("FlowDetector", "in backward"), ("FlowDetector", "joint"), ("CascadeDetector", "joint")]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"ON_POLICY": 0.5}, {"BACKBONE_UPDATE": "local"}], ids=str)
@@ -36,20 +37,22 @@ def test_sequential_has_the_gradients_of_joint_in_float32(make_model, inputs, op
         assert 0 < expected.norm() and (found - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("update", ["joint", "sequential"])
-def test_each_part_goes_forward_once_in_a_step(make_model, inputs, update):
+@pytest.mark.parametrize("update", ["joint", "sequential", "parallel"])
+def test_on_a_cpu_each_part_goes_forward_once_in_a_step(make_model, inputs, monkeypatch, update):
+    """A parallel update, too, takes the predictors one by one there."""
     model, calls = make_model().train(), []
+    monkeypatch.setattr(model.predictors, "answer_together", lambda *_: pytest.fail("batched on a CPU"))
     for name, module in [("backbone", model.backbone), *model.predictors.named_children()]:
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    train_steps(model, update, inputs)
+    _, metrics = train_steps(model, update, inputs)
     assert calls == ["backbone", "0", "1", "2"]
+    expected = {f"loss_{name}/predictor{d}" for name in ("cls", "l1", "giou") for d in range(3)}
+    assert {key for key in metrics if key.startswith("loss")} == expected
 
 
 @pytest.mark.parametrize("interaction", ["dynamic_conv", "grid_linear"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_predictors_evaluated_together_have_the_losses_and_gradients_of_a_loop(
-    make_model, inputs, options, interaction
-):
+def test_predictors_together_have_losses_and_gradients_of_a_loop(make_model, inputs, options, interaction):
     losses, gradients = {}, {}
     for together in (False, True):
         model = make_model(HEAD__INTERACTION=interaction, **options).train()
@@ -61,14 +64,6 @@ def test_predictors_evaluated_together_have_the_losses_and_gradients_of_a_loop(
     for key, expected in gradients[False].items():
         error = (gradients[True][key] - expected).norm()
         assert error <= 1e-4 * expected.norm() + 1e-7, key
-
-
-def test_on_a_cpu_a_parallel_update_takes_the_predictors_one_by_one(make_model, make_input, monkeypatch):
-    model = make_model().train()
-    monkeypatch.setattr(model.predictors, "answer_together", lambda *_: pytest.fail("batched on a CPU"))
-    _, metrics = train_steps(model, "parallel", [make_input("a")])
-    expected = {f"loss_{name}/predictor{d}" for name in ("cls", "l1", "giou") for d in range(3)}
-    assert {key for key in metrics if key.startswith("loss")} == expected
 
 
 def test_activations_of_sequential_updates_do_not_grow_with_the_number_of_predictors(make_model, make_input):
@@ -87,10 +82,7 @@ def test_activations_of_sequential_updates_do_not_grow_with_the_number_of_predic
         assert reference[0] > 1.5 and sequential <= 0.03 * reference[1]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "update"),
-    [("FlowDetector", "in backward"), ("FlowDetector", "joint"), ("CascadeDetector", "joint")],
-)
+@pytest.mark.parametrize(("architecture", "update"), FROZEN)
 def test_with_a_frozen_backbone_only_predictors_move(make_model, make_input, architecture, update):
     model = make_model(architecture, BACKBONE_UPDATE="frozen").eval().train()
     assert model.blocks()["shared"] == []

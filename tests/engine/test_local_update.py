@@ -1,6 +1,5 @@
 """The update modes against each other: same gradients, same weights, less memory, errors before damage."""
 
-import contextlib
 import copy
 from unittest import mock
 
@@ -11,7 +10,7 @@ from toy_model import BATCH, make_toy, moved, train_steps
 from dfm_d2.local_update import Leaves, LocallyTrainable, NonFiniteLossError, SavedActivations, sum_losses
 
 
-def test_no_gradient_crosses_from_block_to_block():
+def test_no_gradient_crosses_from_block_to_block_and_an_item_without_a_loss_is_refused():
     model = make_toy()
     assert isinstance(model, LocallyTrainable)
     items = model.block_losses(model.prepare(BATCH, 0), Leaves())
@@ -20,6 +19,8 @@ def test_no_gradient_crosses_from_block_to_block():
     for block, named in model.blocks().items():
         for name, parameter in named:
             assert (parameter.grad is not None) == (block == "predictor1"), name
+    with pytest.raises(ValueError, match="No entry"):
+        sum_losses({"accuracy": torch.tensor(1.0)})
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -33,47 +34,32 @@ def test_sequential_equals_joint_after_adamw(clip, update):
 
 
 @pytest.mark.parametrize("update", ["joint", "sequential", "parallel"])
-def test_bfloat16_autocast_trains(update):
-    model = make_toy()
+def test_bfloat16_autocast_trains_with_a_fresh_context_for_each_block(update):
+    model, autocast = make_toy(), mock.Mock(side_effect=lambda: torch.autocast("cpu", torch.bfloat16))
     before = copy.deepcopy(model.state_dict())
-    _, metrics = train_steps(model, update, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    _, metrics = train_steps(model, update, autocast=autocast)
+    if update == "sequential":
+        assert autocast.call_count == 3 + 2  # the predictors, the shared block, and the end
     assert all(value.isfinite() for value in metrics.values())
     assert moved(model, before) == before.keys()
 
 
-def test_a_fresh_autocast_context_for_each_block():
-    autocast = mock.Mock(side_effect=contextlib.nullcontext)
-    train_steps(make_toy(), "sequential", autocast=autocast)
-    assert autocast.call_count == 3 + 2  # the predictors, the shared block, and the end
-
-
-def at_each_block(model, look) -> list:
-    """What ``look()`` answers before each predictor goes forward."""
-    found, losses_of = [], model.losses_of
+@pytest.mark.parametrize("update", ["sequential", "joint", "in backward"])
+def test_activations_of_a_block_are_freed_before_the_next_starts_and_gradients_in_backward(update):
+    model = make_toy(num_predictors=4)
+    losses_of, alive, held = model.losses_of, [], []
 
     def looked(*arguments):
-        found.append(look())
+        alive.append(saved.alive)
+        held.append(sum(parameter.grad is not None for parameter in model.parameters()))
         return losses_of(*arguments)
 
     model.losses_of = looked
-    return found
-
-
-@pytest.mark.parametrize("update", ["sequential", "joint"])
-def test_activations_of_a_block_are_freed_before_the_next_starts(update):
-    model = make_toy(num_predictors=4)
     with SavedActivations(model.parameters()) as saved:
-        alive = at_each_block(model, lambda: saved.alive)
         train_steps(model, update)
     assert len(alive) == 4 and saved.alive == 0
-    assert alive == ([alive[0]] * 4 if update == "sequential" else sorted(set(alive)))
-
-
-def test_step_in_backward_frees_gradients_before_the_next_block():
-    model = make_toy()
-    held = at_each_block(model, lambda: sum(parameter.grad is not None for parameter in model.parameters()))
-    train_steps(model, "in backward")
-    assert held == [0, 0, 0]
+    assert alive == (sorted(set(alive)) if update == "joint" else [alive[0]] * 4)
+    assert update != "in backward" or held == [0] * 4
 
 
 def test_saved_tensors_are_counted_once_and_until_they_are_freed():
@@ -118,8 +104,3 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(NonFiniteLossError, match="gradient of block predictor2"):
         train_steps(model, "sequential")
     assert not moved(model, before)
-
-
-def test_an_item_without_a_loss_is_refused():
-    with pytest.raises(ValueError, match="No entry"):
-        sum_losses({"accuracy": torch.tensor(1.0)})

@@ -66,13 +66,10 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 def wait_for_changes(path: Path, number: int, limit: float = 20.0) -> None:
     """Wait until ``path`` was written ``number`` times, at most ``limit`` seconds."""
-    end = time.monotonic() + limit
-    seen = path.stat().st_mtime_ns if path.exists() else 0
-    while number > 0 and time.monotonic() < end:
+    end, seen = time.monotonic() + limit, set()
+    while len(seen) <= number and time.monotonic() < end:
+        seen.add(path.stat().st_mtime_ns if path.exists() else 0)
         time.sleep(0.001)
-        now = path.stat().st_mtime_ns if path.exists() else 0
-        number -= now != seen
-        seen = now
 
 
 def test_killed_and_resumed_equals_uninterrupted(server, tmp_path):

@@ -62,13 +62,8 @@ def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
 def train(folder: Path, kill: bool) -> None:
     """A training in a process of its own, killed right after its first checkpoint if it is to be."""
     tag = SafeCheckpointer.tag_last_checkpoint
-
-    def tag_and_die(self, file: str) -> None:
-        tag(self, file)
-        os.kill(os.getpid(), signal.SIGKILL)
-
     if kill:
-        SafeCheckpointer.tag_last_checkpoint = tag_and_die
+        SafeCheckpointer.tag_last_checkpoint = lambda *a: (tag(*a), os.kill(os.getpid(), signal.SIGKILL))
     torch.set_num_threads(1)
     options = "SOLVER.MAX_ITER 9 SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 3 OUTPUT_DIR".split()
     sys.exit(run_command(["--config-file", CONFIG, "--resume", *TINY, *options, str(folder)]))

@@ -3,21 +3,18 @@
 import json
 import os
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import tiny_training
 import torch
-from test_checkpoints import Evil
+from test_checkpoints import Made
 from tiny_model import tiny_cfg
 from tiny_training import words
 from tool_loader import ROOT, load_tool
 
 from dfm_d2.engine.metrics import read_metrics
 from dfm_d2.engine.setup import resolve_device
-
-CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
 
 @pytest.fixture
@@ -40,7 +37,8 @@ def test_train_resume_and_evaluate(run, tmp_path, capsys):
 
     assert run("--eval-only", weights) == 0
     assert read_metrics(out / "metrics.json")[-1]["bbox/AP50"] == trained["bbox/AP50"]
-    assert run("--eval-only", weights, f"DATASETS.CLASSES={CLASSES[::-1]}") == 2
+    backwards = ("triangle", "star", "square", "ring", "cross", "circle")
+    assert run("--eval-only", weights, f"DATASETS.CLASSES={backwards}") == 2
     assert "was trained for the classes circle" in capsys.readouterr().err
 
     config = (out / "config.yaml").read_text()
@@ -106,27 +104,36 @@ def test_a_missing_gpu_is_an_error_only_if_asked_for(run, capsys, monkeypatch):
     assert cfg.MODEL.DEVICE == "cpu"
 
 
+# Runs [[tool, argument, ...], ...]. Prints [[status, ...], whether torch was there before the last one].
+RUN_COMMANDS = """
+import importlib, json, sys
+sys.path.insert(0, sys.argv[1])
+statuses = []
+for tool, *words in json.loads(sys.argv[2]):
+    has_torch = "torch" in sys.modules
+    try:
+        statuses.append(importlib.import_module(tool).run_command(words))
+    except SystemExit as end:  # of the argument parser
+        statuses.append(end.code)
+print(json.dumps([statuses, has_torch]))
+"""
+
+
 def test_mistakes_are_named_before_torch_is_imported_and_nothing_malicious_runs(provider, shapes, tmp_path):
     """From another folder; malicious weights come last, as torch reads them."""
     marker = tmp_path / "marker"
     (tmp_path / "evil.yaml").write_text(f"SEED: !!python/object/apply:builtins.open ['{marker}', 'w']\n")
-    torch.save({"model": {"weight": Evil(marker)}}, tmp_path / "evil.pth")
+    torch.save({"model": {"weight": Made(open, (str(marker), "w"))}}, tmp_path / "evil.pth")
     digits = ["--config-file", str(ROOT / "configs/digits_flow_cnn.yaml")]
     train = ["train_net", *words(shapes, tmp_path / "out")]
-    commands = [
-        ["train_net", "--help"],
-        ["train_classifier", "--help"],
-        ["train_classifier", *digits, "UPDATE.METHOD", "none"],
-        ["train_classifier", *digits, "DATASETS.TRAIN", "('root_train',)", "DATASETS.ROOT", "/nowhere"],
-        [*train, "SOLVER.BASE_LRR", "1"],
-        [*train, "DATASETS.VOC_ROOT", "/nowhere"],
-        [*train, "MODEL.WEIGHTS", "/nowhere.pth"],
-        ["train_net", "--config-file", "no_such.yaml"],
-        ["train_net", "--config-file", "evil.yaml"],
-        [*train, "MODEL.WEIGHTS", str(tmp_path / "evil.pth")],
-    ]
-    script = str(Path(__file__).with_name("tool_commands.py"))
-    arguments = [sys.executable, script, str(ROOT / "tools"), json.dumps(commands)]
+    commands = [[tool, "--help"] for tool in ("train_net", "train_classifier")]
+    for bad in ("UPDATE.METHOD none", "DATASETS.TRAIN ('root_train',) DATASETS.ROOT /nowhere"):
+        commands.append(["train_classifier", *digits, *bad.split()])
+    for bad in ("SOLVER.BASE_LRR 1", "DATASETS.VOC_ROOT /nowhere", "MODEL.WEIGHTS /nowhere.pth"):
+        commands.append([*train, *bad.split()])
+    commands += [["train_net", "--config-file", file] for file in ("no_such.yaml", "evil.yaml")]
+    commands.append([*train, "MODEL.WEIGHTS", str(tmp_path / "evil.pth")])
+    arguments = [sys.executable, "-c", RUN_COMMANDS, str(ROOT / "tools"), json.dumps(commands)]
     done = tiny_training.run(arguments, folder=tmp_path, DFM_FRAMEWORK=provider)
     statuses, had_torch = json.loads(done.stdout.splitlines()[-1])
     assert statuses == [0, 0] + [2] * 8

@@ -2,10 +2,8 @@
 
 import io
 import json
-import random
 import re
 
-import numpy as np
 import pytest
 import torch
 from tiny_model import tiny_cfg
@@ -14,7 +12,6 @@ from toy_model import make_toy, make_trainer
 from dfm_d2.engine.hooks import Progress, loss_by_block
 from dfm_d2.engine.metrics import cut_back, flatten, read_metrics
 from dfm_d2.engine.precision import inference_autocast, resolve_amp_dtype
-from dfm_d2.engine.trainer import get_rng_state, set_rng_state
 from dfm_d2.framework import PROVIDER
 from dfm_d2.local_update import NonFiniteLossError
 
@@ -33,14 +30,6 @@ def test_a_non_finite_loss_is_no_traceback_in_the_log_and_other_errors_are_as_th
     with pytest.raises(ZeroDivisionError):
         trainer.train(0, 1)
     assert bool(tracebacks()) == (PROVIDER == "detectron2")
-
-
-def test_all_generators_come_back():
-    state = get_rng_state()
-    drawn = random.random(), np.random.randn(), torch.rand(1)
-    np.random.rand(3), torch.rand(5), random.random()
-    set_rng_state(state)
-    assert drawn == (random.random(), np.random.randn(), torch.rand(1))
 
 
 def test_a_resume_with_another_number_of_threads_is_warned_of(caplog):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from test_checkpoints import Made
 from tiny_model import tiny_cfg
 from torch import nn
 
@@ -33,17 +34,6 @@ def config_for(source: str, depth: int = 50, norm: str = "BN"):
     cfg.merge_from_list(WANTED[source].split())
     cfg.MODEL.RESNETS.update(resnets)
     return cfg
-
-
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_numpy_pickles_of_every_protocol(tmp_path, protocol):
-    content = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(1.5)}
-    content["c"] = [np.float64(2.0), "text", b"bytes", (1, None)]
-    content["d"] = OrderedDict(fortran=np.asfortranarray(np.arange(4.0).reshape(2, 2)))
-    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    loaded = weights.load_numpy_pickle(str(tmp_path / "weights.pkl"))
-    assert np.array_equal(loaded["a"], content["a"]) and loaded["c"] == content["c"]
-    assert np.array_equal(loaded["d"]["fortran"], content["d"]["fortran"]) and loaded["b"] == 1.5
 
 
 EVIL = [b"cos\nsystem\n(S'true'\ntR.", b"cbuiltins\neval\n(S'1'\ntR.", b"cnumpy\nload\n(S'x'\ntR."]
@@ -120,16 +110,6 @@ def test_the_wrong_pixels_are_an_error(tmp_path):
             SafeCheckpointer(nn.Linear(1, 1), cfg=cfg).load(str(tmp_path / name), [])
 
 
-class Made:
-    """Pickled as a call, and a state for what it returns, of one's choice."""
-
-    def __init__(self, *reduced):
-        self.reduced = reduced
-
-    def __reduce__(self):
-        return self.reduced
-
-
 MAKE, EMPTY = np.empty(0).__reduce__()[:2]
 SCALAR, BUFFER = np.float32(0).__reduce__()[0], np.empty(1).__reduce_ex__(5)[0]
 FLOAT, OBJECT, POINTER = np.dtype("f8"), np.dtype("O"), b"A" * 8
@@ -170,13 +150,14 @@ def test_bytes_never_become_pointers(tmp_path, name):
 
 
 @pytest.mark.parametrize("package", [b"numpy.core.", b"numpy._core."])
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", range(6))
 def test_a_file_as_the_model_zoos_of_either_numpy(tmp_path, protocol, package):
     rng = np.random.default_rng(0)
     model = {kind: rng.uniform(0, 100, (2, 3)).astype(kind) for kind in ("<f4", ">f8", "f2", "i8", "u1", "?")}
-    model |= {"scalar": np.float32(1.5), "empty": np.zeros((0, 3))}
-    model["fortran"] = np.asfortranarray(model["<f4"])
-    content = {"model": model, "__author__": "Detectron2 Model Zoo", "matching_heuristics": True}
+    model |= {"scalar": np.float32(1.5), "empty": np.zeros((0, 3)), "no dimension": np.array(1.5)}
+    model["fortran"], rest = np.asfortranarray(model["<f4"]), [np.float64(2.0), "text", b"bytes", (1, None)]
+    content = {"__author__": "Detectron2 Model Zoo", "matching_heuristics": True, "rest": rest}
+    content["model"] = OrderedDict(model)
     data = pickle.dumps(content, protocol=protocol)
     for module in (b"multiarray", b"numeric"):
         new = package + module
@@ -186,7 +167,8 @@ def test_a_file_as_the_model_zoos_of_either_numpy(tmp_path, protocol, package):
     assert package in data
     (tmp_path / "zoo.pkl").write_bytes(pickletools.optimize(data))  # which mends the length of the frame
     found, source = weights.read_weights(str(tmp_path / "zoo.pkl"))
-    assert source == MSRA and found["matching_heuristics"] and found["model"].keys() == model.keys()
+    assert source == MSRA and found["rest"] == rest
+    assert found["matching_heuristics"] and found["model"].keys() == model.keys()
     for key, value in model.items():
         assert found["model"][key].dtype.str[1:] == value.dtype.str[1:], key
         assert np.array_equal(found["model"][key], value), key

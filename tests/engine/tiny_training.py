@@ -35,8 +35,7 @@ def words(shapes: Path, out: Path, *arguments: str) -> list[str]:
     flags = [a for a in arguments if "=" not in a]
     options = [part for a in arguments if "=" in a for part in a.split("=")]
     data = ["DATASETS.VOC_ROOT", str(shapes), "OUTPUT_DIR", str(out)]
-    config = str(ROOT / "configs/shapes_flow_r18.yaml")
-    return ["--config-file", config, *flags, *TINY, *data, *options]
+    return ["--config-file", str(ROOT / "configs/shapes_flow_r18.yaml"), *flags, *TINY, *data, *options]
 
 
 def train(shapes: Path, out: Path, *arguments: str, fault: tuple[str, int] | None = None) -> int:
@@ -93,13 +92,10 @@ def run(arguments: list[str], folder=None, **environment: str) -> subprocess.Com
     return done
 
 
-def parameters(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "model_final.pth", weights_only=True)["model"]
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """To float32's rounding. Biases begin at zero: a wrong share of the batch or place in the stream would
-    change all of them. test_processes.py also compares in float64, to 1e-9."""
+def assert_same(out: Path, other: Path) -> None:
+    """The parameters of two runs, to float32's rounding. Biases begin at zero: a wrong share of the batch or
+    place in the stream would change all of them. test_processes.py also compares in float64, to 1e-9."""
+    found, expected = (torch.load(o / "model_final.pth", weights_only=True)["model"] for o in (out, other))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).norm()

@@ -191,11 +191,8 @@ BACKBONES |= {
     "gradients": gradients,
     "freezing": freezing,
 }
-POOLER = {
-    "7x7 ratio 2": partial(pooler, output_size=7, sampling_ratio=2),
-    "3x3 ratio 1": partial(pooler, output_size=3, sampling_ratio=1),
-    "2x2 adaptive": partial(pooler, output_size=2, sampling_ratio=0),
-}
+_GRIDS = [("7x7 ratio 2", 7, 2), ("3x3 ratio 1", 3, 1), ("2x2 adaptive", 2, 0)]
+POOLER = {name: partial(pooler, output_size=size, sampling_ratio=ratio) for name, size, ratio in _GRIDS}
 # Too large, or too much torch's own, for golden values: compared only where both providers are present.
 LIVE_ONLY = {f"parameters R{depth}": partial(parameters, depth=depth) for depth in (34, 101)}
 LIVE_ONLY["seeded initialisation"] = seeded_initialisation

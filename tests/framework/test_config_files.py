@@ -15,8 +15,7 @@ from dfm_d2.framework._config_files import OPTIONAL_NUMBERS, unused_keys
 
 @pytest.fixture(params=["builtin", pytest.param("detectron2", marks=pytest.mark.d2)])
 def cfg(request):
-    provider = BUILTIN if request.param == "builtin" else detectron2_provider()
-    return provider.get_cfg()
+    return (BUILTIN if request.param == "builtin" else detectron2_provider()).get_cfg()
 
 
 @pytest.fixture
@@ -112,11 +111,8 @@ def test_what_would_be_another_model_needs_detectron2(write):
         check_both(cfg, write, name, value, f"{name} to .*, which needs Detectron2: leave it out")
 
 
-REMOVED = {
-    "MODEL.OTHER": (..., "others have it"),
-    "OTHER_KEY": (..., "others have it"),
-    "SOLVER.OLD": ((1, 2), "use SOLVER.STEPS"),
-}
+REMOVED = dict.fromkeys(("MODEL.OTHER", "OTHER_KEY"), (..., "others have it"))
+REMOVED["SOLVER.OLD"] = ((1, 2), "use SOLVER.STEPS")
 REMOVED["MODEL.OLD"] = ({"RATE": 0.5, "INNER": {"WORD": ""}}, "nothing replaces it")
 
 

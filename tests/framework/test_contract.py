@@ -37,6 +37,7 @@ DATASETS: {{VOC_ROOT: shapes}}
 """
 OURS = {"PROVIDER", "merge_config_file", "merge_config_opts"}
 FILES = [Path(__file__).parent / "golden" / f"{name}.json" for name in observations.GOLDEN]
+GOLDEN = {name: value for file in FILES for name, value in json.loads(file.read_text()).items()}
 
 
 @pytest.fixture(autouse=True)
@@ -47,15 +48,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return {name: value for file in FILES for name, value in json.loads(file.read_text()).items()}
-
-
 @pytest.mark.parametrize("name", sorted(WITH_GOLDEN))
-def test_builtin_does_what_detectron2_did(golden, name):
+def test_builtin_does_what_detectron2_did(name):
     # What is worth a golden value but belongs to torch or NumPy may move in its last digits between versions.
-    assert not differences(as_json(WITH_GOLDEN[name](BUILTIN)), golden[name], 2e-4)
+    assert not differences(as_json(WITH_GOLDEN[name](BUILTIN)), GOLDEN[name], 2e-4)
 
 
 @pytest.mark.d2
