@@ -35,22 +35,17 @@ def test_rows_are_printed_and_only_what_was_measured_again_is_replaced(tmp_path,
     assert load_rows("x")[-1] == row("flow", 4.0)
 
 
-@pytest.mark.parametrize(
-    "benchmark, words",
-    [
-        (accuracy, ["--variants", "joint"]),
-        (classification, ["--variants", "flow"]),
-        (classification, ["--probe"]),
-        (robustness, []),
-    ],
-)
+VARIANTS = [(accuracy, "--variants joint"), (classification, "--variants flow")]
+
+
+@pytest.mark.parametrize("benchmark, words", [*VARIANTS, (classification, "--probe"), (robustness, "")])
 def test_trainings_leave_the_rows_alone_without_save(benchmark, words, tmp_path, monkeypatch, capsys):
     found = [row("flow", 1.5)._replace(x_name="clean")]
     monkeypatch.setattr(runs.Study, "rows", lambda *args, **options: found)
     for module in (harness, classification, robustness):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     config = str(ROOT / f"configs/{'shapes_flow_r18' if benchmark is accuracy else 'digits_flow_cnn'}.yaml")
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--config", config, *words])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--config", config, *words.split()])
     benchmark.main()
     assert "accuracy 1.5 %" in capsys.readouterr().out and not list(tmp_path.iterdir())
     sys.argv.append("--save")
@@ -64,9 +59,7 @@ def test_trainings_leave_the_rows_alone_without_save(benchmark, words, tmp_path,
         ("accuracy", "--config configs/shapes_flow_r18.yaml --opts FOO.BAR 3", "FOO.BAR"),
         ("accuracy", "--config configs/shapes_flow_r18.yaml --opts DATASETS.VOC_ROOT /nope", "/nope"),
         ("classification", "--config configs/digits_flow_cnn.yaml --tune --opts FOO.BAR 3", "FOO.BAR"),
-        ("robustness", "--config /nope.yaml", "/nope.yaml"),
-        ("latency", "--config /nope.yaml", "/nope.yaml"),
-        ("scaling", "--config /nope.yaml", "/nope.yaml"),
+        *((name, "--config /nope.yaml", "/nope.yaml") for name in ("robustness", "latency", "scaling")),
     ],
 )
 def test_a_mistake_in_a_config_is_one_error_message(benchmark, words, said, tmp_path, monkeypatch, capsys):
@@ -89,8 +82,7 @@ def test_a_commit_is_marked_where_more_than_results_differ(tmp_path, monkeypatch
         (tmp_path / name).write_text("1")
     for arguments in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "one"]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
-    clean = harness.commit()
-    assert len(clean) >= 7 and "+" not in clean
+    assert len(clean := harness.commit()) >= 7 and "+" not in clean
     (tmp_path / "benchmarks/results/a.csv").write_text("2")
     (tmp_path / "new.txt").write_text("2")
     assert harness.commit() == clean
@@ -105,8 +97,8 @@ def test_quantiles_and_lines_in_the_order_of_x_and_a_picture(tmp_path):
     flow = [(9.0, 0.0, 1.0, 2.0), (10.0, 1.0, 2.0, 3.0)]
     assert lines == {"flow": flow, "backprop": [(0.0, 4.0, 5.0, 6.0)]}
     panels = {"one": ("block", lines), "two": ("block", {})}
-    path = draw_panels(tmp_path / "a.png", "title", "accuracy (%)", panels)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    picture = draw_panels(tmp_path / "a.png", "title", "accuracy (%)", panels).read_bytes()
+    assert picture.startswith(b"\x89PNG")
 
 
 def test_images_of_a_sorted_set_are_taken_from_all_of_it_and_variants_take_their_method_s_rate():

@@ -26,8 +26,7 @@ def test_the_demo_trains_and_draws_in_the_folder_that_is_asked_for(tmp_path, mon
     assert demo.main([*words, "SOLVER.NOTHING", "1"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "SOLVER.NOTHING" in error and error.count("\n") == 1
-    assert not out.exists()
-    assert demo.main([*SMALL, *words]) == 0
+    assert not out.exists() and demo.main([*SMALL, *words]) == 0
     assert not (tmp_path / "default").exists() and (shapes / "JPEGImages").is_dir()
     pictures = {"predictions.png", "flow.png", "curves.png"}
     assert pictures | {"model_final.pth", "config.yaml"} <= {path.name for path in out.iterdir()}
@@ -78,19 +77,17 @@ def test_a_detector_by_hand(make_model):
     # that is not the last are not used, and so not computed by a graph.
     n, c, cells, hidden = 12, 16, 9, 32
     assert costs["RoIAlign"].multiply_adds == 3 * n * cells * (2 * 2 * 4) * c
-    attention = n * c * 3 * c + 2 * n * n * c + n * c * c
-    boxes = n * (4 * c + c * c)
-    interaction = n * (cells * c * c + c * 2 * c)
-    time = c * 2 * c + 2 * c * c + c * 2 * c
-    feedforward_and_towers = n * (2 * c * hidden + c * c + c * 4)
-    linear = attention + boxes + interaction + time + feedforward_and_towers
-    norms = 6 * 5 * n * c
-    assert costs["predictor 0"].multiply_adds == linear + norms
+    by_hand = n * c * 3 * c + 2 * n * n * c + n * c * c  # attention
+    by_hand += n * (4 * c + c * c)  # boxes
+    by_hand += n * (cells * c * c + c * 2 * c)  # interaction
+    by_hand += c * 2 * c + 2 * c * c + c * 2 * c  # time
+    by_hand += n * (2 * c * hidden + c * c + c * 4)  # feedforward and towers
+    assert costs["predictor 0"].multiply_adds == by_hand + 6 * 5 * n * c  # norms
     # The parts add up.
     total = costs.pop("total")
     assert list(costs) == ["backbone", "FPN", "RoIAlign", "predictor 0", "predictor 1", "predictor 2"]
-    assert sum(cost.parameters for cost in costs.values()) == total.parameters
-    assert total.parameters == sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
+    assert sum(cost.parameters for cost in costs.values()) == total.parameters == parameters
     assert sum(cost.activations for cost in costs.values()) == total.activations
     # What is outside of the parts: normalising pixels, moving boxes.
     assert sum(cost.multiply_adds for cost in costs.values()) == pytest.approx(total.multiply_adds, rel=0.01)

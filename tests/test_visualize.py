@@ -25,22 +25,23 @@ def pixels_of(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-@pytest.fixture
-def few_points(monkeypatch):
-    """A velocity field takes most of the time of a record."""
-    monkeypatch.setattr(flow_pictures, "_FIELD_POINTS", 1)
-
-
-@pytest.mark.parametrize("score_thresh", [0.0, 2.0])
-def test_both_pictures(tmp_path, make_model, make_input, few_points, score_thresh):
+def test_both_pictures_and_a_page_that_needs_nothing_else(tmp_path, make_model, make_input, monkeypatch):
+    monkeypatch.setattr(flow_pictures, "_FIELD_POINTS", 1)  # a field takes most of the time of a record
     record = record_flow(make_model().eval(), make_input())
     truths, found = [[((10, 10, 60, 50), 1)], []], [record.detections] * 2
-    path = tmp_path / "new" / "predictions.png"
-    predictions = draw_predictions(path, [IMAGE] * 2, truths, found, CLASSES, score_thresh)
-    flow = draw_flow(tmp_path / "flow.png", record, IMAGE, CLASSES, score_thresh)
-    assert min(min(pixels_of(path).shape[:2]) for path in (predictions, flow)) > 200
-    assert (pixels_of(predictions).std(axis=2) > 10).any(), "no coloured box was drawn"
-    assert (pixels_of(flow) < 200).sum() > 1000
+    for score_thresh in (0.0, 2.0):
+        path = tmp_path / f"new{score_thresh}" / "predictions.png"
+        predictions = pixels_of(draw_predictions(path, [IMAGE] * 2, truths, found, CLASSES, score_thresh))
+        flow = pixels_of(draw_flow(path.with_name("flow.png"), record, IMAGE, CLASSES, score_thresh))
+        assert min(*predictions.shape[:2], *flow.shape[:2]) > 200 and (flow < 200).sum() > 1000
+        assert (predictions.std(axis=2) > 10).any(), "no coloured box was drawn"
+    names = ["</script><b>", "square", "star"]
+    text = write_page(tmp_path / "a.html", record, IMAGE, names, "a.jpg").read_text()
+    assert "__FLOW_DATA__" not in text and "</script><b>" not in text and text.count("</script>") == 2
+    addresses = set(re.findall(r"https?://[^\s\"'<]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}, "a namespace, which is not fetched"
+    empty = replace(record, detections=record.detections[:0])
+    assert write_page(tmp_path / "b.html", empty, IMAGE, names).is_file()
 
 
 def test_labels_can_be_read():
@@ -63,7 +64,8 @@ def test_labels_can_be_read():
 
 @pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
 @pytest.mark.parametrize("time", ["partitioned", "shared"])
-def test_a_record_is_the_trajectory(make_model, make_input, few_points, architecture, time):
+def test_a_record_is_the_trajectory(make_model, make_input, monkeypatch, architecture, time):
+    monkeypatch.setattr(flow_pictures, "_FIELD_POINTS", 1)
     model, item = make_model(architecture, TIME=time, SAMPLER__STEPS=3).eval(), make_input()
     record = record_flow(model, item)
     trajectory, sizes = model.trajectory([item])
@@ -96,18 +98,6 @@ def test_the_field_is_that_of_the_followed_box(make_model, make_input):
     moved = run.field(1, record.followed, center[None])[0]
     end = model.space.decode(run.trajectory.steps[1].x_1_hat, run.image_sizes)[0, record.followed]
     torch.testing.assert_close(moved, (end[:2] + end[2:]) / 2 - center, rtol=1e-3, atol=1e-2)
-
-
-def test_a_page_needs_nothing_else(tmp_path, make_model, make_input, few_points):
-    record = record_flow(make_model().eval(), make_input())
-    names = ["</script><b>", "square", "star"]
-    text = write_page(tmp_path / "a.html", record, IMAGE, names, "a.jpg").read_text()
-    assert "__FLOW_DATA__" not in text and "</script><b>" not in text
-    assert text.count("</script>") == 2
-    addresses = set(re.findall(r"https?://[^\s\"'<]+", text))
-    assert addresses == {"http://www.w3.org/2000/svg"}, "a namespace, which is not fetched"
-    empty = replace(record, detections=record.detections[:0])
-    assert write_page(tmp_path / "b.html", empty, IMAGE, names).is_file()
 
 
 def test_curves(tmp_path):

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import spread, tiny_cfg
 
 from dfm_d2.detection.flow_pictures import record_flow
-from dfm_d2.framework import build_model
 from dfm_d2.visualize.page import write_page
 
 FLAGS = (
@@ -54,13 +52,10 @@ addEventListener("load", async () => {
 </script>"""
 
 
-@pytest.fixture(scope="module")
-def recorded():
+@pytest.fixture
+def recorded(make_model, make_input):
     """Three steps by three predictors."""
-    torch.manual_seed(0)
-    model = spread(build_model(tiny_cfg())).eval()
-    pixels = torch.randint(0, 256, (3, 48, 64), generator=torch.Generator().manual_seed(97))
-    return record_flow(model, {"image": pixels, "image_id": "a", "height": 96, "width": 128})
+    return record_flow(make_model().eval(), make_input())
 
 
 @pytest.fixture

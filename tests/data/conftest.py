@@ -1,45 +1,11 @@
 """Small data sets on disk for the tests of data."""
 
 import json
-import os
-import tarfile
 from itertools import product
-from pathlib import Path
 
 import pytest
-from data_helpers import VocFolder, pixels_of
+from data_helpers import VocFolder, make_cfg, pixels_of
 from PIL import Image
-
-from dfm_d2.config import add_dfm_config
-from dfm_d2.framework import get_cfg
-
-
-@pytest.fixture
-def make_cfg():
-    """make_cfg(folder of VOC_ROOT and ROOT, names of TRAIN, names of TEST, **other DATASETS keys)."""
-
-    def make(root="", train=("voc_root_train",), test=(), **keys):
-        cfg = get_cfg()
-        add_dfm_config(cfg)
-        keys = {"VOC_ROOT": str(root), "ROOT": str(root), "TRAIN": tuple(train), "TEST": tuple(test), **keys}
-        cfg.DATASETS.update(keys)
-        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (24, 32), 0
-        cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED = 0, 2, 5
-        return cfg
-
-    return make
-
-
-@pytest.fixture
-def shared_data():
-    """shared_data(name): a real set in the folder of DFM_SHARED_DATA; skips where it is missing."""
-
-    def find(name):
-        default = Path(__file__).parents[3] / "shared" / "data"
-        path = Path(os.environ.get("DFM_SHARED_DATA", default)) / name
-        return path if path.exists() else pytest.skip(f"no {path}: set DFM_SHARED_DATA")
-
-    return find
 
 
 @pytest.fixture
@@ -48,7 +14,7 @@ def voc(tmp_path):
 
 
 @pytest.fixture
-def coco(tmp_path, make_cfg):
+def coco(tmp_path):
     """(content of a COCO json to change, function that writes it and returns a config of it)."""
     images, json_path = tmp_path / "images", tmp_path / "instances.json"
     images.mkdir()
@@ -81,15 +47,3 @@ def folder(tmp_path):
         for index in range(number):
             Image.fromarray(pixels_of(10 * k + index)).save(where / f"{index}.png")
     return tmp_path / "set"
-
-
-@pytest.fixture
-def make_tar(folder):
-    """make_tar(name, mode): an archive of the folder beside it."""
-
-    def make(name="set.tar", mode="w"):
-        with tarfile.open(folder.parent / name, mode) as tar:
-            tar.add(folder, "set")
-        return folder.parent / name
-
-    return make

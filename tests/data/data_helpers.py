@@ -1,10 +1,35 @@
-"""Files of small data sets."""
+"""Configs and files of small data sets."""
 
 import gzip
+import os
 import struct
+import tarfile
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from dfm_d2.config import add_dfm_config
+from dfm_d2.framework import get_cfg
+
+
+def make_cfg(root="", train=("voc_root_train",), test=(), **keys):
+    """root: of VOC_ROOT and ROOT; keys: others of DATASETS."""
+    cfg = get_cfg()
+    add_dfm_config(cfg)
+    keys = {"VOC_ROOT": str(root), "ROOT": str(root), "TRAIN": tuple(train), "TEST": tuple(test), **keys}
+    cfg.DATASETS.update(keys)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (24, 32), 0
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED = 0, 2, 5
+    return cfg
+
+
+def shared_data(name):
+    """A real set in the folder of DFM_SHARED_DATA; skips where it is missing."""
+    default = Path(__file__).parents[3] / "shared" / "data"
+    path = Path(os.environ.get("DFM_SHARED_DATA", default)) / name
+    return path if path.exists() else pytest.skip(f"no {path}: set DFM_SHARED_DATA")
 
 
 def pixels_of(seed, size=(5, 6)):
@@ -50,6 +75,13 @@ class VocFolder:
     def truncate(self, name):
         data = self.image(name).read_bytes()
         self.image(name).write_bytes(data[: len(data) // 2])
+
+
+def make_tar(folder, name="set.tar", mode="w"):
+    """An archive of a folder beside it."""
+    with tarfile.open(folder.parent / name, mode) as tar:
+        tar.add(folder, "set")
+    return folder.parent / name
 
 
 def write_idx(folder, name, number, labels=None):

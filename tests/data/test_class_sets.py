@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import pixels_of, write_idx
+from data_helpers import make_cfg, make_tar, pixels_of, write_idx
 
 from dfm_d2.classification.data.loader import build_class_test_loader, build_class_train_loader, shifted
 from dfm_d2.classification.data.registration import read_root, read_torchvision, register_class_sets
@@ -16,40 +16,27 @@ from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 
-@pytest.fixture
-def class_cfg(make_cfg):
-    def make(root="", **keys):
-        cfg = make_cfg(root, **{"train": ("root_train",), "test": ("root_test",), **keys})
-        cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP, cfg.SOLVER.IMS_PER_BATCH = "RGB", "none", 3
-        return cfg
-
-    return make
+def class_cfg(root="", **keys):
+    cfg = make_cfg(root, **{"train": ("root_train",), "test": ("root_test",), **keys})
+    cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP, cfg.SOLVER.IMS_PER_BATCH = "RGB", "none", 3
+    return cfg
 
 
-def test_a_tar_s_links_and_later_members_are_read_and_two_roots_refused(folder, make_tar):
+def test_a_tar_s_links_and_later_members_are_read_and_two_roots_refused(folder):
     """Hard links are stored once; `tar -r` adds a newer member of the same name."""
     link = tarfile.TarInfo("set/train/class9/link.png")
     link.type, link.linkname = tarfile.LNKTYPE, "set/train/class9/1.png"
-    path = make_tar()
+    path = make_tar(folder)
     with tarfile.open(path, "a") as tar:
         tar.addfile(link)
         tar.add(folder / "train/class9/3.png", "set/train/class9/0.png")
-    found = {sample.image_id: sample for sample in read_root(path, "train")}
-    assert len(found) == 9
-    assert np.array_equal(found["class9/link.png"].read(), pixels_of(1))
-    assert np.array_equal(found["class9/0.png"].read(), pixels_of(3))
+    found = {sample.image_id: sample.read() for sample in read_root(path, "train")}
+    assert len(found) == 9 and np.array_equal(found["class9/link.png"], pixels_of(1))
+    assert np.array_equal(found["class9/0.png"], pixels_of(3))
     with tarfile.open(path, "a") as tar:
         tar.add(folder / "train/class9/0.png", "other/train/class9/0.png")
     with pytest.raises(UserError, match="set/train/class9/0.png and .*set.tar:other/.* are one image"):
         read_root(path, "train")
-
-
-def test_classes_are_in_natural_order_or_those_given(folder, class_cfg):
-    register_class_sets(class_cfg(folder))
-    assert MetadataCatalog.get("root_test").thing_classes == ["class9", "class10"]
-    assert [e["label"] for e in DatasetCatalog.get("root_test")] == [1, 1, 0, 0]
-    reports = register_class_sets(class_cfg(folder, CLASSES=["class10"]))
-    assert reports["root_train"].counts() == {"unknown_class": 4}
 
 
 def test_idx_files_that_are_damaged_or_do_not_go_together_are_named(tmp_path):
@@ -66,12 +53,11 @@ def test_idx_files_that_are_damaged_or_do_not_go_together_are_named(tmp_path):
     with pytest.raises(UserError, match="has 7 images, .* 6 labels"):
         read_root(tmp_path, "train")
     write_idx(tmp_path, "other", 7)
-    for split in ("test", "val"):
-        with pytest.raises(UserError, match=f"no idx files of the split {split}, only .'other', 'train'"):
-            read_root(tmp_path, split)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(UserError, match="has no labels train-labels-idx1-ubyte.gz"):
-        read_root(tmp_path, "train")
+    says = {split: f"no idx files of the split {split}, only .'other', 'train'" for split in ("test", "val")}
+    for split, said in {**says, "train": "has no labels train-labels-idx1-ubyte.gz"}.items():
+        with pytest.raises(UserError, match=said):
+            read_root(tmp_path, split)
 
 
 def test_a_missing_cifar_says_what_to_do(tmp_path, monkeypatch):
@@ -86,7 +72,7 @@ def test_a_missing_cifar_says_what_to_do(tmp_path, monkeypatch):
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
 
 
-def test_the_stream_flips_and_shifts_by_the_position_and_fills_with_zeros(folder, class_cfg):
+def test_the_stream_flips_and_shifts_by_the_position_and_fills_with_zeros(folder):
     cfg = class_cfg(folder)
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.RANDOM_SHIFT = "horizontal", 2
     register_class_sets(cfg)
@@ -105,9 +91,13 @@ def test_the_stream_flips_and_shifts_by_the_position_and_fills_with_zeros(folder
     assert np.array_equal(left[:, :-2], image[:, 2:]) and not left[:, -2:].any()
 
 
-def test_channels_size_and_format(folder, class_cfg):
+def test_classes_in_natural_order_or_those_given_channels_size_and_format(folder):
+    reports = register_class_sets(class_cfg(folder, CLASSES=["class10"]))
+    assert reports["root_train"].counts() == {"unknown_class": 4}
     cfg = class_cfg(folder)
     register_class_sets(cfg)
+    assert MetadataCatalog.get("root_test").thing_classes == ["class9", "class10"]
+    assert [e["label"] for e in DatasetCatalog.get("root_test")] == [1, 1, 0, 0]
 
     def first_image():
         return next(iter(build_class_test_loader(cfg, "root_test")))[0]["image"].numpy().transpose(1, 2, 0)
@@ -122,10 +112,10 @@ def test_channels_size_and_format(folder, class_cfg):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_broken_image_is_named_and_replaced(folder, make_tar, class_cfg, packed):
+def test_a_broken_image_is_named_and_replaced(folder, packed):
     broken = folder / "train/class9/2.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    root = make_tar() if packed else folder
+    root = make_tar(folder) if packed else folder
     name = f"{root}:set/train/class9/2.png" if packed else str(broken)
     with pytest.raises(UserError, match=f"1 problem: {name}"):
         register_class_sets(class_cfg(root, ON_ERROR="fatal"))
@@ -154,8 +144,8 @@ def test_a_broken_image_is_named_and_replaced(folder, make_tar, class_cfg, packe
         ("set", {"HOLD_OUT": 0.01}, "leaves no image to train on or none to set aside"),
     ],
 )
-def test_what_is_missing_is_named(folder, make_tar, class_cfg, root, keys, says):
-    make_tar()
-    make_tar("set.tar.gz", "w:gz")
+def test_what_is_missing_is_named(folder, root, keys, says):
+    make_tar(folder)
+    make_tar(folder, "set.tar.gz", "w:gz")
     with pytest.raises(UserError, match=says):
         register_class_sets(class_cfg(root and folder.parent / root, **keys))

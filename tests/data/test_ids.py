@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import pixels_of, write_idx
+from data_helpers import make_cfg, make_tar, pixels_of, shared_data, write_idx
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def test_an_output_file_s_stem_that_is_taken_gets_a_number(files):
         assert [path.name for path in found] == ["x.html", "x_2.html", "x_2_2.html", "y.html"]
 
 
-def test_voc_ids_are_the_names_in_the_order_of_the_split_file(voc, make_cfg):
+def test_voc_ids_are_the_names_in_the_order_of_the_split_file(voc):
     voc.split("train", {"b": ["cat"], "my cat": ["cat"], "a": ["cat"]})
     voc.split("train", ["my cat", "", "b  -1", "a 1"])
     register_datasets(make_cfg(voc.root))
@@ -37,11 +37,11 @@ def test_voc_ids_are_the_names_in_the_order_of_the_split_file(voc, make_cfg):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_folders_and_tars_are_the_same_with_class_and_name_in_text_order(folder, make_tar, make_cfg, packed):
+def test_folders_and_tars_are_the_same_with_class_and_name_in_text_order(folder, packed):
     (folder / "train/class9/notes.txt").write_text("no image")
     (folder / "train/class9/0.png").rename(folder / "train/class9/10.PNG")
     (folder / "train/class9/2.png").rename(folder / "train/2.png")
-    register_class_sets(make_cfg(make_tar() if packed else folder, ("root_train",)))
+    register_class_sets(make_cfg(make_tar(folder) if packed else folder, ("root_train",)))
     names, entries = [f"class10/{number}.png" for number in range(4)], DatasetCatalog.get("root_train")
     assert ids("root_train") == [*names, "class9/1.png", "class9/10.PNG", "class9/3.png"]
     assert [entry["label"] for entry in entries] == [1] * 4 + [0] * 3
@@ -49,7 +49,7 @@ def test_folders_and_tars_are_the_same_with_class_and_name_in_text_order(folder,
         assert np.array_equal(entry["read"](), pixels_of(seed))
 
 
-def test_idx_ids_are_the_indices_of_a_fixed_split(tmp_path, make_cfg):
+def test_idx_ids_are_the_indices_of_a_fixed_split(tmp_path):
     write_idx(tmp_path, "t10k", 20)
     register_class_sets(make_cfg(tmp_path, ("root_train",), ("root_test",), HOLD_OUT=0.2))
     assert ids("root_test") == ["1", "9", "14", "15"] and ids(HELD_OUT) == ["12", "13", "18"]
@@ -70,7 +70,7 @@ def test_the_digits_are_split():
 
 
 @pytest.mark.parametrize("name, train_size", [("mnist_t10k", 8000), ("cifar10_jpg_12k.tar", 10000)])
-def test_the_shared_sets(shared_data, name, train_size):
+def test_the_shared_sets(name, train_size):
     sizes = [len(read_root(shared_data(name), split)) for split in ("train", "test")]
     assert sizes == [train_size, 2000]
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_helpers import make_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,10 +21,13 @@ from dfm_d2.detection.data.registration import register_datasets
 from dfm_d2.errors import UserError
 
 NAMES = [f"im{'x' * i}" for i in range(7)]
+RECIPE = {"MIN_SIZE_TRAIN": (20, 30), "MIN_SIZE_TRAIN_SAMPLING": "choice", "MAX_SIZE_TRAIN": 60}  # of INPUT
+RECIPE |= {"RANDOM_FLIP": "none", "DETR_CROP": 0}
+SEEDS, *SIZES = (st.integers(*ends) for ends in ((0, 2**32), (12, 90), (40, 120), (6, 30), (0, 30)))
 
 
 @pytest.fixture
-def cfg(voc, make_cfg):
+def cfg(voc):
     for number, name in enumerate(NAMES):
         voc.add(name, [("cat", 3, 4, 20, 25), ("dog", 8, 6, 30, 28)], size=(40 + number, 30))
     voc.split("train", NAMES)
@@ -55,10 +59,10 @@ def test_starting_at_a_position_equals_having_got_there(cfg, workers):
     whole = take(cfg, 0, 11)
     for item in whole:
         assert set(item) == {"file_name", "image_id", "height", "width", "image", "instances"}
-        assert item["image"].dtype == torch.uint8 and item["image"].shape[0] == 3 and item["height"] == 30
-        assert item["instances"].image_size == tuple(item["image"].shape[1:])
-        assert item["instances"].gt_boxes.tensor.dtype == torch.float32
-        assert item["instances"].gt_classes.dtype == torch.int64
+        image, found = item["image"], item["instances"]
+        assert image.shape == (3, *found.image_size) and item["height"] == 30
+        dtypes = image.dtype, found.gt_boxes.tensor.dtype, found.gt_classes.dtype
+        assert dtypes == (torch.uint8, torch.float32, torch.int64)
     cfg.DATALOADER.NUM_WORKERS = workers
     for start in (0, 6, 13):
         assert_same(take(cfg, start, 4), whole[start : start + 8])
@@ -125,7 +129,7 @@ def test_what_a_worker_says_to_the_user_is_one_line(cfg, error, workers):
         assert str(caught.value) in ("the tar has changed", "a.tar: torn.")
 
 
-def test_difficult_objects_and_empty_images(voc, make_cfg):
+def test_difficult_objects_and_empty_images(voc):
     difficult = ("cat", 3, 4, 20, 25, 1)
     voc.split("train", {"a": [difficult, "cat"], "bb": [difficult], "ccc": []})
     cfg = make_cfg(voc.root, CLASSES=["cat"])
@@ -147,7 +151,7 @@ def test_test_loader_shows_all_in_order_resized_with_original_sizes(cfg):
     for _ in range(2):  # it can be gone through again
         batches = list(test_loader)
         assert len(test_loader) == 3 and [len(batch) for batch in batches] == [3, 3, 1]
-        items = list(itertools.chain.from_iterable(batches))
+        items = sum(batches, [])
         assert ids(items) == NAMES
         assert all(item["image"].shape[1] == 60 and item["height"] == 30 for item in items)
 
@@ -181,42 +185,23 @@ def images_with_a_box(draw):
     return image, np.array([[x0, y0, x1, y1]], dtype=np.float64)
 
 
-def recipe(sizes, sampling, flip, **keys):
-    """Some keys of INPUT."""
-    keys |= {"MIN_SIZE_TRAIN": sizes, "MIN_SIZE_TRAIN_SAMPLING": sampling, "RANDOM_FLIP": flip}
-    return SimpleNamespace(MAX_SIZE_TRAIN=60, **keys)
-
-
 def extent(image):
     rows, columns = np.nonzero(image[:, :, 0] > 127)
     return np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]], dtype=np.float64)
 
 
 @settings(deadline=None)
-@given(images_with_a_box(), st.sampled_from(["horizontal", "vertical"]))
-def test_mirroring_moves_the_box_and_undoes_itself(sample, direction):
+@given(images_with_a_box(), st.sampled_from(["horizontal", "vertical"]), SEEDS, *SIZES)
+def test_mirroring_resizing_and_cropping_move_the_box(sample, direction, seed, short, longest, low, more):
     image, boxes = sample
     mirrored, moved = loader.mirror(image, boxes, direction)
     np.testing.assert_array_equal(extent(mirrored), moved)
-    again, back = loader.mirror(mirrored, moved, direction)
-    np.testing.assert_array_equal(again, image)
-    np.testing.assert_array_equal(back, boxes)
-
-
-@settings(deadline=None)
-@given(images_with_a_box(), st.integers(12, 90), st.integers(40, 120))
-def test_resize_moves_the_box(sample, short, longest):
-    image, boxes = sample
+    for again, original in zip(loader.mirror(mirrored, moved, direction), sample):
+        np.testing.assert_array_equal(again, original)
     resized, moved = loader.resize_shortest_edge(image, boxes, short, longest)
     assert max(resized.shape[:2]) <= max(longest, short)
     assert np.abs(extent(resized) - moved).max() <= 1.0
     assert (moved <= np.array([resized.shape[1], resized.shape[0]] * 2) + 1e-9).all()
-
-
-@settings(deadline=None)
-@given(images_with_a_box(), st.integers(0, 2**32), st.integers(6, 30), st.integers(0, 30))
-def test_crop_moves_the_box(sample, seed, low, more):
-    image, boxes = sample
     cropped, moved = loader.random_crop(image, boxes, np.random.default_rng(seed), (low, low + more))
     for side, original in zip(cropped.shape[:2], image.shape[:2]):
         assert min(low, original) <= side <= min(low + more, original)
@@ -227,11 +212,11 @@ def test_crop_moves_the_box(sample, seed, low, more):
 
 
 @settings(max_examples=50, deadline=None)
-@given(images_with_a_box(), st.integers(0, 2**32))
+@given(images_with_a_box(), SEEDS)
 def test_augment_is_a_function_of_its_generator_and_boxes_stay_inside(sample, seed):
     image, boxes = sample
-    crop = {"DETR_CROP": 0.5, "CROP_RESIZE": (24, 40), "CROP_SIZE": (10, 30)}
-    inputs = recipe((20, 30, 40), "choice", "horizontal", **crop)
+    inputs = SimpleNamespace(**RECIPE | {"MIN_SIZE_TRAIN": (20, 30, 40), "RANDOM_FLIP": "horizontal"})
+    inputs.DETR_CROP, inputs.CROP_RESIZE, inputs.CROP_SIZE = 0.5, (24, 40), (10, 30)
     runs = [loader.augment(image, boxes, np.random.default_rng(seed), inputs) for _ in range(2)]
     for first, second in zip(*runs):
         np.testing.assert_array_equal(first, second)
@@ -240,16 +225,13 @@ def test_augment_is_a_function_of_its_generator_and_boxes_stay_inside(sample, se
     assert (moved >= 0).all() and (moved[:, 2:] - moved[:, :2] >= 1).all()
 
 
-def test_sizes_are_drawn_from_a_choice_or_a_range():
+def test_sizes_are_drawn_from_a_choice_or_a_range_and_are_of_the_shortest_edge():
     image, boxes = np.zeros((40, 50, 3), np.uint8), np.zeros((0, 4))
     for sampling, seen in (("choice", {20, 30}), ("range", set(range(20, 31)))):
         rng = np.random.default_rng(0)
-        inputs = recipe((20, 30), sampling, "none", DETR_CROP=0)
+        inputs = SimpleNamespace(**RECIPE | {"MIN_SIZE_TRAIN_SAMPLING": sampling})
         runs = [loader.augment(image, boxes, rng, inputs)[0] for _ in range(200)]
         assert {run.shape[0] for run in runs} == seen
-
-
-def test_shortest_edge_rule():
     assert loader.shortest_edge_size(480, 640, 800, 1333) == (800, 1067)
     assert loader.shortest_edge_size(100, 400, 800, 1333) == (333, 1333)
     assert loader.shortest_edge_size(1, 1000, 20, 100) == (1, 100)

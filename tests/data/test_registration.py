@@ -1,14 +1,14 @@
 """Which names mean which files, and what a missing one says."""
 
 import pytest
-from data_helpers import VocFolder
+from data_helpers import VocFolder, make_cfg
 
 from dfm_d2.detection.data.registration import VOC_CLASSES, register_datasets
 from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 
-def test_classes_come_from_all_training_splits_or_the_config_and_rule_the_test_set(voc, make_cfg):
+def test_classes_come_from_all_training_splits_or_the_config_and_rule_the_test_set(voc):
     for split, objects in (("one", ["dog"]), ("two", ["cat"]), ("val", ["cow", "dog"])):
         voc.split(split, {split: objects})
     cfg = make_cfg(voc.root, ("voc_root_one", "voc_root_two"), ("voc_root_val",))
@@ -23,7 +23,7 @@ def test_classes_come_from_all_training_splits_or_the_config_and_rule_the_test_s
     assert (entry["width"], entry["height"]) == (40, 30)
 
 
-def test_official_names_are_ours_with_the_official_classes(tmp_path, voc, make_cfg, monkeypatch):
+def test_official_names_are_ours_with_the_official_classes(tmp_path, voc, monkeypatch):
     folder = VocFolder(tmp_path / "VOC2007")
     folder.split("trainval", {"000005": ["chair"]})
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
@@ -97,7 +97,7 @@ def test_what_is_not_coco_json_says_so(coco, text, says):
         ("coco_2017_val", {}, "instances_val2017.json.*DETECTRON2_DATASETS"),
     ],
 )
-def test_what_is_missing_is_named(voc, make_cfg, monkeypatch, tmp_path, name, keys, says):
+def test_what_is_missing_is_named(voc, monkeypatch, tmp_path, name, keys, says):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "empty"))
     voc.split("train", {"a": ["cat"]})
     voc.split("broken", ["no_annotation"])

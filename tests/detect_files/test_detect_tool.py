@@ -35,10 +35,7 @@ def write_film(path, values=(0, 100, 200)):
 
 
 def frames_of(path):
-    film, frames = cv2.VideoCapture(str(path)), []
-    while (read := film.read())[0]:
-        frames.append(read[1])
-    return frames
+    return [frame for _, frame in iter(cv2.VideoCapture(str(path)).read, (False, None))]
 
 
 def test_images_and_folders(detect, tmp_path, capsys):
@@ -49,13 +46,11 @@ def test_images_and_folders(detect, tmp_path, capsys):
     assert detect(one, tmp_path / "folder") == 0
     assert "3/3" in capsys.readouterr().err, "the progress bar"
     found = json.loads((tmp_path / "out/detections.json").read_text())
-    assert list(found) == ["a", "a_2", "b"]
-    assert found["a_2"]["file"].endswith("folder/a.jpg")
+    assert list(found) == ["a", "a_2", "b"] and found["a_2"]["file"].endswith("folder/a.jpg")
     first = found["a"]["detections"][0]
     assert first["class"] in ("circle", "square", "star") and len(first["box_xyxy"]) == 4
     painted = np.asarray(Image.open(tmp_path / "out/a.png"))
-    assert painted.shape == (60, 80, 3)
-    assert (painted != np.asarray(Image.open(one))).any(), "nothing was drawn"
+    assert painted.shape == (60, 80, 3) and (painted != np.asarray(Image.open(one))).any()
 
 
 def test_bad_files_stop_neither_the_others_nor_what_is_said_of_them(detect, tmp_path, capsys):
@@ -65,15 +60,14 @@ def test_bad_files_stop_neither_the_others_nor_what_is_said_of_them(detect, tmp_
     bad = [tmp_path / name for name in ("bad.jpg", "bad.mp4", "empty.avi")]
     assert detect(*bad, write(tmp_path / "a.png"), write_film(tmp_path / "film.avi", (0,))) == 1
     said = capsys.readouterr().err
-    assert "bad.jpg cannot be decoded" in said
-    assert "bad.mp4 is no video" in said and "empty.avi is no video" in said
+    words = "bad.jpg cannot be decoded", "bad.mp4 is no video", "empty.avi is no video"
+    assert all(part in said for part in words), said
     assert list(json.loads((tmp_path / "out/detections.json").read_text())) == ["a"]
     assert [path.name for path in (tmp_path / "out").glob("*.mp4")] == ["film.mp4"]
 
 
 def test_two_videos_of_one_name(detect, tmp_path):
-    films = write_film(tmp_path / "film.avi"), write_film(tmp_path / "other/film.avi", (0,))
-    assert detect(*films) == 0
+    assert detect(write_film(tmp_path / "film.avi"), write_film(tmp_path / "other/film.avi", (0,))) == 0
     frames, others = (frames_of(tmp_path / "out" / name) for name in ("film.mp4", "film_2.mp4"))
     assert len(frames) == 3 and len(others) == 1 and frames[0].shape == (64, 80, 3)
     # The frames in their order, each with boxes on it.

@@ -38,8 +38,7 @@ def test_a_list_is_answered_in_order_and_in_batches_and_in_original_coordinates(
     for found in (*one_by_one, predictor(picture(60, 80))):
         assert found.image_size == (60, 80) and len(found) > 0
         assert (found.pred_boxes.tensor[:, 2:] <= torch.tensor([80, 60])).all()
-    assert predictor.class_names == ["circle", "square", "star"]
-    assert list(predictor.stream([])) == []
+    assert predictor.class_names == ["circle", "square", "star"] and not list(predictor.stream([]))
 
 
 def test_the_trajectory_ends_in_the_answer(predictor, tmp_path):
@@ -55,7 +54,7 @@ def test_the_trajectory_ends_in_the_answer(predictor, tmp_path):
     assert inside.any() and (nearest < 1e-2).sum() >= inside.sum() // 2
 
 
-def test_not_an_image(trained, tmp_path):
+def test_what_is_neither_file_nor_image(trained, tmp_path):
     predictor = FlowPredictor.from_files(*trained, batch_size=2)
     (tmp_path / "a.jpg").write_text("words")
     (tmp_path / "empty.jpg").touch()
@@ -66,6 +65,11 @@ def test_not_an_image(trained, tmp_path):
     answers = list(predictor.stream([good, tmp_path / "a.jpg", good], return_errors=True))
     assert [isinstance(answer, ImageError) for answer in answers] == [False, True, False]
     same(answers[0], answers[2])
+    arrays = np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)
+    for image in (*arrays, None, 3, torch.zeros(4, 4, 3), b"a.jpg", Image.new("RGB", (4, 4))):
+        for images in (image, [image]):
+            with pytest.raises(ValueError, match=r"must be a path or a uint8 array \(H, W, 3\).*, got "):
+                predictor(images)
 
 
 @pytest.mark.parametrize(("mode", "ending"), [("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg")])
@@ -81,20 +85,12 @@ def test_one_pixel_and_eight_thousand_a_side(trained, predictor, tmp_path):
     path = save(tmp_path / "a.png", np.full((1, 1, 3), 200, np.uint8))
     for size in ("96", "0"):  # with and without a resize
         found = FlowPredictor.from_files(*trained, ["INPUT.MIN_SIZE_TEST", size])(path)
-        assert found.image_size == (1, 1)
         boxes = found.pred_boxes.tensor
-        assert len(boxes) and (boxes >= 0).all() and (boxes <= 1).all() and found.scores.isfinite().all()
+        assert found.image_size == (1, 1) and len(boxes) and found.scores.isfinite().all()
+        assert (boxes >= 0).all() and (boxes <= 1).all()
     image = Image.fromarray(picture(80, 80)).convert("L").resize((8000, 8000), Image.Resampling.NEAREST)
     found = predictor(save(tmp_path / "large.png", image, compress_level=1))
     assert found.image_size == (8000, 8000) and found.pred_boxes.tensor.amax() > 1000
-
-
-def test_what_is_neither_file_nor_image(predictor):
-    arrays = np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)
-    for image in (*arrays, None, 3, torch.zeros(4, 4, 3), b"a.jpg", Image.new("RGB", (4, 4))):
-        for images in (image, [image]):
-            with pytest.raises(ValueError, match=r"must be a path or a uint8 array \(H, W, 3\).*, got "):
-                predictor(images)
 
 
 def test_weights_of_another_model(trained, tmp_path):

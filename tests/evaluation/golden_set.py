@@ -7,6 +7,7 @@ the real Detectron2 say of it is written into golden_ap.json by `python tests/ev
 
 import json
 import tempfile
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -16,10 +17,6 @@ from dfm_d2.detection.evaluation.evaluator import DetectionEvaluator
 from dfm_d2.framework import Boxes, BoxMode, Instances
 
 GOLDEN_PATH = Path(__file__).with_name("golden_ap.json")
-
-
-def load_golden():
-    return json.loads(GOLDEN_PATH.read_text(encoding="utf-8"))
 
 
 def dataset_dicts(golden, difficult_key="difficult"):
@@ -41,19 +38,16 @@ def dataset_dicts(golden, difficult_key="difficult"):
 def instances_of(rows, size=(100, 100)):
     """rows: (class, score, x0, y0, x1, y1)"""
     table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
-    instances = Instances(size)
-    instances.pred_classes, instances.scores = table[:, 0].long(), table[:, 1]
-    instances.pred_boxes = Boxes(table[:, 2:])
-    return instances
+    fields = {"pred_classes": table[:, 0].long(), "scores": table[:, 1], "pred_boxes": Boxes(table[:, 2:])}
+    return Instances(size, **fields)
 
 
 def outputs_of(golden):
     """[(input dict, output dict)] of a model that makes exactly the golden detections."""
     pairs = []
-    for image in golden["images"]:
-        rows = [row[1:] for row in golden["detections"] if row[0] == image["image_id"]]
-        instances = instances_of(rows, (image["height"], image["width"]))
-        pairs.append(({"image_id": image["image_id"]}, {"instances": instances}))
+    for image_id, *size in map(itemgetter("image_id", "height", "width"), golden["images"]):
+        rows = [row[1:] for row in golden["detections"] if row[0] == image_id]
+        pairs.append(({"image_id": image_id}, {"instances": instances_of(rows, tuple(size))}))
     return pairs
 
 
@@ -70,10 +64,14 @@ def evaluate(evaluator, pairs):
     return evaluator.evaluate()["bbox"]
 
 
-def write_voc_folder(golden, root):
-    """Annotations and the split "golden" in VOC layout, without images."""
-    (root / "Annotations").mkdir(parents=True)
-    (root / "ImageSets" / "Main").mkdir(parents=True)
+def measure_with_detectron2(golden, folder):
+    """{"coco": {AP, AP50, ..., AP-<class>}, "voc07": AP50, "voc": AP50}, in percent."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+
+    root = folder / "voc"  # annotations and the split "golden" in VOC layout, without images
+    for part in ("Annotations", "ImageSets/Main"):
+        (root / part).mkdir(parents=True)
     for image in golden["images"]:
         objects = "".join(
             f"<object><name>{golden['classes'][label]}</name><pose>Unspecified</pose>"
@@ -84,18 +82,10 @@ def write_voc_folder(golden, root):
         (root / "Annotations" / f"{image['image_id']}.xml").write_text(f"<annotation>{objects}</annotation>")
     names = "\n".join(image["image_id"] for image in golden["images"])
     (root / "ImageSets" / "Main" / "golden.txt").write_text(names)
-
-
-def measure_with_detectron2(golden, folder):
-    """{"coco": {AP, AP50, ..., AP-<class>}, "voc07": AP50, "voc": AP50}, in percent."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
-
-    write_voc_folder(golden, folder / "voc")
     dicts = dataset_dicts(golden, difficult_key="iscrowd")
     for name, year in (("coco", 0), ("voc07", 2007), ("voc", 2012)):
         DatasetCatalog.register(f"golden_d2_{name}", lambda: dicts)
-        metadata = {"dirname": str(folder / "voc"), "split": "golden", "year": year} if year else {}
+        metadata = {"dirname": str(root), "split": "golden", "year": year} if year else {}
         MetadataCatalog.get(f"golden_d2_{name}").set(thing_classes=list(golden["classes"]), **metadata)
     options = {"tasks": ("bbox",), "distributed": False, "use_fast_impl": False}
     coco = COCOEvaluator("golden_d2_coco", output_dir=str(folder / "coco"), **options)
@@ -107,7 +97,7 @@ def measure_with_detectron2(golden, folder):
 
 
 if __name__ == "__main__":
-    golden = load_golden()
+    golden = json.loads(GOLDEN_PATH.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         golden["expected"] = measure_with_detectron2(golden, Path(scratch))
     GOLDEN_PATH.write_text(json.dumps(golden) + "\n", encoding="utf-8")

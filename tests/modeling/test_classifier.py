@@ -19,9 +19,8 @@ BACKBONES = {
 }
 
 
-def stage_losses(model, inputs, iteration=7):
-    items = model.block_losses(model.prepare(inputs, iteration), HandOver())
-    return {item.blocks[0]: item.losses for item in items}
+def stage_losses(model, inputs):
+    return {item.blocks[0]: item.losses for item in model.block_losses(model.prepare(inputs, 7), HandOver())}
 
 
 @pytest.mark.parametrize("method", ["flow", "forward_forward"])
@@ -56,22 +55,17 @@ def test_the_blocks_in_a_row_are_the_backbone(opts, size, channels):
     assert list(model.blocks()) == ["shared"]
 
 
-def test_noise_depends_on_seed_iteration_image_and_block_only():
+def test_noise_depends_on_seed_iteration_image_and_block_only_and_not_on_the_time_power():
     model, inputs = make_classifier(), class_inputs(3)
     whole, part = model.prepare(inputs, 7), model.prepare(inputs[1:2], 7)
     points = model.noise_samples
-    for d in range(model.num_blocks):
-        assert torch.equal(whole.samples[d].x_0[points : 2 * points], part.samples[d].x_0)
-        assert torch.equal(whole.samples[d].t[points : 2 * points], part.samples[d].t)
+    for a, b in zip(whole.samples, part.samples, strict=True):
+        assert torch.equal(a.x_0[points : 2 * points], b.x_0) and torch.equal(a.t[points : 2 * points], b.t)
     assert not torch.equal(whole.samples[0].x_0, whole.samples[1].x_0)
     assert not torch.equal(whole.samples[0].x_0, model.prepare(inputs, 8).samples[0].x_0)
-
-
-def test_a_time_power_draws_the_same_numbers_nearer_to_the_noise():
-    inputs = class_inputs(64)
-    usual = make_classifier("MODEL.CLASSIFIER.TIME_POWER", "1.0").prepare(inputs, 7)
-    early = make_classifier("MODEL.CLASSIFIER.TIME_POWER", "3.0").prepare(inputs, 7)
-    for a, b in zip(usual.samples, early.samples):
+    # A time power draws the same numbers nearer to the noise.
+    models = [make_classifier("MODEL.CLASSIFIER.TIME_POWER", power) for power in ("1.0", "3.0")]
+    for a, b in zip(*(model.prepare(class_inputs(64), 7).samples for model in models)):
         assert torch.equal(a.x_0, b.x_0)
         torch.testing.assert_close(b.t, a.t**3)
         assert float(b.t.mean()) == pytest.approx(0.25, abs=0.06)  # the mean of u^3
@@ -203,15 +197,6 @@ def test_pretrained_weights_of_timm_are_loaded_from_a_file_that_has_all(tmp_path
             make_classifier(*VIT, *weights)
 
 
-def test_goodness_is_compared_with_the_threshold():
-    model = make_classifier("MODEL.CLASSIFIER.FF.SHARPNESS", "2.0", method="forward_forward")
-    found = model._losses(0, torch.tensor([1.5, 0.5, 1.0, 2.0]))
-    own, wrong = torch.tensor([0.5, -0.5]) * 2, torch.tensor([0.0, 1.0]) * 2
-    expected = -(own.sigmoid().log().mean() + (1 - wrong.sigmoid()).log().mean())
-    torch.testing.assert_close(found["loss_goodness/block0"], expected)
-    assert float(found["right/block0"]) == 0.5
-
-
 def test_labels_are_seen_in_the_image_and_the_negative_one_is_wrong():
     model, inputs = make_classifier(method="forward_forward"), class_inputs(6)
     images = model.normalised(inputs)
@@ -225,11 +210,16 @@ def test_labels_are_seen_in_the_image_and_the_negative_one_is_wrong():
     assert torch.equal(model.prepare(inputs[2:3], 0).images[1], pair[8])
 
 
-def test_the_first_block_does_not_vote_and_none_hands_on_its_goodness():
+def test_goodness_is_compared_with_the_threshold_not_handed_on_and_that_of_the_first_block_has_no_vote():
     """Hinton leaves the first layer out: the label in the image alone decides about it."""
+    model = make_classifier("MODEL.CLASSIFIER.FF.SHARPNESS", "2.0", method="forward_forward").eval()
+    found = model._losses(0, torch.tensor([1.5, 0.5, 1.0, 2.0]))
+    own, wrong = torch.tensor([[0.5, -0.5], [0.0, 1.0]]).mul(2).sigmoid()
+    expected = -(own.log().mean() + (1 - wrong).log().mean())
+    torch.testing.assert_close(found["loss_goodness/block0"], expected)
+    assert float(found["right/block0"]) == 0.5
     x = torch.rand(3, 4, 5, 5) * torch.tensor([1.0, 10.0, 100.0]).view(-1, 1, 1, 1)
     torch.testing.assert_close(unit_square(x).square().flatten(1).mean(1), torch.ones(3))
-    model = make_classifier(method="forward_forward").eval()
     images = model.normalised(class_inputs(2))
     found = model.class_logits(images, ["0", "1"])
     with torch.no_grad():
