@@ -13,7 +13,7 @@ from dfm_d2.engine.setup import load_config
 
 
 @pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_three_sizes_one_by_one_and_as_a_batch(detector, runs, photographs, format):
+def test_three_sizes_one_by_one_and_as_a_batch_and_of_any_noise(detector, runs, photographs, format):
     run = runs(format)
     assert len({item["image"].shape for item in photographs}) == 3
     for item in photographs:
@@ -23,11 +23,8 @@ def test_three_sizes_one_by_one_and_as_a_batch(detector, runs, photographs, form
     if format != "torchscript":  # which pads no image
         for mine, theirs in zip(run(photographs), detector(photographs), strict=True):
             assert_equal_detections(mine["instances"], theirs["instances"])
-
-
-@pytest.mark.parametrize("format", EVERY_FORMAT)
-def test_noise_is_an_input(detector, runs, photographs, format):
-    item, run = photographs[0], runs(format)
+    # Noise is an input.
+    item = photographs[0]
     x_0 = torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(3))
     expected = detector.inference([item], x_0)[0]["instances"]
     assert_equal_detections(run([item], x_0)[0]["instances"], expected)
@@ -93,9 +90,9 @@ def test_padded_tensors_hold_the_instances(make_model, make_input, architecture,
 @pytest.mark.parametrize("format", EVERY_FORMAT)
 def test_a_resnet50_config(photographs, tmp_path, format):
     """configs/voc_flow_r50.yaml at full width, with random weights."""
-    words = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 20".split()
-    words += "MODEL.DFM.SAMPLER.STEPS 2 MODEL.DFM.SAMPLER.NUM_PROPOSALS 100".split()
-    cfg = load_config(DETECTION, str(ROOT / "configs/voc_flow_r50.yaml"), [*words, "MODEL.WEIGHTS", ""])
+    words = "MODEL.DEVICE cpu MODEL.DFM.SAMPLER.STEPS 2 MODEL.DFM.SAMPLER.NUM_PROPOSALS 100".split()
+    words += ["MODEL.DFM.NUM_CLASSES", "20", "MODEL.WEIGHTS", ""]
+    cfg = load_config(DETECTION, str(ROOT / "configs/voc_flow_r50.yaml"), words)
     model = small_detector(cfg)
     names = [str(i) for i in range(20)]
     run = ExportedDetector(export_detector(model, format, tmp_path, cfg, names, torch.zeros(3, 96, 128)))
@@ -118,32 +115,23 @@ def test_the_graph_of_nms_may_keep_one_box():
         assert Kept()(boxes, scores).tolist() == [wanted]
 
 
-# ------------------------------------------------------------------ torch.compile
-
-
-@pytest.fixture
-def inputs():
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("FlowDetector", {}),
+        ("FlowDetector", {"TIME": "shared", "SAMPLER__METHOD": "heun", "SAMPLER__STEPS": 2}),
+        ("CascadeDetector", {}),
+    ],
+)
+@torch.no_grad()
+def test_a_detector_and_what_is_before_nms_are_one_graph(architecture, options):
     generator = torch.Generator().manual_seed(0)
     images, sizes = 255 * torch.rand(2, 3, 96, 128, generator=generator), [[90.0, 128.0], [96.0, 100.0]]
-    return images, torch.tensor(sizes), torch.randn(2, 24, 4, generator=generator)
-
-
-def test_the_whole_detector_is_one_graph(inputs):
-    detector = TensorDetector(small_detector(small_cfg()), constant_noise=False)
-    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(detector, fullgraph=True, backend="eager")
-        for found, wanted in zip(compiled(*inputs), detector(*inputs), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
-
-
-HEUN = {"TIME": "shared", "SAMPLER__METHOD": "heun", "SAMPLER__STEPS": 2}
-
-
-@pytest.mark.parametrize(("architecture", "options"), [("FlowDetector", HEUN), ("CascadeDetector", {})])
-def test_before_nms_is_one_graph(inputs, architecture, options):
+    rest = torch.tensor(sizes), torch.randn(2, 24, 4, generator=generator)
     model = small_detector(small_cfg(architecture, **options))
-    inputs = inputs[0] / 100, *inputs[1:]
-    compiled = torch.compile(model.candidates, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        for found, wanted in zip(compiled(*inputs), model.candidates(*inputs), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    whole = TensorDetector(model, constant_noise=False)
+    for part, pixels, atol in ((whole, images, 1e-3), (model.candidates, images / 100, 1e-5)):
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=part is whole):
+            compiled = torch.compile(part, fullgraph=True, backend="eager")
+            for found, wanted in zip(compiled(pixels, *rest), part(pixels, *rest), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=atol)

@@ -33,7 +33,10 @@ for file in files:
 """
 
 
-def check_examples(formats, files, photographs, detector):
+@pytest.mark.parametrize(
+    "formats", [["onnx", "pt2", "torchscript"], pytest.param(["onnx", "aoti"], marks=pytest.mark.slow)]
+)
+def test_the_example_answers_what_the_detector_does(formats, files, photographs, detector):
     item = photographs[0]
     paths = [str(files(format)) for format in formats]
     command = [sys.executable, "-W", "ignore", "-c", ISOLATED, EXAMPLE, item["file_name"], *paths]
@@ -42,10 +45,9 @@ def check_examples(formats, files, photographs, detector):
     assert done.returncode == 0, done.stderr[-2000:]
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(formats)
-    noise = np.random.default_rng(detector.sampler.settings.seed).standard_normal(
-        (1, 24, 4), dtype=np.float32
-    )
-    expected = detector.inference([item], torch.from_numpy(noise))[0]["instances"]
+    generator = np.random.default_rng(detector.sampler.settings.seed)
+    noise = torch.from_numpy(generator.standard_normal((1, 24, 4), dtype=np.float32))
+    expected = detector.inference([item], noise)[0]["instances"]
     for found in answers:
         assert len(found) == len(expected) > 0
         boxes = torch.tensor([row["box_xyxy"] for row in found], dtype=torch.float32)
@@ -53,15 +55,6 @@ def check_examples(formats, files, photographs, detector):
         scores = torch.tensor([row["score"] for row in found])
         torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-4)
         assert [row["class"] for row in found] == [CLASSES[k] for k in expected.pred_classes.tolist()]
-
-
-def test_the_example_answers_what_the_detector_does(files, photographs, detector):
-    check_examples(["onnx", "pt2", "torchscript"], files, photographs, detector)
-
-
-@pytest.mark.slow
-def test_the_example_runs_a_compiled_package(files, photographs, detector):
-    check_examples(["onnx", "aoti"], files, photographs, detector)
 
 
 def test_an_image_of_16_bits_is_scaled(tmp_path):

@@ -1,7 +1,5 @@
 """Triton kernels in tests: on a GPU where there is one, else interpreted (tests/conftest.py)."""
 
-import functools
-
 import pytest
 import torch
 from dfm_kernels import kernels
@@ -9,40 +7,27 @@ from kernel_cases import flow_case, run
 
 
 @pytest.fixture(autouse=True)
-def backend_is_restored():
-    """A detector sets the backend of the process when it is built."""
+def backend_and_precision_are_restored():
+    """A detector sets the backend of the process when it is built. TF32 is allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     with kernels("torch"):
         yield
+    torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def kernel_device() -> str:
     pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         return "cuda"
-    if not interpreter_works():
-        pytest.skip("the interpreter of this Triton does not work with this NumPy: install an older NumPy")
-    return "cpu"
-
-
-@functools.cache
-def interpreter_works() -> bool:
-    """Whether Triton's interpreter runs a loop at all: those before 3.9 fail with NumPy 2.4."""
     from triton.runtime.errors import InterpreterError
 
-    try:
+    try:  # a loop: with NumPy 2.4 the interpreters before 3.9 fail at any
         run(flow_case(), "triton")
     except InterpreterError:
-        return False
-    return True
-
-
-@pytest.fixture
-def tf32_is_allowed():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+        pytest.skip("the interpreter of this Triton does not work with this NumPy: install an older NumPy")
+    return "cpu"
 
 
 @pytest.fixture

@@ -66,12 +66,9 @@ def loss_case(device="cpu", b=2, n=5, k=4, dtype=torch.float32, seed=0, **option
     tensors = [x.to(device) for x in tensors]
     for x in tensors[:2]:
         x.requires_grad_()
-    tolerance = {torch.float32: (2e-5, 2e-6), torch.float16: (2e-3, 1e-5), torch.bfloat16: (1e-2, 1e-4)}
-
-    def limits(name, value, dtype):
-        return dict(zip(("rtol", "atol"), tolerance[dtype]))
-
-    return Case(lambda *x: flow_loss(*x, **LOSS | options), tensors, limits)
+    limits = {torch.float32: (2e-5, 2e-6), torch.float16: (2e-3, 1e-5), torch.bfloat16: (1e-2, 1e-4)}
+    limits = {of: {"rtol": rtol, "atol": atol} for of, (rtol, atol) in limits.items()}
+    return Case(lambda *x: flow_loss(*x, **LOSS | options), tensors, lambda _name, _value, of: limits[of])
 
 
 def pool_case(

@@ -11,13 +11,13 @@ from dfm_kernels.dispatch import is_interpreted
 from dfm_kernels.flow_loss import flow_loss
 from dfm_kernels.flow_loss.reference import KINDS
 from dfm_kernels.multilevel_roi_align import multilevel_roi_align
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import LOSS, compare, flow_case, interaction_case, loss_case, pool_case, run
 from tool_loader import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.usefixtures("tf32_is_allowed")
+from dfm_d2.export.formats import recording
 
 CASES = {
     "box_flow_update": flow_case,
@@ -25,7 +25,6 @@ CASES = {
     "multilevel_roi_align": pool_case,
     "dynamic_interaction": interaction_case,
 }
-ONE_DEVICE = [HealthCheck.function_scoped_fixture]  # for all examples
 ONE = {"b": 1, "n": 1, "k": 1}
 HALF = [{"dtype": torch.float16}, {"dtype": torch.bfloat16}]
 # One query, several programs of which the last is not full, both kinds of everything, half precision.
@@ -66,8 +65,9 @@ def test_the_backend_is_that_of_the_process_or_of_a_scope(monkeypatch):
     with pytest.raises(BackendError, match="op: the Triton kernel was asked for, but"), kernels("triton"):
         use_triton("op", tensor)
     set_backend("triton")
-    with kernels("torch"):
-        assert not use_triton("op", tensor)
+    for scope in (kernels("torch"), recording()):  # a file is written in plain torch
+        with scope:
+            assert not use_triton("op", tensor)
     with pytest.raises(BackendError):
         use_triton("op", tensor)
     with pytest.raises(ValueError, match="auto, torch, triton, got 'cuda'"):
@@ -92,11 +92,7 @@ REFUSED = {
         ("torch", lambda op, *x: op(*x[1:]), "2 feature levels but 3 scales"),
         ("torch", lambda op, *x: op(*x[:-1], x[-1][:1]), r"features of \[2, 2, 2\] images but boxes of 1"),
         ("triton", lambda op, *x: op(*x[:-1], x[-1].double()), "but boxes are torch.float64"),
-        (
-            "triton",
-            lambda op, *x: multilevel_roi_align(x[:2], x[3], (0.25, 0.2), 3, 2),
-            "but .* do not halve",
-        ),
+        ("triton", lambda _, *x: multilevel_roi_align(x[:2], x[3], (0.25, 0.2), 3, 2), "but .* do not halve"),
     ],
     "dynamic_interaction": [
         ("torch", lambda op, x, a, b, *norms: op(x, b, a, *norms), "be .M, P.2, C., .M, C, H. and .M, H, C."),
@@ -136,7 +132,7 @@ def test_the_kernel_equals_the_reference(kernel_device, poisoned_memory, name, o
     compare(CASES[name](kernel_device, **options))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=ONE_DEVICE)
+@settings(max_examples=8, deadline=None)
 @given(b=st.integers(1, 3), n=st.integers(1, 9), d=st.integers(1, 4), k=st.integers(1, 9), data=st.data())
 def test_box_flow_update_and_flow_loss_of_any_size(kernel_device, b, n, d, k, data):
     seed, s = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0.5, 2.0, 4.0]))
@@ -149,7 +145,7 @@ def test_box_flow_update_and_flow_loss_of_any_size(kernel_device, b, n, d, k, da
     assert (found["x_1_hat"].abs() <= s * (1 + 1e-6)).all()
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=ONE_DEVICE)
+@settings(max_examples=5, deadline=None)
 @given(b=st.integers(1, 2), n=st.integers(1, 2), cells=st.integers(1, 20), data=st.data())
 def test_roi_align_and_interaction_of_any_size(kernel_device, b, n, cells, data):
     # A LayerNorm of two channels answers little but signs: its gradient is all rounding.
@@ -219,9 +215,7 @@ def test_roi_align_of_boxes_at_the_limits(kernel_device):
     between_levels = [[0, 0, side, side] for side in (14, 28, 56)]
     boxes = [image, outside, enclosing, no_extent, negative_extent, *between_levels]
     compare(pool_case(kernel_device, b=1, at=torch.tensor([boxes]).float()))
-
-
-def test_roi_align_of_infinite_boxes_ends(kernel_device):
+    # Of infinite boxes it ends.
     boxes = torch.tensor([[[0.0, 0.0, wrong, 8.0] for wrong in (float("inf"), float("nan"), 8.0)]])
     features = [torch.ones(1, 2, side, side, device=kernel_device) for side in (4, 2)]
     with kernels("triton"):
@@ -318,32 +312,25 @@ def test_an_op_is_one_graph(kernel_device, name, how):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5)
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the calls of our ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "dfm":
-            self.calls[func] = args
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(kernel_device, name):
     """The forward, and where there is one the backward."""
-    with Recorder() as recorder:
+    calls = {}
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "dfm":
+                calls[func] = args
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
         run(CASES[name](kernel_device), "triton")
-    assert len(recorder.calls) == {"box_flow_update": 1, "flow_loss": 1}.get(name, 2)
-    for op, arguments in recorder.calls.items():
+    assert len(calls) == {"box_flow_update": 1, "flow_loss": 1}.get(name, 2)
+    for op, arguments in calls.items():
         tests = ["test_schema", "test_faketensor"]
         if name != "box_flow_update" and "backward" not in str(op):
             tests.append("test_autograd_registration")
-            arguments = torch.utils._pytree.tree_map_only(torch.Tensor, _learning, arguments)
+            arguments = torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), arguments
+            )
         torch.library.opcheck(op, arguments, test_utils=tests)
-
-
-def _learning(x):
-    return x.detach().requires_grad_(x.is_floating_point())
