@@ -22,6 +22,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[1]
+DENSE = "tests/modeling/test_dense.py"
 DETECTOR = "tests/modeling/test_detector.py tests/engine/test_detector_updates.py"
 UPDATES = "tests/engine/test_block_optimizer.py tests/engine/test_local_update.py"
 # Folder, its files, their tests from the cheapest to the dearest.
@@ -29,7 +30,7 @@ SUBJECTS = [
     ("dfm_d2/flow", "path solver box_space label_space noise", f"tests/core {DETECTOR}"),
     ("dfm_d2/local_update", "updates hand_over blocks block_optimizer", f"{UPDATES} {DETECTOR}"),
     ("dfm_d2/detection", "assignment coupling loss", f"tests/losses {DETECTOR}"),
-    ("dfm_d2/detection", "stack detector sampler training", f"tests/predictors {DETECTOR}"),
+    ("dfm_d2/detection", "stack detector sampler training dense", f"tests/predictors {DETECTOR} {DENSE}"),
     ("dfm_d2/detection", "postprocess", f"{DETECTOR} tests/export/test_equality.py"),
     ("dfm_d2/classification", "sampler flow_classifier", "tests/modeling/test_classifier.py"),
     ("kernels/dfm_kernels", "box_flow_update/reference flow_loss/reference", f"tests/kernels {DETECTOR}"),
