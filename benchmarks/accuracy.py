@@ -27,7 +27,7 @@ from dfm_d2.errors import exit_status
 _SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
 
 _CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
-_DENSE, _DENSE_FLOW = (["MODEL.DFM.DENSE_LOSS", kind] for kind in ("plain", "flow"))
+_DENSE = ["MODEL.DFM.DENSE_WEIGHT", "2.0"]
 
 # Trainings: overrides of the config. The first is what the config says.
 VARIANTS: dict[str, list[str]] = {
@@ -37,9 +37,8 @@ VARIANTS: dict[str, list[str]] = {
     "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],
     # The backprop twin, trained at every t as DiffusionDet is.
     "cascade": _CASCADE,
-    # With a loss of the shared block's own: every cell answers, plainly or as a flow of its own.
-    "local_dense": _DENSE,
-    "local_dense_flow": _DENSE_FLOW,
+    # With a loss of the shared block's own: every cell of the pyramid answers.
+    "sequential_dense": _DENSE,
     "cascade_dense": [*_CASCADE, *_DENSE],
     # Later predictors trained on the path instead of where the earlier ones lead.
     "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],

@@ -1,95 +1,26 @@
 """Detect with a file of tools/export_model.py, without dfm_d2: boxes in pixels of the photograph, as JSON.
 
 python run_exported.py model.onnx photo.jpg [more.jpg ...]     needs numpy, Pillow and onnxruntime
-python run_exported.py model.pt2 photo.jpg                     needs numpy, Pillow, torch and torchvision
-python run_exported.py model.ts photo.jpg                      the same
-python run_exported.py model.aoti.pt2 photo.jpg                the same, and a processor like the exporter's
+python run_exported.py model.ts photo.jpg                      needs numpy, Pillow, torch and torchvision
+python run_exported.py model.pt2 photo.jpg                     the same, and dfm_d2/export/checked.py
+python run_exported.py model.aoti.pt2 photo.jpg                as model.ts, on a processor like the exporter's
 
 AOTInductor packages and TorchScript are programs: run only those that you trust. A pt2 file is checked first.
 Shapes: B images, N noise boxes, L detections of an image at most.
 """
 
-import io
 import json
-import operator
-import re
+import pickle
 import sys
-import zipfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 ABOUT = "dfm_d2.json"  # the name of what a file says of itself
 
-
-# Members of a file: no script or opaque constants, no compiled code. Torch 2.8 pickles weights as model.pt.
-SAMPLES = "data/sample_inputs/model.pt"
-MEMBERS = (
-    rf"archive_format|archive_version|byteorder|\.data/[a-z_]+|models/model\.json|{SAMPLES}|extra/dfm_d2\.json"
-    r"|data/(weights/weight|constants/tensor)_[0-9]+|data/(weights|constants)/model(\.pt|_\2_config\.json)"
-)
-# The text that may stand at a key of the JSON; at other keys it is a dotted name.
-OPERATOR = (  # but those of aten that open files
-    r"torch\.ops\.(aten|torchvision)\.(?!from_file\.|save\.)\w+\.\w+|torch\.sym_(float|int|ite|max|min|not)"
-    r"|math\.trunc|_operator\.(add|and_|eq|floordiv|ge|getitem|gt|le|lt|mod|mul|ne|neg|or_|pos|sub|truediv)"
-)
-TREE = r'([][{}:, 0-9]|null|"(type|context|children_spec|null|builtins\.[a-z]+)"|"\[(\\"\w+\\"(, )?)*\]")*'
-SYMBOL = r"Symbol\('[a-z]+[0-9]+'(, [a-z]+=(True|False))*\)"
-EXPRESSION = (
-    rf"({SYMBOL}|Pow\({SYMBOL}, Integer\([0-9]\)\)|Integer\(-?[0-9]{{1,20}}\)"
-    r"|Float\('-?[0-9.]{1,20}', precision=53\)|, |\)|true|false|(Add|And|CeilDiv|CeilToInt|CleanDiv|Equality"
-    r"|FloatTrueDiv|FloorDiv|FloorToInt|GreaterThan|IntTrueDiv|LessThan|Max|Min|Mod|ModularIndexing|Mul|Not|Or"
-    r"|PythonMod|RoundToInt|StrictGreaterThan|StrictLessThan|ToFloat|TruncToInt|Unequality|Where)\()*"
-)
-TEXT = dict.fromkeys(("name", "as_name", "forward_arg_names"), r"\w*") | {"as_float": "-?Infinity|NaN"}
-TEXT |= {"target": OPERATOR, "as_operator": OPERATOR, "expr_str": EXPRESSION}
-TEXT |= {"in_spec": TREE, "out_spec": TREE}
-TEXT |= {"as_string": "[ -~]*"}  # an argument, which torch quotes
-TEXT |= {"range_constraints": r"[\w+*/(), -]*"}  # its keys, which torch only compares
-# Of no use to run a file: where its lines came from, and checks of inputs as Python code.
-DROPPED = {"metadata": {}, "guards_code": [], "torch_version": ""}
-
-
-def checked_copy(path):
-    """The pt2 file without what torch would unpickle, evaluate or import, as in dfm_d2/export/checked.py."""
-    import torch
-
-    def check(value, key=""):
-        if isinstance(value, list):
-            return [check(item, key) for item in value]
-        if isinstance(value, dict):
-            for name in value:
-                check(name, key if key == "range_constraints" else "")
-            fits = not value.get("use_pickle")
-            value = {k: DROPPED[k] if k in DROPPED else check(v, k) for k, v in value.items()}
-        else:
-            fits = not isinstance(value, str) or re.fullmatch(TEXT.get(key, r"[\w.]*"), value, re.ASCII)
-            if fits and TEXT.get(key) == OPERATOR and value.startswith("torch.ops."):
-                found = operator.attrgetter(value.removeprefix("torch."))(torch)
-                fits = isinstance(found, type(torch.ops.aten.add.Tensor))
-        if not fits:
-            raise SystemExit(f"{path} could run code and was not loaded: {key} {str(value)[:80]}")
-        return value
-
-    copy = io.BytesIO()
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(copy, "w") as target:
-        members = {member.filename.partition("/")[2]: member for member in source.infolist()}
-        for name, member in members.items():
-            if (
-                len(members) < len(source.infolist())
-                or not re.fullmatch(MEMBERS, name)
-                or member.compress_type
-            ):
-                raise SystemExit(f"{path} could run code and was not loaded: the member {name}")
-            content = source.read(member)
-            if name.endswith(".pt") and name != SAMPLES:
-                torch.save(torch.load(io.BytesIO(content), weights_only=True), file := io.BytesIO())
-                content = file.getvalue()
-            elif name.endswith(".json") and not name.startswith("extra/"):
-                content = json.dumps(check(json.loads(content))).encode()
-            target.writestr(f"archive/{name}", b"" if name == SAMPLES else content)
-    copy.seek(0)
-    return copy
+# checked.py, which opens pt2 files; a program of yours may have it beside this file.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "dfm_d2" / "export"))
 
 
 def load_onnx(path):
@@ -113,7 +44,12 @@ def load_with_torch(path):
         module = aoti_load_package(path)
         extra = module.get_metadata()
     else:
-        module = torch.export.load(checked_copy(path), extra_files=extra).module()
+        from checked import checked_copy  # nothing of the file is run before it has been looked at
+
+        try:
+            module = torch.export.load(checked_copy(path), extra_files=extra).module()
+        except pickle.UnpicklingError as error:
+            raise SystemExit(f"{path} could run code and was not loaded: {error}") from error
 
     def one_by_one(images, image_sizes, x_0=None):  # a trace has batch 1
         for i, (height, width) in enumerate(image_sizes.int().tolist()):

@@ -89,11 +89,9 @@ KEYS = (
     Key("MODEL.DFM.LOSS.VELOCITY_WEIGHT", 0.0, least=0),
     # The bound w_max on (1 - t)^-2, by which the error of a velocity weighs that of its endpoint.
     Key("MODEL.DFM.LOSS.VELOCITY_MAX", 25.0, least=0),
-    # What the shared block loses by itself, in training only (docs/math.md, section 5): every cell of the
-    # heads' levels answers for the object at whose centre it lies. "flow": from a noisy box of its own.
-    Key("MODEL.DFM.DENSE_LOSS", "none", choices=("none", "plain", "flow")),
-    # Weight of its class term and of its GIoU term.
-    Key("MODEL.DFM.DENSE_WEIGHT", 2.0, above=0),
+    # Of the class and the GIoU term of what the shared block loses by itself, in training only (docs/math.md,
+    # section 5): every cell of the heads' levels answers for the object at whose centre it lies. 0: nothing.
+    Key("MODEL.DFM.DENSE_WEIGHT", 0.0, least=0),
     # ---- the sampler, all of it changeable at test time without retraining
     # Heun's correction divides by 1 - t_next: a small TIME_RATE suits it best.
     Key("MODEL.DFM.SAMPLER.METHOD", "euler", choices=("euler", "heun")),
@@ -147,8 +145,8 @@ def problems(cfg) -> Iterator[str]:
             yield "MODEL.DFM.BACKBONE_UPDATE local is for FlowDetector, not CascadeDetector: set accumulate."
         if dfm.TIME != "partitioned" or predictors:
             yield "CascadeDetector asks all its heads: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS alone."
-    if dfm.DENSE_LOSS != "none" and dfm.BACKBONE_UPDATE == "frozen":
-        yield f"MODEL.DFM.DENSE_LOSS is {dfm.DENSE_LOSS!r}, but a frozen backbone does not learn: set none."
+    if dfm.DENSE_WEIGHT and dfm.BACKBONE_UPDATE == "frozen":
+        yield f"MODEL.DFM.DENSE_WEIGHT is {dfm.DENSE_WEIGHT}, but a frozen backbone does not learn: set 0."
     if dfm.PREDICTOR_RANKS > dfm.NUM_PREDICTORS:
         yield f"MODEL.DFM.PREDICTOR_RANKS is above NUM_PREDICTORS {dfm.NUM_PREDICTORS}: give each rank one."
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:

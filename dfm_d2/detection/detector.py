@@ -157,10 +157,10 @@ class FlowDetector(BoxFlowModel):
         uniform = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
         times = warped_time(uniform, self.predictors.rate).unbind(1)
         stage_samples = [self.path.sample(x_0, slots.x_1, t) for t in times]
-        images, dense = of_common_size(images), None
+        images, cells = of_common_size(images), None
         if self.dense_predictor is not None:
-            dense = self.dense_predictor.sample(images.shape[-2:], image_sizes, ground_truth, keys)
-        return Prepared(images, image_sizes, ground_truth, samples, on_policy, gt_index, stage_samples, dense)
+            cells = self.dense_predictor.cells(images.shape[-2:], image_sizes, ground_truth)
+        return Prepared(images, image_sizes, ground_truth, samples, on_policy, gt_index, stage_samples, cells)
 
     def block_losses(self, prepared: Prepared, hand_over: HandOver) -> Iterator[BlockLosses]:
         """Of stages that are blocks, predictors and the shared block: scalars `loss_cls/predictor0`, ...
@@ -178,7 +178,7 @@ class FlowDetector(BoxFlowModel):
         del features
         losses = None
         if self.dense_predictor is not None:
-            losses = partial(self.dense_predictor.losses, sample=own.dense, ground_truth=own.ground_truth)
+            losses = partial(self.dense_predictor.losses, cells=own.cells, ground_truth=own.ground_truth)
         yield from hand_over.close(losses)
 
     def _stage_losses(self, prepared: Prepared) -> Iterator[BlockLosses]:

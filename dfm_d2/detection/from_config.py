@@ -124,7 +124,7 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
 
 def _dense_predictor(cfg, backbone, space: BoxSpace, criterion: BlockLoss) -> DensePredictor | None:
     dfm, head = cfg.MODEL.DFM, cfg.MODEL.DFM.HEAD
-    if dfm.DENSE_LOSS == "none":
+    if dfm.DENSE_WEIGHT == 0:
         return None
     weights = {"cls_weight": dfm.DENSE_WEIGHT, "giou_weight": dfm.DENSE_WEIGHT}
     shapes = backbone.output_shape()
@@ -135,7 +135,6 @@ def _dense_predictor(cfg, backbone, space: BoxSpace, criterion: BlockLoss) -> De
         canonical_size=head.POOLER_CANONICAL_SIZE,
         space=space,
         criterion=dataclasses.replace(criterion, **weights, l1_weight=0.0, velocity_weight=0.0),
-        is_flow=dfm.DENSE_LOSS == "flow",
     )
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 from dfm_d2.detection.coupling import GroundTruth
-from dfm_d2.detection.dense import DenseSample
+from dfm_d2.detection.dense import Cells
 from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, PathSample
 from dfm_d2.local_update.processes import max_over_processes, world_size
@@ -28,7 +28,7 @@ class Prepared(NamedTuple):
     `(B, N)`; None where each predictor assigns.
     stage_samples: the path sample of every backbone stage that is a block; there are none but with
     BACKBONE_UPDATE "local".
-    dense: where the cells of the dense predictor stand; None: there is none.
+    cells: of the dense predictor; None: there is none.
     """
 
     images: Tensor
@@ -38,7 +38,7 @@ class Prepared(NamedTuple):
     on_policy: Tensor
     gt_index: Tensor | None
     stage_samples: list[PathSample]
-    dense: DenseSample | None
+    cells: Cells | None
 
     def part(self, images: slice) -> "Prepared":
         """The same of some of the images; their padding stays what it is."""

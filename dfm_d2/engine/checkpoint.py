@@ -12,6 +12,7 @@ from torch import nn
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
+from dfm_d2.engine.setup import check_weights
 from dfm_d2.engine.weights import check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
 from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManager, PeriodicCheckpointer
@@ -220,15 +221,11 @@ def _lookup(config: Any, key: str) -> Any:
 
 def _fetch(path: str) -> str:
     """The local file of a path or URL; CheckpointError saying what to do when there is none."""
+    check_weights(path)
     try:
-        local = PathManager.get_local_path(path)
+        return PathManager.get_local_path(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"Could not fetch {path} ({error}): download it where there is a network and set MODEL.WEIGHTS "
             "to the local file."
         ) from error
-    if not os.path.isfile(local):
-        raise CheckpointError(
-            f"There is no weight file {path}: set MODEL.WEIGHTS to a local .pth or .pkl file."
-        )
-    return local

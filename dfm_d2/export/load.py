@@ -1,6 +1,7 @@
 """Running an exported file: tensors in, tensors out, and what the file says of itself."""
 
 import json
+import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +45,11 @@ def load_file(path: str | Path) -> tuple[Run, dict[str, Any]]:
         raise UserError(f"{path} does not exist: check the path.")
     try:
         run, about = loaders[ending](str(path))
-    except UnsafeFileError:
-        raise
+    except pickle.UnpicklingError as error:
+        raise UnsafeFileError(
+            f"{path} is not a plain file of tensors and operators ({error}): it was not "
+            "loaded and nothing in it was run; export it again."
+        ) from error
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise UserError(

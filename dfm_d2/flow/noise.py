@@ -29,9 +29,6 @@ STREAM_PERMUTATION = 3
 STREAM_POLICY = 5
 STREAM_STAGE_TIME = 7
 STREAM_NEGATIVE = 8
-STREAM_DENSE = 9
-STREAM_DENSE_BACKGROUND = 10
-STREAM_DENSE_TIME = 11
 
 
 def stream_key(*parts: int | str) -> int:
@@ -41,12 +38,8 @@ def stream_key(*parts: int | str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def keyed_normal(keys: Sequence[int], count: int | Tensor, stream: int = STREAM_NOISE, device=None) -> Tensor:
-    """Standard normals `(len(keys), count, 4)` float32: row i depends on `keys[i]` and `stream` alone.
-
-    Args:
-        count: how many; or which, as int64 `(count,)`: each depends on its own number alone.
-    """
+def keyed_normal(keys: Sequence[int], count: int, stream: int = STREAM_NOISE, device=None) -> Tensor:
+    """Standard normals `(len(keys), count, 4)` float32: row i depends on `keys[i]` and `stream` alone."""
     u = [_to_uniform(word) for word in _words(keys, count, stream, device)]
     normals = []
     for u_1, u_2 in ((u[0], u[1]), (u[2], u[3])):  # Box-Muller
@@ -60,12 +53,9 @@ def keyed_uniform(keys: Sequence[int], count: int, stream: int = STREAM_TIME, de
     return _to_uniform(_words(keys, count, stream, device)[0])
 
 
-def _words(
-    keys: Sequence[int], count: int | Tensor, stream: int, device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _words(keys: Sequence[int], count: int, stream: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     seed = torch.tensor(keys, dtype=torch.int64, device=device)[:, None]
-    index = count if torch.is_tensor(count) else torch.arange(count, device=device)
-    return philox_4x32(seed, torch.as_tensor(stream, device=device), index)
+    return philox_4x32(seed, torch.as_tensor(stream, device=device), torch.arange(count, device=device))
 
 
 def philox_4x32(seed: Tensor, offset: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -72,6 +72,7 @@ def test_intermediates_are_kept_on_demand():
 def test_bad_grids_and_methods_are_refused(grid):
     with pytest.raises(ValueError, match="time grid"):
         ODESolver().sample(_decay, torch.ones(1, 1), grid)
+    assert ODESolver().sample(_decay, torch.ones(1, 1), [0.5, 1.0]).x == 0.5  # a part of [0, 1] is a grid
     with pytest.raises(ValueError, match="euler.*heun.*'rk4'"):
         ODESolver("rk4")
     for num_steps, rate in ((0, 0.0), (-1, 0.0), (2, -0.5)):

@@ -17,7 +17,7 @@ OLD = Path(__file__).parent / "old_configs"
 GOOD = {DETECTION: f"{CONFIGS}/shapes_flow_r18.yaml", CLASSIFICATION: f"{CONFIGS}/digits_flow_cnn.yaml"}
 OLD_FILES = {DETECTION: f"{OLD}/detector.yaml", CLASSIFICATION: f"{OLD}/classifier.yaml"}
 # Keys that are younger than the old files, and the values with which a run is what it was.
-LATER = {"MODEL.DFM.DENSE_LOSS": "none", "MODEL.DFM.DENSE_WEIGHT": 2.0}
+LATER = {"MODEL.DFM.DENSE_WEIGHT": 0.0}
 CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector"
 MULTI_STEP = "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"
 
@@ -28,7 +28,7 @@ BAD_DETECTORS = {
     CASCADE: "gradients cross a CascadeDetector: set joint.",
     f"{CASCADE} D.UPDATE joint D.TIME shared": "CascadeDetector asks all its heads",
     f"{CASCADE} D.UPDATE joint D.BACKBONE_UPDATE local": "BACKBONE_UPDATE local is for FlowDetector",
-    "D.DENSE_LOSS plain D.BACKBONE_UPDATE frozen": "a frozen backbone does not learn: set none.",
+    "D.DENSE_WEIGHT 2 D.BACKBONE_UPDATE frozen": "a frozen backbone does not learn: set 0.",
     "D.UPDATE parallel D.PREDICTOR_RANKS 5": "is above NUM_PREDICTORS 4: give each rank one.",
     "D.PREDICTOR_RANKS 2": "PREDICTOR_RANKS is 2, which needs MODEL.DFM.UPDATE parallel.",
     "D.UPDATE joint D.STEP_IN_BACKWARD True": "STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential",

@@ -28,7 +28,7 @@ SCENARIOS: dict[str, tuple[dict, list[tuple[int, int]]]] = {
     "on_policy": ({}, [(2, 2), (4, 2), (3, 3), (2, 1)]),
     "shared_time": ({"TIME": "shared"}, [(2, 2)]),
     "local": ({"BACKBONE_UPDATE": "local", "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
-    "dense": ({"DENSE_LOSS": "flow", "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
+    "dense": ({"DENSE_WEIGHT": 2.0, "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
     "frozen": ({"BACKBONE_UPDATE": "frozen", "ON_POLICY": 0.0}, [(2, 2)]),
 }
 GRIDS = [(name, *grid) for name, (_, grids) in SCENARIOS.items() for grid in grids]

@@ -152,6 +152,7 @@ def test_of_more_boxes_than_slots_a_random_subset_gets_one():
     assert all(len(set(subset)) == 4 for subset in subsets)
     assert len({tuple(sorted(subset)) for subset in subsets}) > 1
     assert subsets[0] == build_slots(gt, 4, 1, [0], SCALE).gt_index[0].tolist()
+    assert build_slots(_one_box(4), 4, 1, [0], SCALE).gt_index[0].tolist() == [0, 1, 2, 3]  # room for all
 
 
 @pytest.mark.parametrize("num_objects", [1, 2])
