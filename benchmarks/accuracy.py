@@ -55,17 +55,22 @@ VARIANTS: dict[str, list[str]] = {
     "dynamic_conv": ["MODEL.DFM.HEAD.INTERACTION", "dynamic_conv"],
 }
 
-# Samplers: fields of SamplerSettings. "fresh_noise" spends what 4 steps spend on passes of one step.
+# Samplers: fields of SamplerSettings. "fresh_noise_4x1" spends what 4 steps spend on passes of one step.
 SAMPLERS: dict[str, dict] = {
     "default": {},
     "steps_1": {"steps": 1},
     "steps_2": {"steps": 2},
     "steps_4": {"steps": 4},
     "steps_8": {"steps": 8},
+    "steps_16": {"steps": 16},
     "heun_4": {"steps": 4, "method": "heun"},
+    "fresh_noise_2x1": {"steps": 1, "noise_passes": 2},
     "fresh_noise_4x1": {"steps": 1, "noise_passes": 4},
+    "fresh_noise_2x4": {"steps": 4, "noise_passes": 2},
     "fresh_noise_4x4": {"steps": 4, "noise_passes": 4},
 }
+# Each with more proposals than any training here has, too.
+SAMPLERS |= {f"{name}_n160": {**fields, "num_proposals": 160} for name, fields in SAMPLERS.items()}
 METRICS = {"AP50": "%", "AP": "%", "VOC07_AP50": "%", "time": "s"}
 STUDY = Study(DETECTION, "train_net", VARIANTS)
 
