@@ -24,7 +24,7 @@ from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import evaluate
 from dfm_d2.errors import exit_status
 
-_SHARED = ["MODEL.DFM.TIME", "shared", "MODEL.DFM.SAMPLER.STEPS", "4"]
+_SHARED = ["MODEL.DFM.INTERVALS", "1", "MODEL.DFM.SAMPLER.STEPS", "4"]
 
 _CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
 _DENSE = ["MODEL.DFM.DENSE_WEIGHT", "2.0"]
@@ -41,7 +41,7 @@ VARIANTS: dict[str, list[str]] = {
     "sequential_dense": _DENSE,
     "cascade_dense": [*_CASCADE, *_DENSE],
     # Later predictors trained on the path instead of where the earlier ones lead.
-    "off_policy": ["MODEL.DFM.ON_POLICY", "0.0"],
+    "off_policy": ["MODEL.DFM.ROLLOUT", "0"],
     "time_rate_0": ["MODEL.DFM.TIME_RATE", "0.0"],
     "time_rate_3": ["MODEL.DFM.TIME_RATE", "3.0"],
     "gt_repeat_4": ["MODEL.DFM.GT_REPEAT", "4"],

@@ -79,13 +79,13 @@ def _sampled(model: torch.nn.Module, features: list[torch.Tensor], sizes: torch.
 
 
 def sampler_rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Time of the sampler in partitioned (K head evaluations) and shared time (D K of them)."""
+    """Time of the sampler of a chain (K head evaluations) and of an ensemble (D K of them)."""
     providers = [("torch", "torch", 0), ("auto", "auto", 0)]
     providers += [("auto, CUDA graph", "auto", 1)] * (args.device == "cuda")
-    grid = itertools.product(args.steps, args.proposals, args.batches, ("partitioned", "shared"))
-    for steps, proposals, batch, times in grid:
+    grid = itertools.product(args.steps, args.proposals, args.batches, ("chain", "ensemble"))
+    for steps, proposals, batch, predictors in grid:
         opts = ["MODEL.DEVICE", args.device, "MODEL.DFM.SAMPLER.NUM_PROPOSALS", proposals, *args.opts]
-        opts += ["MODEL.DFM.SAMPLER.STEPS", steps, "MODEL.DFM.TIME", times]
+        opts += ["MODEL.DFM.SAMPLER.STEPS", steps, "MODEL.DFM.INTERVALS", int(predictors == "ensemble")]
         cfg, model = random_detector(args.config, opts)
         features = []
         for shape in (model.backbone.output_shape()[name] for name in model.in_features):
@@ -111,7 +111,7 @@ def sampler_rows(args: argparse.Namespace) -> Iterator[Row]:
             label = f"B={batch} N={proposals} D={cfg.MODEL.DFM.NUM_PREDICTORS} K={steps}"
             tail = ("size", f"{label} {args.size[0]}x{args.size[1]}")
             for metric, found in values.items():
-                where = ("sampler", f"{cfg.MODEL.DFM.HEAD.INTERACTION} {name}", times, *metric, *tail)
+                where = ("sampler", f"{cfg.MODEL.DFM.HEAD.INTERACTION} {name}", predictors, *metric, *tail)
                 on, note = harness.device_name(args.device), f"float32 {args.precision}"
                 yield measured(*where, values=found, on=on, note=note)
 

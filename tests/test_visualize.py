@@ -63,16 +63,16 @@ def test_labels_can_be_read():
 
 
 @pytest.mark.parametrize("architecture", ["FlowDetector", "CascadeDetector"])
-@pytest.mark.parametrize("time", ["partitioned", "shared"])
-def test_a_record_is_the_trajectory(make_model, make_input, monkeypatch, architecture, time):
+@pytest.mark.parametrize("intervals", [0, 1])
+def test_a_record_is_the_trajectory(make_model, make_input, monkeypatch, architecture, intervals):
     monkeypatch.setattr(flow_pictures, "_FIELD_POINTS", 1)
-    model, item = make_model(architecture, TIME=time, SAMPLER__STEPS=3).eval(), make_input()
+    model, item = make_model(architecture, INTERVALS=intervals, SAMPLER__STEPS=3).eval(), make_input()
     record = record_flow(model, item)
-    trajectory, sizes = model.trajectory([item])
+    trajectory, sizes, _ = model.trajectory([item])
     assert len(record.states) == len(record.times) == 4 and len(record.answers) == 3
     expected = model.space.decode(trajectory.states[2], sizes)[0] * 2  # the original is twice as large
     torch.testing.assert_close(record.states[2], expected)
-    everybody = [0, 1, 2] if time == "shared" else None
+    everybody = [0, 1, 2] if intervals == 1 else None
     by = [[answer.predictor for answer in answers] for answers in record.answers]
     assert by == ([[2]] * 3 if architecture == "CascadeDetector" else [everybody or [k] for k in range(3)])
     if len(by[0]) == 1:
@@ -83,7 +83,7 @@ def test_a_record_is_the_trajectory(make_model, make_input, monkeypatch, archite
         torch.testing.assert_close(ends, expected, rtol=1e-4, atol=1e-3)
         surest = torch.stack([answer.scores for answer in record.answers[1]]).argmax(0)
         assert torch.equal(record.leader(1), surest)
-    assert model.sampler.settings.predictors == ()
+    assert model.sampler.settings.members == ()
 
 
 def test_the_field_is_that_of_the_followed_box(make_model, make_input):

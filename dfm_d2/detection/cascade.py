@@ -11,19 +11,24 @@ from collections.abc import Iterator, Sequence
 from dfm_kernels.box_flow_update import BoxFlowUpdate, euler_step, velocity_from_endpoint
 from torch import Tensor
 
+from dfm_d2.detection.config import MEANING
 from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.detection.head import HeadAnswer
 from dfm_d2.detection.training import Prepared
-from dfm_d2.flow import StepFunction, keyed_uniform, time_like
+from dfm_d2.flow import StepFunction, time_like
 from dfm_d2.framework import META_ARCH_REGISTRY
 from dfm_d2.local_update import BlockLosses, HandOver, predictor_block
 
 
 @META_ARCH_REGISTRY.register()
 class CascadeDetector(FlowDetector):
-    """As FlowDetector, with heads in a row instead of predictors side by side: gradients cross them all."""
+    """As FlowDetector, with heads in a row instead of predictors side by side: gradients cross them all.
+
+    All heads have one t, in [0, 1) as DiffusionDet trains: one interval of a time that is not warped.
+    """
 
     is_local = False
+    meaning = MEANING  # its heads have always embedded t
 
     def _predictor_losses(
         self, features: Sequence[Tensor], prepared: Prepared, hand_over: HandOver
@@ -33,7 +38,7 @@ class CascadeDetector(FlowDetector):
         names = tuple(predictor_block(d) for d in range(self.num_predictors))
         answers = self._answers(features, sample.x_t, sample.t, prepared.image_sizes)
         for name, (x, answer) in zip(names, answers):
-            losses |= self._losses(name, answer.class_logits, answer.boxes, x, sample.t, prepared)[0]
+            losses |= self._losses(name, answer, x, sample.t, prepared)[0]
         yield BlockLosses(names, losses)
 
     def _answers(
@@ -62,7 +67,3 @@ class CascadeDetector(FlowDetector):
             )
 
         return step
-
-    def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        """One t for all heads, in [0, 1) as DiffusionDet trains."""
-        return [keyed_uniform(keys, 1, device=self.device)[:, 0]] * self.num_predictors

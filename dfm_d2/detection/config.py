@@ -45,16 +45,18 @@ KEYS = (
     Key("MODEL.DFM.GT_REPEAT", 2, least=1),
     Key("MODEL.DFM.COUPLING", "optimal_transport", choices=("optimal_transport", "independent")),
     Key("MODEL.DFM.ASSIGNMENT", "dynamic_k", choices=("dynamic_k", "path")),
-    # "partitioned": predictor floor(u D) answers at t(u); "shared": every predictor answers at every t.
-    Key("MODEL.DFM.TIME", "partitioned", choices=("partitioned", "shared")),
-    # r of t(u) = (1 - exp(-r u)) / (1 - exp(-r)): the intervals of partitioned time and the sampler's steps
-    # are even in u. 0: even in t; more: the first predictor goes far and the later ones refine. Above 12 the
-    # last intervals would be empty in float32.
+    # S, the intervals of the warped time u, even ones; each has D / S predictors, which are trained on it and
+    # average their velocities in it. 1: an ensemble, all answer at every time; D, or 0: a chain.
+    Key("MODEL.DFM.INTERVALS", 0, least=0),
+    # r of t(u) = (1 - exp(-r u)) / (1 - exp(-r)): the intervals and the sampler's steps are even in u. 0:
+    # even in t; more: the first predictors go far and the later ones refine. Above 12 the last intervals
+    # would be empty in float32.
     Key("MODEL.DFM.TIME_RATE", 9.0, least=0, most=12),
-    # Share of the images on which predictor d + 1 trains, in place of the path, where a solver step of
-    # predictor d's detached answer leads: the states of inference. No gradient crosses. TIME "partitioned".
-    Key("MODEL.DFM.ON_POLICY", 1.0, least=0, most=1),
-    # How the D answers of TIME "shared" are averaged.
+    # R, the states of an interval that its predictors train at, each image at one of them: where solver steps
+    # along detached answers lead, of the intervals before and, for R > 1, of their own. No gradient crosses.
+    # 0: on the path.
+    Key("MODEL.DFM.ROLLOUT", 1, least=0),
+    # How the answers of an interval are averaged.
     Key("MODEL.DFM.AGGREGATION", "uniform", choices=("uniform", "confidence")),
     # ---- the heads
     Key("MODEL.DFM.HEAD.IN_FEATURES", ["p2", "p3", "p4", "p5"], filled=True),
@@ -95,11 +97,11 @@ KEYS = (
     # ---- the sampler, all of it changeable at test time without retraining
     # Heun's correction divides by 1 - t_next: a small TIME_RATE suits it best.
     Key("MODEL.DFM.SAMPLER.METHOD", "euler", choices=("euler", "heun")),
-    # K, the number of steps; 0: D for TIME "partitioned", 1 for "shared".
+    # K, the number of steps; 0: one an interval.
     Key("MODEL.DFM.SAMPLER.STEPS", 0, least=0),
     Key("MODEL.DFM.SAMPLER.NUM_PROPOSALS", 0, least=0),  # 0: as in training
-    # Indices of the predictors that answer (TIME "shared" only); empty: all.
-    Key("MODEL.DFM.SAMPLER.PREDICTORS", [], of=int, least=0),
+    # Which of the D / S predictors of every interval answer, from 0; empty: all.
+    Key("MODEL.DFM.SAMPLER.MEMBERS", [], of=int, least=0),
     Key("MODEL.DFM.SAMPLER.SEED", 0),
     # Run the sampler this many times from fresh noise and merge (the control of iteration).
     Key("MODEL.DFM.SAMPLER.NOISE_PASSES", 1, least=1),
@@ -110,15 +112,21 @@ KEYS = (
 )
 
 # Keys that say what the weights mean and that their names and shapes do not show.
-_MEANING = "SIGNAL_SCALE TIME TIME_RATE HEAD.IN_FEATURES HEAD.BOX_WEIGHTS HEAD.POOLER_CANONICAL_SIZE"
-MEANING = tuple(f"MODEL.DFM.{name}" for name in _MEANING.split())
+_OF_HEADS = "IN_FEATURES BOX_WEIGHTS POOLER_CANONICAL_SIZE"
+MEANING = (
+    *(f"MODEL.DFM.{name}" for name in "PREDICTION SIGNAL_SCALE INTERVALS TIME_RATE".split()),
+    *(f"MODEL.DFM.HEAD.{name}" for name in _OF_HEADS.split()),
+)
 
-_ON_POLICY = "MODEL.DFM.ON_POLICY trains on the states of inference"
+_ROLLOUT = "MODEL.DFM.ROLLOUT trains at the states of inference"
 _OF_CLASSIFIERS = (..., "classifiers have it")
 # What config files of earlier versions have, as `merge_config_file` takes it.
 REMOVED = {
-    "MODEL.DFM.ENDPOINT_NOISE": (0.0, _ON_POLICY),
-    "MODEL.DFM.FROM_NOISE": (0.0, _ON_POLICY),
+    "MODEL.DFM.TIME": ("partitioned", "MODEL.DFM.INTERVALS is 0 for 'partitioned' and 1 for 'shared'"),
+    "MODEL.DFM.SAMPLER.PREDICTORS": ([], "MODEL.DFM.SAMPLER.MEMBERS chooses predictors of every interval"),
+    "MODEL.DFM.ON_POLICY": (1.0, "MODEL.DFM.ROLLOUT 0 trains on the path"),
+    "MODEL.DFM.ENDPOINT_NOISE": (0.0, _ROLLOUT),
+    "MODEL.DFM.FROM_NOISE": (0.0, _ROLLOUT),
     "MODEL.DFM.SAMPLER.ENSEMBLE_STEPS": (False, "MODEL.DFM.SAMPLER.NOISE_PASSES merges several passes"),
     "MODEL.DFM.SAMPLER.RENEWAL_THRESH": (0.0, "MODEL.DFM.SAMPLER.NUM_PROPOSALS gives more proposals"),
     "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint, which was better by 8 AP50"),
@@ -137,14 +145,25 @@ def problems(cfg) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
     dfm, sizes = cfg.MODEL.DFM, tuple(cfg.INPUT.MIN_SIZE_TRAIN)
     head, loss, sampler = dfm.HEAD, dfm.LOSS, dfm.SAMPLER
-    predictors = list(sampler.PREDICTORS)
+    members, count = list(sampler.MEMBERS), dfm.NUM_PREDICTORS
+    intervals = dfm.INTERVALS or count
     if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector":
         if dfm.UPDATE != "joint":
             yield f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but gradients cross a CascadeDetector: set joint."
-        if dfm.BACKBONE_UPDATE == "local":
-            yield "MODEL.DFM.BACKBONE_UPDATE local is for FlowDetector, not CascadeDetector: set accumulate."
-        if dfm.TIME != "partitioned" or predictors:
-            yield "CascadeDetector asks all its heads: leave MODEL.DFM.TIME and SAMPLER.PREDICTORS alone."
+        if dfm.BACKBONE_UPDATE in ("local", "dense"):
+            yield (
+                f"MODEL.DFM.BACKBONE_UPDATE {dfm.BACKBONE_UPDATE} is for FlowDetector, not CascadeDetector: "
+                "set accumulate."
+            )
+        if dfm.INTERVALS or members:
+            yield "CascadeDetector asks all its heads: leave MODEL.DFM.INTERVALS and SAMPLER.MEMBERS alone."
+    elif count % intervals:
+        yield f"MODEL.DFM.NUM_PREDICTORS is {count}; it must be a multiple of INTERVALS {intervals}."
+    elif any(e >= count // intervals for e in members):
+        most = count // intervals - 1
+        yield f"MODEL.DFM.SAMPLER.MEMBERS is {members}; an interval's predictors go from 0 to {most}."
+    if dfm.BACKBONE_UPDATE == "dense" and not dfm.DENSE_WEIGHT:
+        yield "MODEL.DFM.BACKBONE_UPDATE dense learns from the dense loss: set DENSE_WEIGHT, 2.0 for one."
     if dfm.DENSE_WEIGHT and dfm.BACKBONE_UPDATE == "frozen":
         yield f"MODEL.DFM.DENSE_WEIGHT is {dfm.DENSE_WEIGHT}, but a frozen backbone does not learn: set 0."
     if dfm.PREDICTOR_RANKS > dfm.NUM_PREDICTORS:
@@ -161,12 +180,8 @@ def problems(cfg) -> Iterator[str]:
         yield f"MODEL.DFM.HEAD.NUM_HEADS is {head.NUM_HEADS}; it must divide HIDDEN_DIM {head.HIDDEN_DIM}."
     if sampler.NMS_THRESH == 0 and sampler.NOISE_PASSES > 1:
         yield "MODEL.DFM.SAMPLER.NMS_THRESH is 0, but NOISE_PASSES merges detections by NMS: set it to 0.6."
-    if predictors and dfm.TIME == "partitioned":
-        yield "MODEL.DFM.SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared: partitioned time needs them all."
-    if len(set(predictors)) < len(predictors):
-        yield f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; name each predictor once."
-    if any(index >= dfm.NUM_PREDICTORS for index in predictors):
-        yield f"MODEL.DFM.SAMPLER.PREDICTORS is {predictors}; indices go from 0 to {dfm.NUM_PREDICTORS - 1}."
+    if len(set(members)) < len(members):
+        yield f"MODEL.DFM.SAMPLER.MEMBERS is {members}; name each predictor once."
 
 
 def check_start(cfg) -> None:

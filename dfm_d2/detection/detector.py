@@ -1,13 +1,12 @@
 """FlowDetector: D local predictors on one backbone turn noise boxes into detections.
 
-Shapes: B images, N proposals, D predictors, C channels, K classes, G ground-truth boxes.
+Shapes: B images, N proposals, D predictors, S intervals, C channels, K classes, G ground-truth boxes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from dfm_kernels.box_flow_update import euler_step
 from torch import Tensor, nn
 
 from dfm_d2.detection.assignment import DynamicK, assigned_targets
@@ -15,10 +14,18 @@ from dfm_d2.detection.config import MEANING
 from dfm_d2.detection.coupling import build_slots, couple
 from dfm_d2.detection.dense import DensePredictor
 from dfm_d2.detection.from_config import detector_arguments, owners_in_bottom_up
-from dfm_d2.detection.head import StagePredictor
+from dfm_d2.detection.head import HeadAnswer, StagePredictor
 from dfm_d2.detection.inference import BoxFlowModel
 from dfm_d2.detection.loss import BlockLoss
-from dfm_d2.detection.training import Prepared, disagreement, of_common_size, pad_ground_truth
+from dfm_d2.detection.training import (
+    Prepared,
+    State,
+    Told,
+    disagreement,
+    member_iou,
+    of_common_size,
+    pad_ground_truth,
+)
 from dfm_d2.flow import CondOTPath, keyed_normal, keyed_uniform, stream_key, warped_time
 from dfm_d2.flow.noise import STREAM_POLICY, STREAM_STAGE_TIME
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable, get_event_storage
@@ -37,16 +44,16 @@ class FlowDetector(BoxFlowModel):
         dense_predictor: what the shared block loses by itself; None: nothing.
         criterion, assigner: loss of a block, dynamic_k.
         num_proposals: N in training. gt_repeat: see coupling.build_slots.
-        on_policy: share of the images whose later predictors train where the earlier ones lead.
+        rollout: R, the states of an interval that its predictors train at; 0: on the path.
         coupling, assignment: see the config keys of those names.
         seed: of noise and t in training.
-        freeze_backbone: the backbone neither learns nor moves its running statistics.
+        backbone_update: see the config key; "frozen": nor do the running statistics move.
     """
 
     # Whether predictors are independent, so that they may be updated one by one.
     is_local = True
     # What the engine asks of a model, see Task.
-    meaning, backbone_prefix = MEANING, "backbone.bottom_up"
+    meaning, backbone_prefix = (*MEANING, "MODEL.DFM.TIME"), "backbone.bottom_up"
     training_only = ("stage_predictors.", "dense_predictor.")
 
     @configurable
@@ -59,11 +66,11 @@ class FlowDetector(BoxFlowModel):
         assigner: DynamicK,
         num_proposals: int,
         gt_repeat: int,
-        on_policy: float,
+        rollout: int,
         coupling: str,
         assignment: str,
         seed: int,
-        freeze_backbone: bool,
+        backbone_update: str,
         **inference,
     ):
         super().__init__(**inference)
@@ -73,12 +80,13 @@ class FlowDetector(BoxFlowModel):
         self.assigner = assigner
         self.num_proposals = num_proposals
         self.gt_repeat = gt_repeat
-        self.on_policy = on_policy
+        self.rollout = rollout
         self.coupling = coupling
         self.assignment = assignment
         self.seed = seed
-        self.freeze_backbone = freeze_backbone
-        if freeze_backbone:
+        self.backbone_update = backbone_update
+        self.freeze_backbone = backbone_update == "frozen"
+        if self.freeze_backbone:
             self.backbone.requires_grad_(False)
         self.path = CondOTPath()
         self._steps = 0  # of forward in training mode where no event storage counts them
@@ -135,9 +143,9 @@ class FlowDetector(BoxFlowModel):
 
     @torch.no_grad()
     def prepare(self, batched_inputs: Sequence[dict], iteration: int) -> Prepared:
-        """Images, targets and one path sample a predictor.
+        """Images, targets and one path sample an interval.
 
-        Noise depends on (seed, iteration, image id), t besides on the predictor, and on nothing else.
+        Noise depends on (seed, iteration, image id), the time besides on the interval, and on nothing else.
         """
         images, image_sizes = self._images(batched_inputs)
         ground_truth = pad_ground_truth(batched_inputs, image_sizes, self.space, self.num_classes)
@@ -145,27 +153,31 @@ class FlowDetector(BoxFlowModel):
         x_0 = keyed_normal(keys, self.num_proposals, device=self.device).to(ground_truth.x_1.dtype)
         slots = build_slots(ground_truth, self.num_proposals, self.gt_repeat, keys, self.space.signal_scale)
         slots = couple(x_0, slots, self.coupling, keys)
-        samples = [self.path.sample(x_0, slots.x_1, t) for t in self._times(keys)]
-        if self.assignment == "path":
-            gt_index = slots.gt_index
-        elif self.predictors.time == "shared":
-            # One assignment for all: predictors that are averaged must not pull a query to different objects.
-            gt_index = self.assigner(ground_truth, samples[0].x_t)
-        else:
-            gt_index = None
-        on_policy = keyed_uniform(keys, 1, STREAM_POLICY, self.device)[:, 0] < self.on_policy
-        uniform = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device)
-        times = warped_time(uniform, self.predictors.rate).unbind(1)
-        stage_samples = [self.path.sample(x_0, slots.x_1, t) for t in times]
+        S, R = self.predictors.intervals, max(self.rollout, 1)
+        within = keyed_uniform(keys, S, device=self.device)[..., None]
+        steps = torch.arange(S * R, device=self.device).view(S, R)
+        # One solver step of S R an entry, as at inference: interval i begins with step i R.
+        u = (steps + within) / (S * R)
+        state = (keyed_uniform(keys, S, STREAM_POLICY, self.device) * R).long()
+        samples = [self.path.sample(x_0, slots.x_1, self._t(first)) for first in u[..., 0].unbind(1)]
+        gt_index = slots.gt_index if self.assignment == "path" else None
+        stage_u = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device).unbind(1)
+        stage_samples = [self.path.sample(x_0, slots.x_1, self._t(own)) for own in stage_u]
         images, cells = of_common_size(images), None
         if self.dense_predictor is not None:
             cells = self.dense_predictor.cells(images.shape[-2:], image_sizes, ground_truth)
-        return Prepared(images, image_sizes, ground_truth, samples, on_policy, gt_index, stage_samples, cells)
+        ways = samples, u, state, gt_index, stage_samples, list(stage_u)
+        return Prepared(images, image_sizes, ground_truth, *ways, cells)
+
+    def _t(self, u: Tensor) -> Tensor:
+        """t(u)."""
+        return warped_time(u, self.predictors.rate)
 
     def block_losses(self, prepared: Prepared, hand_over: HandOver) -> Iterator[BlockLosses]:
         """Of stages that are blocks, predictors and the shared block: scalars `loss_cls/predictor0`, ...
 
-        With dynamic_k in shared time also the metric `disagreement/predictor0`, see training.disagreement.
+        Of every member of an interval but the first also the metrics `disagreement/predictor1` (with
+        dynamic_k) and `member_iou/predictor1`, see dfm_d2.detection.training.
         """
         own = hand_over.own(prepared)
         if self.stage_predictors:
@@ -173,28 +185,31 @@ class FlowDetector(BoxFlowModel):
         else:
             with torch.set_grad_enabled(not self.freeze_backbone and torch.is_grad_enabled()):
                 features = self._features(own.images)
-        features = hand_over.open(features)
-        yield from self._predictor_losses(features, prepared, hand_over)
-        del features
         losses = None
         if self.dense_predictor is not None:
             losses = partial(self.dense_predictor.losses, cells=own.cells, ground_truth=own.ground_truth)
+        if self.backbone_update == "dense":
+            # Nothing comes back from the predictors: the shared block's activations go before they begin.
+            yield BlockLosses((SHARED_BLOCK,), losses(features))
+            features, losses = [feature.detach() for feature in features], None
+        features = hand_over.open(features)
+        yield from self._predictor_losses(features, prepared, hand_over)
+        del features
         yield from hand_over.close(losses)
 
     def _stage_losses(self, prepared: Prepared) -> Iterator[BlockLosses]:
         """The local losses of backbone stages, each by its own predictor; returns the features, L maps
         `(B, C, H_l, W_l)`."""
         bottom_up, x, outputs = self.backbone.bottom_up, prepared.images, {}
-        samples = dict(zip(self.stage_predictors, prepared.stage_samples))
-        if self.assignment == "dynamic_k":  # stages are never averaged: each assigns for itself
-            prepared = prepared._replace(gt_index=None)
+        samples = dict(zip(self.stage_predictors, zip(prepared.stage_samples, prepared.stage_u)))
         for child, stage in bottom_up.named_children():
             x = stage(x)
             if child in samples:
-                sample = samples[child]
-                answer = self._answer(self.stage_predictors[child], x, sample.x_t, sample.t, prepared)
-                losses, _ = self._losses(child, *answer, sample.x_t, sample.t, prepared)
-                del answer, _  # only what is yielded holds the graph
+                sample, u = samples[child]
+                proposals = self.space.proposals(sample.x_t, prepared.image_sizes)
+                answer = self.stage_predictors[child](x, proposals, sample.x_t, u)
+                losses, _ = self._losses(child, answer, sample.x_t, sample.t, prepared)
+                del answer  # only what is yielded holds the graph
                 yield BlockLosses((child,), losses)
                 del losses
                 x = x.detach()
@@ -209,89 +224,156 @@ class FlowDetector(BoxFlowModel):
     def _predictor_losses(
         self, features: Sequence[Tensor], prepared: Prepared, hand_over: HandOver
     ) -> Iterator[BlockLosses]:
-        """Predictor by predictor. Where an image is on-policy, the detached answer of one takes the place of
-        the path in the input of the next: one solver step, as at inference."""
+        """Interval by interval, member by member. In an interval the first member assigns for all. Unless
+        they train on the path, their detached answers lead on, by the solver steps of inference."""
         if hand_over.together:
             yield self._losses_together(features, prepared)
             return
-        x_t = prepared.samples[0].x_t
-        for index, (predictor, sample) in enumerate(zip(self.predictors, prepared.samples)):
-            block = predictor_block(index)
-            if not hand_over.owns(block):
-                continue
-            if not self._is_chained:
-                x_t = sample.x_t
-            elif index > 0:
-                x_t = hand_over.receive(index, x_t)
-            answer = self._answer(predictor, features, x_t, sample.t, prepared)
-            with hand_over.among_owners(block):
-                losses, x_1_hat = self._losses(block, *answer, x_t, sample.t, prepared)
-            if self._is_chained and index + 1 < self.num_predictors:
-                x_t = self._next_input(index, x_t, x_1_hat, prepared)
-                hand_over.send(index + 1, x_t)
-            del answer, x_1_hat  # only what is yielded holds the graph
-            yield BlockLosses((block,), losses)
-            del losses
+        like = self._like(prepared, features)
 
-    @property
-    def _is_chained(self) -> bool:
-        """Whether a predictor's answers are an input of the next."""
-        return self.on_policy > 0 and self.predictors.time == "partitioned"
+        def told_by(state: State, interval: int) -> list[Told]:
+            """The answers of all members, those of other processes too."""
+            answers = []
+            for e, d in enumerate(self.predictors.members(interval)):
+                own = None
+                if hand_over.owns(predictor_block(d)):
+                    own = self._told(self._answer(d, features, state, e, prepared), like)
+                answers.append(hand_over.tell(d, own, like))
+            return answers
+
+        state, answers = None, []
+        for interval in range(self.predictors.intervals):
+            state = self._entered(interval, prepared, state, answers)
+            state = self._rolled_out(state, interval, prepared, told_by)
+            leads = self.rollout > 0 and interval + 1 < self.predictors.intervals
+            members, answers = self.predictors.members(interval), []
+            for e, d in enumerate(members):
+                block, own, item = predictor_block(d), None, None
+                if hand_over.owns(block):
+                    answer = self._answer(d, features, state, e, prepared)
+                    with hand_over.among_owners(block):
+                        losses, gt_index = self._losses(
+                            block, answer, state.x_t, self._t(state.u), prepared, answers[0] if e else None
+                        )
+                    own, item = self._told(answer, like, gt_index), BlockLosses((block,), losses)
+                    del answer, losses  # only what is yielded holds the graph
+                if leads or len(members) > 1:
+                    answers.append(hand_over.tell(d, own, like))
+                if item is not None:
+                    yield item
+                del item
+
+    def _entered(
+        self, interval: int, prepared: Prepared, before: State | None, answers: Sequence[Told]
+    ) -> State:
+        """Where an interval begins: where the answers at the state of the one before lead, if they do."""
+        u = prepared.u[:, interval, 0]
+        if before is None or self.rollout == 0:
+            return State(prepared.samples[interval].x_t, u, [None] * self.predictors.num_members)
+        moved = self._moved(before, answers, u, prepared)
+        return moved._replace(queries=[told.queries for told in answers])
+
+    def _rolled_out(
+        self,
+        state: State,
+        interval: int,
+        prepared: Prepared,
+        told_by: Callable[[State, int], Sequence[Told]],
+    ) -> State:
+        """The state of those R in the interval that each image trains at."""
+        for step in range(1, prepared.u.shape[2]):
+            with torch.no_grad():
+                answers = told_by(state, interval)
+            moved = self._moved(state, answers, prepared.u[:, interval, step], prepared)
+            goes = prepared.state[:, interval] >= step
+            x_t = torch.where(goes[:, None, None], moved.x_t, state.x_t)
+            state = State(x_t, torch.where(goes, moved.u, state.u), state.queries)
+        return state
+
+    @torch.no_grad()
+    def _moved(self, state: State, answers: Sequence[Told], u_next: Tensor, prepared: Prepared) -> State:
+        """After the solver step to `u_next` `(B,)` by the aggregated answers."""
+        class_logits, boxes = (torch.stack(parts) for parts in list(zip(*answers))[:2])
+        times = self._t(state.u), self._t(u_next)
+        update = self.solver_step(state.x_t, boxes, class_logits, *times, prepared.image_sizes)
+        return State(update.x_next, u_next, state.queries)
 
     def _answer(
-        self, predictor: nn.Module, features, x_t: Tensor, t: Tensor, prepared: Prepared
-    ) -> tuple[Tensor, Tensor]:
-        """Class logits `(B, N, K)` and raw box answer `(B, N, 4)` of a predictor, or of that of a stage."""
-        answer = predictor(features, self.space.proposals(x_t, prepared.image_sizes), x_t, t)
-        return answer.class_logits, answer.boxes
+        self, d: int, features: Sequence[Tensor], state: State, member: int, prepared: Prepared
+    ) -> HeadAnswer:
+        """What predictor `d`, which is that member of its interval, answers."""
+        proposals = self.space.proposals(state.x_t, prepared.image_sizes)
+        return self.predictors[d](features, proposals, state.x_t, state.u, state.queries[member])
 
-    def _next_input(self, index: int, x_t: Tensor, x_1_hat: Tensor, prepared: Prepared) -> Tensor:
-        """x_t `(B, N, 4)` of predictor `index + 1` by the endpoint of predictor `index`, detached."""
-        t, following = prepared.samples[index].t, prepared.samples[index + 1]
-        x_next = euler_step(x_t, self.space.clamp(x_1_hat.detach()), t, following.t)
-        return torch.where(prepared.on_policy[:, None, None], x_next, following.x_t)
+    def _like(self, prepared: Prepared, features: Sequence[Tensor]) -> Told:
+        """Tensors of the shapes and types of what a predictor tells."""
+        x_t = prepared.samples[0].x_t
+        shape = x_t.shape[:2]
+        logits, queries = (x_t.new_empty(*shape, size) for size in (self.num_classes, features[0].shape[1]))
+        return Told(logits, x_t, queries, torch.empty(shape, dtype=torch.int64, device=x_t.device))
+
+    @staticmethod
+    def _told(answer: HeadAnswer, like: Told, gt_index: Tensor | None = None) -> Told:
+        """An answer, and an assignment where there is one, as the others may have it."""
+        parts = (part.detach().to(like.boxes.dtype) for part in answer)
+        return Told(*parts, like.gt_index if gt_index is None else gt_index)
 
     def _losses_together(self, features: Sequence[Tensor], prepared: Prepared) -> BlockLosses:
         """All predictors as one batched computation; if they train on-policy, after a pass without gradients
-        that finds their inputs."""
-        samples = prepared.samples
-        inputs = [sample.x_t for sample in samples]
-        if self._is_chained:
-            with torch.no_grad():
-                for index in range(self.num_predictors - 1):
-                    predictor, x_t = self.predictors[index], inputs[index]
-                    _, boxes = self._answer(predictor, features, x_t, samples[index].t, prepared)
-                    inputs[index + 1] = self._next_input(
-                        index, x_t, self.space.endpoint(x_t, boxes), prepared
-                    )
-        t = torch.stack([sample.t for sample in samples])
-        boxes_xyxy = torch.stack([self.space.proposals(x_t, prepared.image_sizes) for x_t in inputs])
-        answers = self.predictors.answer_together(features, boxes_xyxy, torch.stack(inputs), t)
+        that finds their states."""
+        like, states = self._like(prepared, features), []
+
+        def told_by(state: State, interval: int) -> list[Told]:
+            members = enumerate(self.predictors.members(interval))
+            return [self._told(self._answer(d, features, state, e, prepared), like) for e, d in members]
+
+        for interval in range(self.predictors.intervals):
+            answers = []
+            if interval > 0 and self.rollout > 0:
+                with torch.no_grad():
+                    answers = told_by(states[-1], interval - 1)
+            state = self._entered(interval, prepared, states[-1] if states else None, answers)
+            states.append(self._rolled_out(state, interval, prepared, told_by))
+        each = [(state, e) for state in states for e in range(self.predictors.num_members)]
+        x_t, u = (torch.stack([state[part] for state, _ in each]) for part in (0, 1))
+        boxes_xyxy = torch.stack([self.space.proposals(x, prepared.image_sizes) for x in x_t])
+        queries = [state.queries[e] for state, e in each]
+        answers = self.predictors.answer_together(features, boxes_xyxy, x_t, u, queries)
         blocks, terms = tuple(predictor_block(d) for d in range(self.num_predictors)), {}
-        for index, block in enumerate(blocks):
-            answer = (part[index] for part in answers)
-            terms |= self._losses(block, *answer, inputs[index], samples[index].t, prepared)[0]
+        first = None
+        for (state, e), block, *answer in zip(each, blocks, *answers):
+            answer = HeadAnswer(*answer, state.x_t)
+            first = first if e else None
+            losses, gt_index = self._losses(block, answer, state.x_t, self._t(state.u), prepared, first)
+            if e == 0:
+                first = self._told(answer, like, gt_index)
+            terms |= losses
         return BlockLosses(blocks, terms)
 
     def _losses(
-        self, block: str, class_logits: Tensor, boxes: Tensor, x_t: Tensor, t: Tensor, prepared: Prepared
+        self,
+        block: str,
+        answer: HeadAnswer,
+        x_t: Tensor,
+        t: Tensor,
+        prepared: Prepared,
+        first: Told | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses and metrics of a block by its raw answer at `(x_t, t)`, and its endpoint `(B, N, 4)`."""
-        x_1_hat, class_logits = self.space.endpoint(x_t, boxes), class_logits.to(x_t.dtype)
+        """Losses and metrics of a block by its answer at `(x_t, t)`, and its assignment `(B, N)`.
+
+        first: what the first member of the interval told, whose assignment this one has; None: it assigns.
+        """
+        x_1_hat, class_logits = self.space.endpoint(x_t, answer.boxes), answer.class_logits.to(x_t.dtype)
         gt_index, metrics = prepared.gt_index, {}
         if self.assignment == "dynamic_k":
-            own = self.assigner(prepared.ground_truth, x_1_hat, class_logits)
-            if gt_index is None:
-                gt_index = own
-            else:
-                metrics[f"disagreement/{block}"] = disagreement(own, gt_index)
+            gt_index = self.assigner(prepared.ground_truth, x_1_hat, class_logits)
+        if first is not None:
+            if self.assignment == "dynamic_k":
+                metrics[f"disagreement/{block}"] = disagreement(gt_index, first.gt_index)
+            gt_index = first.gt_index
+            endpoints = x_1_hat.detach(), self.space.endpoint(x_t, first.boxes)
+            boxes_xyxy = (self.space.proposals(x, prepared.image_sizes) for x in endpoints)
+            metrics[f"member_iou/{block}"] = member_iou(*boxes_xyxy, gt_index)
         classes, target_x_1 = assigned_targets(prepared.ground_truth, gt_index, self.num_classes)
         losses = self.criterion(class_logits, x_1_hat, classes, target_x_1, t)
-        return {f"loss_{key}/{block}": value for key, value in losses.items()} | metrics, x_1_hat
-
-    def _times(self, keys: Sequence[int]) -> list[Tensor]:
-        """t `(B,)` of every predictor, uniform in its interval of the warped time; one t in shared time."""
-        uniform = keyed_uniform(keys, self.num_predictors, device=self.device).unbind(1)
-        if self.predictors.time == "shared":
-            return [uniform[0]] * self.num_predictors
-        return [self.predictors.training_time(d, u) for d, u in enumerate(uniform)]
+        return {f"loss_{key}/{block}": value for key, value in losses.items()} | metrics, gt_index

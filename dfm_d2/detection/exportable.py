@@ -97,7 +97,7 @@ def _metadata(
         "noise_passes": sampler.noise_passes,
         "num_noise_boxes": sampler.num_proposals * sampler.noise_passes,
         "time_grid": list(sampler.grid),
-        "predictors": list(sampler.predictors) or list(range(model.num_predictors)),
+        "members": list(sampler.members) or list(range(model.predictors.num_members)),
     }
 
 

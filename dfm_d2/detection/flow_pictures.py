@@ -96,8 +96,7 @@ class FlowRun:
 
     def __init__(self, model: FlowDetector, item: dict):
         self.model = model
-        self.trajectory, self.image_sizes = model.trajectory([item])
-        self._step_function, _ = model.step_function([item])
+        self.trajectory, self.image_sizes, self._step_function = model.trajectory([item])
         height, width = self.image_sizes[0].tolist()
         self.scale = torch.tensor([item.get("width", width) / width, item.get("height", height) / height] * 2)
 
@@ -112,12 +111,13 @@ class FlowRun:
     def answers(self, k: int) -> Iterator[Answer]:
         """What each predictor answers by itself in step `k`."""
         model, settings, indices = self.model, self.model.sampler.settings, [-1]
+        stack = model.predictors
         if model.is_local:  # else the heads answer one after another: what leaves is the last one's
-            indices = model.predictors.answering(self.trajectory.times[k], settings.predictors)
+            indices = stack.answering(self.trajectory.times[k], settings.members)
         try:
             for index in indices:
                 if len(indices) > 1:
-                    model.sampler.settings = replace(settings, predictors=(index,))
+                    model.sampler.settings = replace(settings, members=(index % stack.num_members,))
                 update = self.step(k, self.trajectory.states[k])
                 score, label = update.class_probs[0].cpu().max(-1)
                 yield Answer(index % model.num_predictors, self.pixels(update.x_1_hat), label, score)

@@ -96,7 +96,7 @@ class FlowPredictor:
             with torch.no_grad(), inference_autocast(self.cfg):
                 found = [answer["instances"].to("cpu") for answer in self.model(batch)] if batch else []
                 if batch and return_trajectory:
-                    found = [Flowed(found[0], *self.model.trajectory(batch))]
+                    found = [Flowed(found[0], *self.model.trajectory(batch)[:2])]
             answers = iter(found)
             for item in items:
                 yield next(answers) if isinstance(item, dict) else item

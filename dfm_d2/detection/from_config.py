@@ -53,11 +53,11 @@ def detector_arguments(cfg) -> dict:
         "assigner": DynamicK(criterion),
         "num_proposals": dfm.NUM_PROPOSALS,
         "gt_repeat": dfm.GT_REPEAT,
-        "on_policy": dfm.ON_POLICY,
+        "rollout": dfm.ROLLOUT,
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
-        "freeze_backbone": dfm.BACKBONE_UPDATE == "frozen",
+        "backbone_update": dfm.BACKBONE_UPDATE,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }
@@ -69,14 +69,19 @@ def _lower(node) -> dict:
 
 
 def sampler_settings(cfg) -> SamplerSettings:
-    """The sampler of a config; STEPS 0 is D where time is partitioned among local predictors, else 1."""
+    """The sampler of a config; STEPS 0 is one step an interval."""
     dfm, given = cfg.MODEL.DFM, _lower(cfg.MODEL.DFM.SAMPLER)
-    partitioned = dfm.TIME == "partitioned" and cfg.MODEL.META_ARCHITECTURE == "FlowDetector"
     given["num_proposals"] = given["num_proposals"] or dfm.NUM_PROPOSALS
-    given["steps"] = given["steps"] or (dfm.NUM_PREDICTORS if partitioned else 1)
-    given["predictors"] = tuple(given["predictors"])
+    given["steps"] = given["steps"] or _intervals(cfg)
+    given["members"] = tuple(given["members"])
     kept = cfg.TEST.DETECTIONS_PER_IMAGE
     return SamplerSettings(**given, detections_per_image=kept, time_rate=dfm.TIME_RATE)
+
+
+def _intervals(cfg) -> int:
+    """S. The heads of a cascade have one time, from all of [0, 1]."""
+    is_cascade = cfg.MODEL.META_ARCHITECTURE == "CascadeDetector"
+    return 1 if is_cascade else cfg.MODEL.DFM.INTERVALS or cfg.MODEL.DFM.NUM_PREDICTORS
 
 
 def _predictors(cfg, backbone) -> PredictorStack:
@@ -97,7 +102,8 @@ def _predictors(cfg, backbone) -> PredictorStack:
             f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
-    return PredictorStack(_head_maker(cfg, strides), dfm.NUM_PREDICTORS, dfm.TIME, dfm.TIME_RATE)
+    rate = 0.0 if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector" else dfm.TIME_RATE
+    return PredictorStack(_head_maker(cfg, strides), dfm.NUM_PREDICTORS, _intervals(cfg), rate)
 
 
 def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:

@@ -166,7 +166,7 @@ class FlowHead(nn.Module):
         features: Sequence[Tensor] | None,
         boxes_xyxy: Tensor | None,
         x_t: Tensor,
-        t: Tensor,
+        u: Tensor,
         queries: Tensor | None = None,
         pooled: Tensor | None = None,
     ) -> HeadAnswer:
@@ -174,8 +174,8 @@ class FlowHead(nn.Module):
 
         Args:
             features: L maps `(B, C, H_l, W_l)`. boxes_xyxy: `(B, N, 4)` pixels, where to look.
-            x_t: `(B, N, 4)` signal. t: `()` or `(B,)`.
-            queries: `(B, N, C)` of an earlier head (the backprop cascade); None: made here.
+            x_t: `(B, N, 4)` signal. u: `()` or `(B,)`, the warped time (the cascade's heads have t).
+            queries: `(B, N, C)` of an earlier head; None: made here.
             pooled: `(B N, C, P, P)` features of the proposals, where they are there already; the first two
                 arguments are then not used.
         """
@@ -184,17 +184,22 @@ class FlowHead(nn.Module):
         num_images, num_proposals = x_t.shape[:2]
         roi = pooled.flatten(2).transpose(1, 2)
         if queries is None:
-            queries = roi.mean(1).view(num_images, num_proposals, -1)
+            queries = self.own_queries(pooled).view(num_images, num_proposals, -1)
         stream = self.norm_in(queries) + self.box_embedding(x_t.to(queries.dtype))
         keys = self.norm_attention(stream)
         stream = stream + self.attention(keys, keys, keys, need_weights=False)[0]
         stream = stream + self.interaction(stream.flatten(0, 1), roi).view_as(stream)
-        time = self.time_modulation(self.time_embedding(t.reshape(-1).expand(num_images)))
+        time = self.time_modulation(self.time_embedding(u.reshape(-1).expand(num_images)))
         scale, shift = time[:, None].chunk(2, dim=-1)
         stream = stream + self.feedforward(self.norm_feedforward(stream) * (1 + scale) + shift)
         answer = self.norm_out(stream)
         boxes = self.box_answer(self.reg_tower(answer))
         return HeadAnswer(self.class_logits(self.cls_tower(answer)), boxes, queries=stream)
+
+    @staticmethod
+    def own_queries(pooled: Tensor) -> Tensor:
+        """Queries `(M, C)` where no earlier head gives any, from `(M, C, P, P)`."""
+        return pooled.flatten(2).mean(2)
 
 
 class StagePredictor(nn.Module):
@@ -209,6 +214,6 @@ class StagePredictor(nn.Module):
         self.lateral = nn.Conv2d(in_channels, dim, 1)
         self.head = head
 
-    def forward(self, feature: Tensor, boxes_xyxy: Tensor, x_t: Tensor, t: Tensor) -> HeadAnswer:
-        """Answer at t `(B,)` for proposals `(B, N, 4)` in pixels and in signal, from `(B, C_s, H, W)`."""
-        return self.head([at_least_float32(self.lateral(feature))], boxes_xyxy, x_t, t)
+    def forward(self, feature: Tensor, boxes_xyxy: Tensor, x_t: Tensor, u: Tensor) -> HeadAnswer:
+        """Answer at u `(B,)` for proposals `(B, N, 4)` in pixels and in signal, from `(B, C_s, H, W)`."""
+        return self.head([at_least_float32(self.lateral(feature))], boxes_xyxy, x_t, u)

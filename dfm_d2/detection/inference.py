@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from dfm_d2.detection.postprocess import detections
 from dfm_d2.detection.sampler import BoxSampler, Candidates
 from dfm_d2.detection.stack import PredictorStack
-from dfm_d2.flow import BoxSpace, ODESolver, StepFunction, Trajectory, at_least_float32, time_like
+from dfm_d2.flow import (
+    BoxSpace,
+    ODESolver,
+    StepFunction,
+    Trajectory,
+    at_least_float32,
+    time_like,
+    unwarped_time,
+)
 from dfm_d2.framework import Backbone, ImageList
 
 
@@ -104,43 +112,44 @@ class BoxFlowModel(nn.Module):
         return autocast, tuple(p.data_ptr() for p in self.predictors.parameters())
 
     @torch.no_grad()
-    def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor]:
-        """States and answers of every solver step of the first noise pass, and the `(B, 2)` image sizes to
-        decode them with."""
+    def trajectory(self, batched_inputs: Sequence[dict]) -> tuple[Trajectory, Tensor, StepFunction]:
+        """States and answers of every solver step of the first noise pass, the `(B, 2)` image sizes to decode
+        them with, and the step function that answered.
+
+        That may be asked again, at any time of the grid; it follows SAMPLER.MEMBERS as it is then.
+        """
         settings = self.sampler.settings
-        step_function, image_sizes = self.step_function(batched_inputs)
+        pixels, image_sizes = self._images(batched_inputs)
+        step_function = self._step_function(self._features(pixels), image_sizes)
         x_0 = self.sampler.noise(self.image_ids(batched_inputs), self.device)[:, : settings.num_proposals]
         solver = ODESolver(settings.method)
-        return solver.sample(step_function, x_0, settings.grid, return_intermediates=True), image_sizes
-
-    @torch.no_grad()
-    def step_function(self, batched_inputs: Sequence[dict]) -> tuple[StepFunction, Tensor]:
-        """That of the solver, on the features of these images, and their `(B, 2)` sizes.
-
-        It follows SAMPLER.PREDICTORS as it is when it is called.
-        """
-        pixels, image_sizes = self._images(batched_inputs)
-        return self._step_function(self._features(pixels), image_sizes), image_sizes
+        trajectory = solver.sample(step_function, x_0, settings.grid, return_intermediates=True)
+        return trajectory, image_sizes, step_function
 
     def _step_function(self, features: Sequence[Tensor], image_sizes: Tensor) -> StepFunction:
         """On these features: one solver step by the predictors that answer at its time."""
-        last: list[BoxFlowUpdate] = []
+        stack, last = self.predictors, []
+        # What each place in an interval answered last, and what crossed into every interval that was entered.
+        queries: dict[int, Tensor] = {}
+        entered: dict[int, dict[int, Tensor]] = {}
 
         def step(x_t: Tensor, t: float, t_next: float) -> BoxFlowUpdate:
             # The last update has already made the pixel boxes of the state that it led to.
             known = last and last[0].x_next is x_t
             boxes_xyxy = last[0].boxes_xyxy if known else self.space.proposals(x_t, image_sizes)
-            times = time_like(x_t, t)
-            heads = [
-                self.predictors[d] for d in self.predictors.answering(t, self.sampler.settings.predictors)
-            ]
+            indices = stack.answering(t, self.sampler.settings.members)
+            crossed = entered.setdefault(stack.interval(t), dict(queries))
             # They all look at the same boxes, and share one pooler.
-            pooled = heads[0].pooler(features, boxes_xyxy)
-            answers = [head(features, boxes_xyxy, x_t, times, pooled=pooled) for head in heads]
+            pooled = stack[0].pooler(features, boxes_xyxy)
+            u, answers = time_like(x_t, unwarped_time(t, stack.rate)), []
+            for d in indices:
+                place = d % stack.num_members
+                answers.append(stack[d](features, boxes_xyxy, x_t, u, crossed.get(place), pooled=pooled))
+                queries[place] = answers[-1].queries
             boxes = torch.stack([answer.boxes for answer in answers])
             class_logits = torch.stack([answer.class_logits for answer in answers])
-            times_next = time_like(x_t, t_next)
-            last[:] = [self.solver_step(x_t, boxes, class_logits, times, times_next, image_sizes)]
+            times = time_like(x_t, t), time_like(x_t, t_next)
+            last[:] = [self.solver_step(x_t, boxes, class_logits, *times, image_sizes)]
             return last[0]
 
         return step

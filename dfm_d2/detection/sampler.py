@@ -24,7 +24,7 @@ class SamplerSettings:
     num_proposals: int
     steps: int
     method: str = "euler"
-    predictors: Sequence[int] = ()
+    members: Sequence[int] = ()
     seed: int = 0
     noise_passes: int = 1
     score_thresh: float = 0.0

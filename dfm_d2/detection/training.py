@@ -1,6 +1,6 @@
 """What a training step of the detectors needs besides the model.
 
-Shapes: B images, N proposals, D predictors, S backbone stages with a predictor of their own, K classes.
+Shapes: B images, N proposals, S intervals, R states of an interval, K classes, C channels.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,11 @@ class Prepared(NamedTuple):
     """All that one training step needs, without gradients; nothing changes it.
 
     images: `(B, 3, H, W)` padded, normalised. image_sizes: `(B, 2)` height, width. ground_truth: padded.
-    samples: the path sample of every predictor. on_policy: `(B,)` bool, the images on which a predictor
-    trains where the one before it leads, in place of its path sample.
-    gt_index: the coupled (or, for TIME "shared" with dynamic_k, the predictor-independent) assignment
-    `(B, N)`; None where each predictor assigns.
-    stage_samples: the path sample of every backbone stage that is a block; there are none but with
-    BACKBONE_UPDATE "local".
+    samples: the path sample of every interval, at its first time. u: `(B, S, R)` the times of a rollout.
+    state: `(B, S)` int, at which of the R an image trains in an interval.
+    gt_index: the coupled assignment `(B, N)`; None where predictors assign.
+    stage_samples, stage_u: of every backbone stage that is a block, a path sample and its time `(B,)`; there
+    are none but with BACKBONE_UPDATE "local".
     cells: of the dense predictor; None: there is none.
     """
 
@@ -35,14 +34,40 @@ class Prepared(NamedTuple):
     image_sizes: Tensor
     ground_truth: GroundTruth
     samples: list[PathSample]
-    on_policy: Tensor
+    u: Tensor
+    state: Tensor
     gt_index: Tensor | None
     stage_samples: list[PathSample]
+    stage_u: list[Tensor]
     cells: Cells | None
 
     def part(self, images: slice) -> "Prepared":
         """The same of some of the images; their padding stays what it is."""
         return tree_map_only(Tensor, lambda value: value[images], self)
+
+
+class State(NamedTuple):
+    """Where predictors answer.
+
+    x_t: `(B, N, 4)` signal. u: `(B,)` warped time. queries: of each member of an interval, those `(B, N, C)`
+    that the member of its place gave at the end of the interval before; None: it makes its own.
+    """
+
+    x_t: Tensor
+    u: Tensor
+    queries: Sequence[Tensor | None]
+
+
+class Told(NamedTuple):
+    """What a predictor tells the others, detached: its raw answer, its queries and its assignment.
+
+    class_logits: `(B, N, K)`. boxes: `(B, N, 4)`. queries: `(B, N, C)`. gt_index: `(B, N)` int64.
+    """
+
+    class_logits: Tensor
+    boxes: Tensor
+    queries: Tensor
+    gt_index: Tensor
 
 
 def of_common_size(images: Tensor) -> Tensor:
@@ -82,11 +107,20 @@ def pad_ground_truth(
 def disagreement(own: Tensor, common: Tensor) -> Tensor:
     """Share of the queries with an object for which a predictor, asked alone, would take another one.
 
-    Averaged predictors have one common assignment (`Prepared.gt_index`), so none of these conflicts is
-    trained on; this is what they would suffer without it.
+    The members of an interval have the assignment of the first, so none of these conflicts is trained on;
+    this is what they would suffer without it.
 
     Args:
         own, common: gt_index `(B, N)`, -1 for background.
     """
     involved = (own >= 0) | (common >= 0)
     return ((own != common) & involved).sum() / involved.sum().clamp(min=1)
+
+
+def member_iou(boxes_xyxy: Tensor, first_xyxy: Tensor, gt_index: Tensor) -> Tensor:
+    """Mean IoU between the boxes `(B, N, 4)` of two members for the queries that have an object."""
+    low, high = torch.maximum(boxes_xyxy, first_xyxy), torch.minimum(boxes_xyxy, first_xyxy)
+    common = (high[..., 2:] - low[..., :2]).clamp(min=0).prod(-1)
+    areas = ((boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (boxes_xyxy, first_xyxy))
+    iou, has = common / (sum(areas) - common).clamp(min=1e-6), gt_index >= 0
+    return (iou * has).sum() / has.sum().clamp(min=1)

@@ -31,8 +31,11 @@ MEANING = (
     "INPUT.FORMAT",
     "MODEL.RESNETS.STRIDE_IN_1X1",
 )
-# Those that are no keys any more: what all configs mean now.
-FORMER = {"MODEL.DFM.PREDICTION": "endpoint"}
+# Keys of models' `meaning` that are no keys any more: what all configs mean now.
+FORMER = {
+    "MODEL.DFM.PREDICTION": "endpoint",
+    "MODEL.DFM.TIME": "INTERVALS, and its predictors embed u",
+}
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -143,13 +146,14 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         texts = about.get("config"), self.cfg and self.cfg.dump()
         configs = [yaml.safe_load(text or "{}") for text in texts]
-        for key in (*MEANING, *getattr(self.model, "meaning", ()), *FORMER):
+        for key in (*MEANING, *getattr(self.model, "meaning", ())):
             then, now = (_lookup(config, key) for config in configs)
             now = FORMER.get(key) if now is None else now
             if then is not None and now is not None and then != now:
+                remedy = "version of dfm_d2" if key in FORMER else "config"
                 raise CheckpointError(
                     f"{self._path} was trained with {key} {then}, but the config has {now}: its weights mean "
-                    "something else there; use the config that it was trained with."
+                    f"something else there; use the {remedy} that it was trained with."
                 )
 
     def _check_shapes(self, saved: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ KEYS = (
     # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
     # "local": each stage of the ResNet is a block with a predictor of its own (in training only) and detached
     # input, the FPN the shared block. docs/results.md has what that costs.
-    Key("MODEL.DFM.BACKBONE_UPDATE", "accumulate", choices=("accumulate", "frozen", "local")),
+    Key("MODEL.DFM.BACKBONE_UPDATE", "accumulate", choices=("accumulate", "dense", "frozen", "local")),
     # With UPDATE "parallel": processes that share out the predictors of the same images (docs/scaling.md). It
     # divides their number; 1: each process has all predictors.
     Key("MODEL.DFM.PREDICTOR_RANKS", 1, least=1),

@@ -10,13 +10,14 @@ which is the gradient of the joint loss L = sum_d L_d, to rounding: L_d depends 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dfm_d2.local_update.blocks import SHARED_BLOCK, BlockLosses
 
+Answer = TypeVar("Answer", bound=tuple[Tensor, ...])  # a NamedTuple
 # The losses of the shared block itself, of its attached features.
 OwnLosses = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 
@@ -54,12 +55,13 @@ class HandOver:
         """Around the losses of a block, which only its owners evaluate together."""
         return nullcontext()
 
-    def receive(self, index: int, state: Tensor) -> Tensor:
-        """The detached input of predictor ``index``, made by the one before it."""
-        return state
+    def tell(self, index: int, answer: Answer | None, like: Answer) -> Answer:
+        """What predictor ``index`` answers, detached, for all who need it.
 
-    def send(self, index: int, state: Tensor) -> None:
-        """Give predictor ``index`` its detached input."""
+        Args:
+            answer: None in a process that does not own the predictor. like: tensors of its shapes and types.
+        """
+        return answer
 
 
 class Leaves(HandOver):

@@ -1,8 +1,8 @@
 """Predictors shared out among processes (docs/scaling.md).
 
 A process evaluates its own predictors on the images of its whole row (ProcessGrid). Features are broadcast
-within the row, their gradients are reduced to the process that they come from, and where predictors train
-on-policy the detached boxes go to the owner of the next one. Besides, a row exchanges the ground truth of its
+within the row, their gradients are reduced to the process that they come from, and what predictors tell each
+other, detached, goes to the whole row. Besides, a row exchanges the ground truth of its
 images. Shapes: L levels, B images of the row, C channels.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from dfm_d2.local_update.blocks import BlockLosses, predictor_index
-from dfm_d2.local_update.hand_over import HandOver, Leaves, OwnLosses
+from dfm_d2.local_update.hand_over import Answer, HandOver, Leaves, OwnLosses
 from dfm_d2.local_update.processes import ProcessGrid, among, gather_objects
 from dfm_d2.local_update.updates import SequentialUpdate
 
@@ -25,8 +25,8 @@ from dfm_d2.local_update.updates import SequentialUpdate
 class RanksUpdate(SequentialUpdate):
     """As sequential, over the predictors that this process owns.
 
-    Predictors are owned in turns and boxes leave before the backward begins, so that a chain of predictors is
-    a pipeline: while one is in its backward the next one, elsewhere, is in its forward.
+    Predictors are owned in turns and answers leave before the backward begins, so that a chain of predictors
+    is a pipeline: while one is in its backward the next one, elsewhere, is in its forward.
     """
 
     def __init__(self, grid: ProcessGrid, step_in_backward: bool = False):
@@ -109,14 +109,13 @@ class RankLeaves(Leaves):
     def among_owners(self, block: str) -> AbstractContextManager:
         return nullcontext() if predictor_index(block) is None else among(self.grid.replicas)
 
-    def receive(self, index: int, state: Tensor) -> Tensor:
-        if self.grid.owner(index - 1) == self.grid.member:
-            return state
-        state = torch.empty_like(state)
-        dist.recv(state, self.grid.first + self.grid.owner(index - 1), group=self.grid.row)
-        return state
-
-    def send(self, index: int, state: Tensor) -> None:
-        if self.grid.owner(index) != self.grid.member:
-            to = self.grid.first + self.grid.owner(index)
-            self._sent.append(dist.isend(state.contiguous(), to, group=self.grid.row))
+    def tell(self, index: int, answer: Answer | None, like: Answer) -> Answer:
+        source = self.grid.first + self.grid.owner(index)
+        told = [torch.empty_like(x) for x in like] if answer is None else [x.contiguous() for x in answer]
+        works = [dist.broadcast(x, source, group=self.grid.row, async_op=True) for x in told]
+        if answer is not None:
+            self._sent += works
+            return answer
+        for work in works:
+            work.wait()
+        return type(like)(*told)

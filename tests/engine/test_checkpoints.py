@@ -11,7 +11,7 @@ from toy_model import ToyModel, make_toy, toy_config
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import write_atomically
-from dfm_d2.detection.config import MEANING
+from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.engine import checkpoint as checkpoint_module
 from dfm_d2.engine.checkpoint import SafeCheckpointer
 from dfm_d2.errors import CheckpointError, UnsafeFileError
@@ -121,13 +121,14 @@ def test_weights_that_would_mean_something_else_or_lack_a_frozen_part_are_refuse
     assert "was trained with INPUT.FORMAT RGB, but the config has BGR" in said
     SafeCheckpointer(ToyModel(), cfg=cfgs["RGB"]).load(str(path))
     SafeCheckpointer(ToyModel(), cfg=cfgs["BGR"]).load(str(path), [])  # fine-tuning may
-    # The other time, and an option that was removed.
-    for key, before, now in (("TIME", "shared", "partitioned"), ("PREDICTION", "velocity", "endpoint")):
+    # Other intervals, and options that were removed.
+    others = ("INTERVALS", 2, 0), ("PREDICTION", "velocity", "endpoint"), ("TIME", "shared", "INTERVALS")
+    for key, before, now in others:
         then = cfgs["BGR"].clone()
         then.MODEL.DFM[key] = before
         SafeCheckpointer(ToyModel(), str(tmp_path), cfg=then).save("model")
         model = ToyModel()
-        model.meaning = MEANING
+        model.meaning = FlowDetector.meaning
         said = error_of(model, path, cfg=cfgs["BGR"])
         assert f"was trained with MODEL.DFM.{key} {before}, but the config has {now}" in said
     # ImageNet weights have no FPN: frozen, it would stay random.

@@ -17,7 +17,12 @@ OLD = Path(__file__).parent / "old_configs"
 GOOD = {DETECTION: f"{CONFIGS}/shapes_flow_r18.yaml", CLASSIFICATION: f"{CONFIGS}/digits_flow_cnn.yaml"}
 OLD_FILES = {DETECTION: f"{OLD}/detector.yaml", CLASSIFICATION: f"{OLD}/classifier.yaml"}
 # Keys that are younger than the old files, and the values with which a run is what it was.
-LATER = {"MODEL.DFM.DENSE_WEIGHT": 0.0}
+LATER = {
+    "MODEL.DFM.DENSE_WEIGHT": 0.0,
+    "MODEL.DFM.INTERVALS": 0,
+    "MODEL.DFM.ROLLOUT": 1,
+    "MODEL.DFM.SAMPLER.MEMBERS": [],
+}
 CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector"
 MULTI_STEP = "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"
 
@@ -26,7 +31,7 @@ BAD_DETECTORS = {
     "MODEL.META_ARCHITECTURE FlowDetectr": "'FlowDetectr'; choose one of FlowDetector, CascadeDetector.",
     "MODEL.META_ARCHITECTURE FlowClassifier": "'FlowClassifier'; choose one of",
     CASCADE: "gradients cross a CascadeDetector: set joint.",
-    f"{CASCADE} D.UPDATE joint D.TIME shared": "CascadeDetector asks all its heads",
+    f"{CASCADE} D.UPDATE joint D.INTERVALS 1": "CascadeDetector asks all its heads",
     f"{CASCADE} D.UPDATE joint D.BACKBONE_UPDATE local": "BACKBONE_UPDATE local is for FlowDetector",
     "D.DENSE_WEIGHT 2 D.BACKBONE_UPDATE frozen": "a frozen backbone does not learn: set 0.",
     "D.UPDATE parallel D.PREDICTOR_RANKS 5": "is above NUM_PREDICTORS 4: give each rank one.",
@@ -34,7 +39,11 @@ BAD_DETECTORS = {
     "D.UPDATE joint D.STEP_IN_BACKWARD True": "STEP_IN_BACKWARD needs MODEL.DFM.UPDATE sequential",
     "D.SIGNAL_SCALE 0": "SIGNAL_SCALE is 0.0; it must be greater than 0.",
     "D.TIME_RATE 60": "TIME_RATE is 60.0; it must be at least 0 and at most 12.",
-    "D.ON_POLICY 1.5": "ON_POLICY is 1.5; it must be at least 0 and at most 1.",
+    "D.ON_POLICY 0.5": "MODEL.DFM.ROLLOUT 0 trains on the path",
+    "D.ROLLOUT -1": "ROLLOUT is -1; it must be at least 0.",
+    "D.TIME shared": "MODEL.DFM.INTERVALS is 0 for 'partitioned' and 1 for 'shared'",
+    "D.INTERVALS 3": "NUM_PREDICTORS is 4; it must be a multiple of INTERVALS 3.",
+    "D.BACKBONE_UPDATE dense": "set DENSE_WEIGHT",
     "D.SAMPLER.NMS_THRESH 60": "NMS_THRESH is 60.0; it must be at least 0 and at most 1.",
     "D.LOSS.FOCAL_ALPHA -3": "FOCAL_ALPHA is -3.0; it must be greater than 0",
     "D.LOSS.GIOU_WEIGHT -1": "GIOU_WEIGHT is -1.0; it must be at least 0.",
@@ -45,12 +54,12 @@ BAD_DETECTORS = {
     "D.HEAD.NUM_HEADS 3": "NUM_HEADS is 3; it must divide HIDDEN_DIM 128.",
     "D.HEAD.BOX_WEIGHTS (1.0,1.0,1.0)": "it must have 4 numbers.",
     "D.LOSS.FOCAL_GAMMA 0.5": "set 0 or at least 1",
-    "D.SAMPLER.PREDICTORS ['a']": "each must be a whole number.",
+    "D.SAMPLER.MEMBERS ['a']": "each must be a whole number.",
     "D.LOSS.CLS_WEIGHT 0 D.LOSS.L1_WEIGHT 0 D.LOSS.GIOU_WEIGHT 0": "no weight above 0",
     "D.SAMPLER.NOISE_PASSES 2 D.SAMPLER.NMS_THRESH 0": "NMS_THRESH is 0, but NOISE_PASSES",
-    "D.SAMPLER.PREDICTORS [0]": "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared",
-    "D.TIME shared D.SAMPLER.PREDICTORS [1,1]": "name each predictor once",
-    "D.TIME shared D.SAMPLER.PREDICTORS [4]": "indices go from 0 to 3",
+    "D.SAMPLER.PREDICTORS [0]": "MODEL.DFM.SAMPLER.MEMBERS chooses",
+    "D.INTERVALS 1 D.SAMPLER.MEMBERS [1,1]": "name each predictor once",
+    "D.INTERVALS 2 D.SAMPLER.MEMBERS [2]": "predictors go from 0 to 1",
     "INPUT.MIN_SIZE_TRAIN ()": "INPUT.MIN_SIZE_TRAIN is (); it must not be empty.",
     "INPUT.DETR_CROP 1.0 INPUT.CROP_SIZE (600,384)": "CROP_SIZE is (600, 384); it must be (least, greatest).",
     "INPUT.MIN_SIZE_TRAIN_SAMPLING range": "MIN_SIZE_TRAIN_SAMPLING range wants (low, high).",
@@ -70,8 +79,8 @@ BAD_DETECTORS = {
     "D.HEAD.INTERACTION cross_attention": "it lost to both others and was removed",
     "SOLVER.EMA_DECAY 0.99": "this option was removed: averaged weights were no better",
     "TEST.BEST_METRIC bbox/AP50": "this option was removed: SOLVER.CHECKPOINTS_TO_KEEP 0 keeps all",
-    "D.ENDPOINT_NOISE 0.1": "this option was removed: MODEL.DFM.ON_POLICY trains on the states of inference.",
-    "D.FROM_NOISE 1.0": "this option was removed: MODEL.DFM.ON_POLICY",
+    "D.ENDPOINT_NOISE 0.1": "this option was removed: MODEL.DFM.ROLLOUT trains at the states of inference.",
+    "D.FROM_NOISE 1.0": "this option was removed: MODEL.DFM.ROLLOUT",
     "D.SAMPLER.ENSEMBLE_STEPS True": "this option was removed: MODEL.DFM.SAMPLER.NOISE_PASSES merges",
     "C.TYPO 3": "MODEL.CLASSIFIER.TYPO, which is no key of this tool: classifiers have it.",
     "UPDATE.TYPO 3": "UPDATE.TYPO, which is no key of this tool: classifiers have it.",

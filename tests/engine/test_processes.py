@@ -26,10 +26,12 @@ BATCH, STEPS = 4, 3
 # Keys of MODEL.DFM, and the grids (processes, members of a row) that must train what one process trains.
 SCENARIOS: dict[str, tuple[dict, list[tuple[int, int]]]] = {
     "on_policy": ({}, [(2, 2), (4, 2), (3, 3), (2, 1)]),
-    "shared_time": ({"TIME": "shared"}, [(2, 2)]),
+    "ensemble": ({"INTERVALS": 1, "ROLLOUT": 2}, [(2, 2)]),
     "local": ({"BACKBONE_UPDATE": "local", "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
     "dense": ({"DENSE_WEIGHT": 2.0, "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
-    "frozen": ({"BACKBONE_UPDATE": "frozen", "ON_POLICY": 0.0}, [(2, 2)]),
+    "backbone_dense": ({"DENSE_WEIGHT": 2.0, "BACKBONE_UPDATE": "dense"}, [(2, 2)]),
+    "members": ({"NUM_PREDICTORS": 4, "INTERVALS": 2, "ROLLOUT": 2}, [(2, 2), (3, 3)]),
+    "frozen": ({"BACKBONE_UPDATE": "frozen", "ROLLOUT": 0}, [(2, 2)]),
 }
 GRIDS = [(name, *grid) for name, (_, grids) in SCENARIOS.items() for grid in grids]
 

@@ -60,7 +60,7 @@ def test_run_eval_gives_the_same_ap(export, tmp_path, capsys, noise):
         (["MODEL.WEIGHTS", "missing.pth"], "no weight file missing.pth"),
         (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
         (["MODEL.DFM.SAMPLER.STEPS", "-1"], "MODEL.DFM.SAMPLER.STEPS is -1"),
-        (["MODEL.DFM.SAMPLER.PREDICTORS", "[0]"], "SAMPLER.PREDICTORS needs MODEL.DFM.TIME shared"),
+        (["MODEL.DFM.SAMPLER.MEMBERS", "[1]"], "SAMPLER.MEMBERS is [1]; an interval"),
         (["MODEL.DFM.NUM_PREDICTORS", "2"], "use the config that it was trained with"),
         (["MODEL.DFM.NUM_CLASSES", "3"], "was trained for 6 classes"),
         ([], "missing.jpg cannot be decoded"),

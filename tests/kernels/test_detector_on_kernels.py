@@ -47,7 +47,7 @@ def test_a_detector_on_kernels_has_the_same_losses_and_gradients(make_model, mak
         torch.testing.assert_close(found, value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("options", [{"TIME_RATE": 3.0}, {"TIME": "shared"}])
+@pytest.mark.parametrize("options", [{"TIME_RATE": 3.0}, {"INTERVALS": 1}])
 def test_a_detector_on_kernels_finds_the_same(make_model, make_input, kernel_device, options):
     found = {}
     for backend in ("torch", "triton"):
@@ -80,8 +80,8 @@ def test_the_mode_notices_synchronisation():
 @torch.no_grad()
 def test_a_sampler_on_kernels_never_waits_for_the_device(make_model, make_input, kernel_device, architecture):
     name, *shared = architecture.split()
-    options = ("shared", "grid_linear") if shared else ("partitioned", "dynamic_conv")
-    options = dict(zip(("TIME", "HEAD__INTERACTION"), options), KERNELS="triton", SAMPLER__STEPS=2)
+    options = (1, "grid_linear") if shared else (0, "dynamic_conv")
+    options = dict(zip(("INTERVALS", "HEAD__INTERACTION"), options), KERNELS="triton", SAMPLER__STEPS=2)
     model = make_model(name, **SMALL, **options).eval().to(kernel_device)
     images, sizes = model._images([make_input("a")])
     features = model._features(images)
@@ -112,7 +112,7 @@ def test_a_shape_is_captured_the_second_time_and_dropped_with_its_owner():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"TIME": "shared"}, {"SAMPLER__NOISE_PASSES": 2}])
+@pytest.mark.parametrize("options", [{}, {"INTERVALS": 1}, {"SAMPLER__NOISE_PASSES": 2}])
 def test_a_captured_detector_finds_what_the_eager_one_finds(make_model, make_input, options):
     model = make_model(KERNELS="triton", HEAD__INTERACTION="grid_linear", **options).eval().cuda()
     inputs = [[make_input(name)] for name in "abc"]

@@ -83,7 +83,7 @@ def test_its_loss_reaches_the_shared_block_alone(make_model, inputs, backbone):
         assert touched == {n for n in own if backbone == "accumulate" or "bottom_up" not in n}
 
 
-@pytest.mark.parametrize("options", [{}, {"BACKBONE_UPDATE": "local"}, {"TIME": "shared"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"BACKBONE_UPDATE": "local"}, {"INTERVALS": 1}], ids=str)
 @pytest.mark.parametrize("update", ["sequential", "in backward"])
 def test_sequential_equals_joint_after_adamw_in_float64(make_model, inputs, update, options):
     joint, local, untrained = (make_model(**DENSE, **options).double().train() for _ in range(3))

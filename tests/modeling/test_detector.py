@@ -1,14 +1,16 @@
 """FlowDetector and its backprop twin: shapes, locality, determinism, edge cases."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from dfm_d2.detection import from_config, training
+from dfm_d2.detection.head import HeadAnswer
 from dfm_d2.detection.postprocess import detections, padded_detections
 from dfm_d2.detection.sampler import BoxSampler, Candidates, SamplerSettings
-from dfm_d2.detection.training import disagreement
+from dfm_d2.detection.training import Told, disagreement, member_iou
 from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
 from dfm_d2.framework import EventStorage
@@ -20,12 +22,12 @@ def _losses(model, inputs, iteration=0):
 
 
 def _inputs_of_predictors(model, prepared):
-    """x_t that each predictor sees in a step."""
+    """x_t that each predictor sees in a step of training, after whatever finds it."""
     seen = []
     for head in model.predictors:
         head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2].clone()))
     attached_losses(model, prepared)
-    return seen[: model.num_predictors]
+    return seen[-model.num_predictors :]
 
 
 def _detections(model, inputs, **settings):
@@ -34,10 +36,11 @@ def _detections(model, inputs, **settings):
     return [out["instances"] for out in model(inputs)]
 
 
-@pytest.mark.parametrize("time, on_policy", [("partitioned", 0.0), ("partitioned", 1.0), ("shared", 0.0)])
+@pytest.mark.parametrize("intervals, rollout", [(3, 0), (3, 1), (1, 0), (1, 3)])
 @pytest.mark.parametrize("assignment", ["dynamic_k", "path"])
-def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, time, on_policy, assignment):
-    model = make_model(TIME=time, ASSIGNMENT=assignment, ON_POLICY=on_policy, LOSS__VELOCITY_WEIGHT=1.0)
+def test_no_gradient_crosses_between_blocks(make_model, make_input, intervals, rollout, assignment):
+    options = {"INTERVALS": intervals, "ROLLOUT": rollout, "ASSIGNMENT": assignment}
+    model = make_model(**options, LOSS__VELOCITY_WEIGHT=1.0)
     named = [name for parameters in model.blocks().values() for name, _ in parameters]
     assert sorted(named) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
     assert set(model.blocks()) == {"shared", "predictor0", "predictor1", "predictor2"}
@@ -45,7 +48,9 @@ def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, t
     for i in range(model.num_predictors):
         model.zero_grad(set_to_none=True)
         (name,), losses, _ = next(items)
-        metrics = {f"disagreement/{name}"} if (time, assignment) == ("shared", "dynamic_k") else set()
+        metrics = {f"member_iou/{name}"} if intervals == 1 and i else set()
+        if metrics and assignment == "dynamic_k":
+            metrics.add(f"disagreement/{name}")
         assert name == f"predictor{i}"
         assert set(losses) == {f"loss_{t}/{name}" for t in ("cls", "l1", "giou", "velocity")} | metrics
         sum(losses.values()).backward()
@@ -60,16 +65,16 @@ def test_no_gradient_crosses_from_one_block_to_another(make_model, make_input, t
 
 
 def test_on_policy_inputs_are_where_a_solver_step_leads(make_model, make_input):
-    model = make_model(ON_POLICY=1.0, SEED=3)
+    model = make_model(SEED=3)
     prepared = model.prepare([make_input("a"), make_input("b")], 5)
     path = [sample.x_t.clone() for sample in prepared.samples]
     seen = _inputs_of_predictors(model, prepared)
     assert all(torch.equal(sample.x_t, before) for sample, before in zip(prepared.samples, path))
     features = model._features(prepared.images)
     # The same step by the sampler's own arithmetic.
-    t, t_next = (prepared.samples[d].t for d in (0, 1))
+    u, t, t_next = prepared.u[:, 0, 0], prepared.samples[0].t, prepared.samples[1].t
     boxes = model.space.proposals(path[0], prepared.image_sizes)
-    answer = model.predictors[0](features, boxes, path[0], t)
+    answer = model.predictors[0](features, boxes, path[0], u)
     raw = answer.boxes[None], answer.class_logits[None]
     step = model.solver_step(path[0], *raw, t, t_next, prepared.image_sizes)
     torch.testing.assert_close(seen[0], path[0], rtol=0, atol=0)
@@ -77,27 +82,56 @@ def test_on_policy_inputs_are_where_a_solver_step_leads(make_model, make_input):
     assert not seen[1].requires_grad and (seen[1] - path[1]).abs().max() > 1e-3
 
 
-def test_the_share_of_on_policy_images(make_model, make_input):
-    inputs = [make_input(f"{i}") for i in range(40)]
-    for share in (0.0, 1.0, 0.5):
-        model = make_model(ON_POLICY=share)
-        assert abs(float(model.prepare(inputs, 0).on_policy.float().mean()) - share) < 0.25
-    prepared = model.prepare(inputs[:8], 0)
-    moved = (_inputs_of_predictors(model, prepared)[1] - prepared.samples[1].x_t).abs().amax((1, 2)) > 0
-    assert moved.tolist() == prepared.on_policy.tolist()
+def test_a_rollout_is_the_solver_s_with_as_many_steps(make_model, make_input):
+    """Each image trains at one of the R states of an interval that the averaged answers lead to."""
+    model = make_model(INTERVALS=1, ROLLOUT=4).eval()
+    inputs = [make_input(f"{i}") for i in range(12)]
+    prepared = model.prepare(inputs, 5)
+    assert set(prepared.state[:, 0].tolist()) == {0, 1, 2, 3}
+    seen = _inputs_of_predictors(model, prepared)[0]
+    step_function = model._step_function(model._features(prepared.images), prepared.image_sizes)
+    for i, state in enumerate(prepared.state[:, 0].tolist()):
+        x_t, times = prepared.samples[0].x_t, model._t(prepared.u[i, 0]).tolist()
+        for t, t_next in itertools.pairwise(times[: state + 1]):
+            x_t = step_function(x_t, t, t_next).x_next
+        torch.testing.assert_close(seen[i], x_t[i], rtol=1e-4, atol=1e-4)
 
 
-def test_disagreement_is_none_where_a_predictor_would_choose_as_all_do(make_model, make_input):
-    model = make_model(TIME="shared")
+@pytest.mark.parametrize("members", [(), (1,)])
+def test_queries_cross_once_an_interval_to_the_member_of_the_same_place(make_model, make_input, members):
+    model = make_model(NUM_PREDICTORS=4, INTERVALS=2, SAMPLER__STEPS=4, SAMPLER__MEMBERS=list(members)).eval()
+    given, made = {d: [] for d in range(4)}, {d: [] for d in range(4)}
+    for d, head in enumerate(model.predictors):
+
+        def hook(_, arguments, answer, d=d):
+            given[d].append(arguments[4])
+            made[d].append(answer.queries)
+
+        head.register_forward_hook(hook)
+    with torch.no_grad():
+        model([make_input()])
+    for place in members or (0, 1):
+        assert given[place] == [None, None] and len(given[2 + place]) == 2
+        assert all(torch.equal(queries, made[place][1]) for queries in given[2 + place])
+    assert bool(members) == (not made[0])
+
+
+def test_members_have_the_assignment_of_the_first(make_model, make_input):
+    model = make_model(INTERVALS=1)
     prepared = model.prepare([make_input("a"), make_input("empty", boxes=())], 0)
     x_t, logits = prepared.samples[0].x_t, torch.zeros(2, 12, 3)
-    own = model.assigner(prepared.ground_truth, x_t, logits)
+    answer = HeadAnswer(logits, torch.zeros(2, 12, 4), torch.zeros(2, 12, 16))
+    arguments = answer, x_t, torch.zeros(2), prepared
+    _, own = model._losses("predictor0", *arguments)
     for common, share in ((own, 0.0), (torch.full_like(own, -1), 1.0)):
-        arguments = logits, torch.zeros(2, 12, 4), x_t, torch.zeros(2), prepared._replace(gt_index=common)
-        terms, _ = model._losses("predictor0", *arguments)
-        assert float(terms["disagreement/predictor0"]) == share
+        first = Told(*answer, common)
+        terms, gt_index = model._losses("predictor1", *arguments, first)
+        assert float(terms["disagreement/predictor1"]) == share and torch.equal(gt_index, common)
+        assert float(terms["member_iou/predictor1"]) == pytest.approx(1 - share)
     some = torch.tensor([[0, 1, -1, -1]]), torch.tensor([[0, 2, 0, -1]])
     assert float(disagreement(*some)) == pytest.approx(2 / 3)
+    boxes = torch.tensor([[[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 9.0, 9.0]]])
+    assert float(member_iou(boxes, boxes + 1, torch.tensor([[0, 0, -1]]))) == pytest.approx(1 / 7)
 
 
 def test_the_cascade_lets_gradients_cross_and_is_one_item(make_model, make_input):
@@ -116,7 +150,7 @@ def test_the_cascade_lets_gradients_cross_and_is_one_item(make_model, make_input
     "options",
     [
         {"COUPLING": "independent", "LOSS__VELOCITY_WEIGHT": 0.5, "NUM_PROPOSALS": 1},
-        {"TIME": "shared", "AGGREGATION": "confidence", "HEAD__INTERACTION": "grid_linear"},
+        {"INTERVALS": 1, "AGGREGATION": "confidence", "HEAD__INTERACTION": "grid_linear"},
         {"LOSS__CLS": "quality_focal", "NUM_PREDICTORS": 1},
     ],
     ids=lambda o: ",".join(o),
@@ -191,18 +225,17 @@ def test_the_sampler_changes_without_retraining(make_model, make_input, settings
     assert len(found) <= (0 if "score_thresh" in settings else 100) and (found.scores.diff() <= 0).all()
 
 
-def test_a_subset_of_predictors_needs_shared_time(make_model, make_input):
-    shared = make_model(TIME="shared")
-    assert len(_detections(shared, [make_input()], predictors=(1,))[0]) > 0
-    with pytest.raises(ValueError, match=r"names \[3\]"):
-        _detections(shared, [make_input()], predictors=(3,))
-    with pytest.raises(ValueError, match="SAMPLER.PREDICTORS must be empty"):
-        _detections(make_model(), [make_input()], predictors=(1,))
+def test_members_are_chosen_at_inference(make_model, make_input):
+    ensemble = make_model(INTERVALS=1)
+    assert len(_detections(ensemble, [make_input()], members=(1,))[0]) > 0
+    for model in (ensemble, make_model()):
+        with pytest.raises(ValueError, match=r"MEMBERS names \[3\]"):
+            _detections(model, [make_input()], members=(3,))
 
 
 def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
     model = make_model(TIME_RATE=0.0).eval()
-    trajectory, sizes = model.trajectory([make_input()])
+    trajectory, sizes, _ = model.trajectory([make_input()])
     assert trajectory.times == (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
     assert len(trajectory.states) == 4 and sizes.tolist() == [[48, 64]]
     assert torch.equal(trajectory.states[-1], trajectory.last.x_1_hat)
@@ -220,14 +253,6 @@ def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(m
     assert [model.predictors.answering(t) for t in grid[:-1]] == [[0], [1], [2]]
     samples = model.prepare([make_input()], 0).samples
     assert all(grid[d] <= samples[d].t <= grid[d + 1] for d in range(3))
-
-
-def test_shared_time_is_one_t_for_all_uniform_and_not_warped(make_model, make_input):
-    model = make_model(TIME="shared", TIME_RATE=9.0)
-    first, *others = model.prepare([make_input(str(image)) for image in range(200)], 0).samples
-    assert others and all(torch.equal(sample.t, first.t) for sample in others)
-    assert 0 <= first.t.min() and first.t.max() < 1
-    assert (first.t.sort().values - torch.linspace(0, 1, 200)).abs().max() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -273,8 +298,8 @@ def test_in_training_mode_a_call_answers_the_losses_of_the_joint_update(make_mod
         torch.testing.assert_close(model(inputs), _losses(model, inputs, iteration), rtol=0, atol=0)
     with EventStorage(7):
         torch.testing.assert_close(model(inputs), _losses(model, inputs, 7), rtol=0, atol=0)
-    shared = make_model(TIME="shared").train()
-    assert all(key.startswith("loss") for key in shared(inputs))
+    ensemble = make_model(INTERVALS=1).train()
+    assert all(key.startswith("loss") for key in ensemble(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

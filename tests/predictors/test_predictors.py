@@ -5,7 +5,8 @@ import torch
 
 from dfm_d2.detection.head import FeaturePooler, FlowHead
 from dfm_d2.detection.stack import PredictorStack
-from dfm_d2.flow import warped_grid
+from dfm_d2.errors import UserError
+from dfm_d2.flow import warped_grid, warped_time
 from dfm_d2.flow.time_embedding import TimeEmbedding
 
 
@@ -70,18 +71,22 @@ def test_time_embedding_tells_times_apart_and_needs_an_even_dimension():
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 3.0, 9.0, 12.0])
 @pytest.mark.parametrize("num_predictors", [1, 3, 4, 6, 7])
-def test_partitioned_time_covers_the_unit_interval_once(num_predictors, rate):
-    stack = PredictorStack(torch.nn.Identity, num_predictors, "partitioned", rate)
+def test_a_chain_covers_the_unit_interval_once(num_predictors, rate):
+    stack = PredictorStack(torch.nn.Identity, num_predictors, num_predictors, rate)
     grid = warped_grid(num_predictors, rate)
     for k in range(num_predictors):
         assert stack.answering(grid[k]) == [k]
-        t = stack.training_time(k, torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
+        t = warped_time((k + torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64)) / num_predictors, rate)
         assert [stack.answering(float(x)) for x in t] == [[k]] * 3
         assert grid[k] - 1e-9 <= t.min() and t.max() < grid[k + 1]
     assert stack.answering(1.0) == [num_predictors - 1]
 
 
-def test_shared_time_asks_all_or_those_chosen_and_rounding_may_fall_short_of_partitioned_time():
-    shared, partitioned = (PredictorStack(torch.nn.Identity, 6, time) for time in ("shared", "partitioned"))
-    assert shared.answering(0.9) == [0, 1, 2, 3, 4, 5] and shared.answering(0.9, [2, 0]) == [2, 0]
-    assert partitioned.answering(3 * (1 / 6)) == [3] and partitioned.answering(0.8333333134651184) == [5]
+def test_the_members_of_an_interval_answer_or_those_chosen_and_rounding_may_fall_short():
+    ensemble, pairs, chain = (PredictorStack(torch.nn.Identity, 6, intervals) for intervals in (1, 3, 6))
+    assert ensemble.answering(0.9) == [0, 1, 2, 3, 4, 5] and ensemble.answering(0.9, [2, 0]) == [2, 0]
+    assert chain.answering(3 * (1 / 6)) == [3] and chain.answering(0.8333333134651184) == [5]
+    assert [pairs.answering(t) for t in (0.0, 0.34, 1.0)] == [[0, 1], [2, 3], [4, 5]]
+    assert pairs.answering(0.5, [1]) == [3]
+    with pytest.raises(UserError, match=r"MEMBERS names \[2\], an interval has 2"):
+        pairs.answering(0.5, [0, 2])
