@@ -14,7 +14,7 @@ from torch import Tensor
 from dfm_d2.detection.config import MEANING
 from dfm_d2.detection.detector import FlowDetector
 from dfm_d2.detection.head import HeadAnswer
-from dfm_d2.detection.training import Prepared
+from dfm_d2.detection.rollout import Prepared
 from dfm_d2.flow import StepFunction, time_like
 from dfm_d2.framework import META_ARCH_REGISTRY
 from dfm_d2.local_update import BlockLosses, HandOver, predictor_block
@@ -34,11 +34,11 @@ class CascadeDetector(FlowDetector):
         self, features: Sequence[Tensor], prepared: Prepared, hand_over: HandOver
     ) -> Iterator[BlockLosses]:
         """One item: the losses of every head on its own refined boxes (deep supervision)."""
-        sample, losses = prepared.samples[0], {}
+        begin, losses = prepared.path[0], {}
         names = tuple(predictor_block(d) for d in range(self.num_predictors))
-        answers = self._answers(features, sample.x_t, sample.t, prepared.image_sizes)
+        answers = self._answers(features, begin.x_t, begin.u, prepared.image_sizes)
         for name, (x, answer) in zip(names, answers):
-            losses |= self._losses(name, answer, x, sample.t, prepared)[0]
+            losses |= self._losses(name, answer, begin._replace(x_t=x), prepared)[0]
         yield BlockLosses(names, losses)
 
     def _answers(

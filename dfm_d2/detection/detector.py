@@ -3,7 +3,7 @@
 Shapes: B images, N proposals, D predictors, S intervals, C channels, K classes, G ground-truth boxes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,16 +17,9 @@ from dfm_d2.detection.from_config import detector_arguments, owners_in_bottom_up
 from dfm_d2.detection.head import HeadAnswer, StagePredictor
 from dfm_d2.detection.inference import BoxFlowModel
 from dfm_d2.detection.loss import BlockLoss
-from dfm_d2.detection.training import (
-    Prepared,
-    State,
-    Told,
-    disagreement,
-    member_iou,
-    of_common_size,
-    pad_ground_truth,
-)
-from dfm_d2.flow import CondOTPath, keyed_normal, keyed_uniform, stream_key, warped_time
+from dfm_d2.detection.rollout import Prepared, Rollout, State, Told
+from dfm_d2.detection.training import disagreement, member_iou, of_common_size, pad_ground_truth
+from dfm_d2.flow import CondOTPath, keyed_normal, keyed_uniform, stream_key
 from dfm_d2.flow.noise import STREAM_POLICY, STREAM_STAGE_TIME
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable, get_event_storage
 from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver, attached_losses, predictor_block
@@ -158,20 +151,21 @@ class FlowDetector(BoxFlowModel):
         steps = torch.arange(S * R, device=self.device).view(S, R)
         # One solver step of S R an entry, as at inference: interval i begins with step i R.
         u = (steps + within) / (S * R)
-        state = (keyed_uniform(keys, S, STREAM_POLICY, self.device) * R).long()
-        samples = [self.path.sample(x_0, slots.x_1, self._t(first)) for first in u[..., 0].unbind(1)]
-        gt_index = slots.gt_index if self.assignment == "path" else None
+        stop = (keyed_uniform(keys, S, STREAM_POLICY, self.device) * R).long()
+        path = [self._on_path(x_0, slots.x_1, first) for first in u[..., 0].unbind(1)]
         stage_u = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device).unbind(1)
-        stage_samples = [self.path.sample(x_0, slots.x_1, self._t(own)) for own in stage_u]
+        stage_states = [self._on_path(x_0, slots.x_1, own) for own in stage_u]
+        gt_index = slots.gt_index if self.assignment == "path" else None
         images, cells = of_common_size(images), None
         if self.dense_predictor is not None:
             cells = self.dense_predictor.cells(images.shape[-2:], image_sizes, ground_truth)
-        ways = samples, u, state, gt_index, stage_samples, list(stage_u)
+        ways = path, u, stop, gt_index, stage_states
         return Prepared(images, image_sizes, ground_truth, *ways, cells)
 
-    def _t(self, u: Tensor) -> Tensor:
-        """t(u)."""
-        return warped_time(u, self.predictors.rate)
+    def _on_path(self, x_0: Tensor, x_1: Tensor, u: Tensor) -> State:
+        """The path sample at t(u) as the state of predictors."""
+        x_t = self.path.sample(x_0, x_1, self.predictors.t(u)).x_t
+        return State(x_t, u, [None] * self.predictors.num_members)
 
     def block_losses(self, prepared: Prepared, hand_over: HandOver) -> Iterator[BlockLosses]:
         """Of stages that are blocks, predictors and the shared block: scalars `loss_cls/predictor0`, ...
@@ -201,14 +195,14 @@ class FlowDetector(BoxFlowModel):
         """The local losses of backbone stages, each by its own predictor; returns the features, L maps
         `(B, C, H_l, W_l)`."""
         bottom_up, x, outputs = self.backbone.bottom_up, prepared.images, {}
-        samples = dict(zip(self.stage_predictors, zip(prepared.stage_samples, prepared.stage_u)))
+        states = dict(zip(self.stage_predictors, prepared.stage_states))
         for child, stage in bottom_up.named_children():
             x = stage(x)
-            if child in samples:
-                sample, u = samples[child]
-                proposals = self.space.proposals(sample.x_t, prepared.image_sizes)
-                answer = self.stage_predictors[child](x, proposals, sample.x_t, u)
-                losses, _ = self._losses(child, answer, sample.x_t, sample.t, prepared)
+            if child in states:
+                state = states[child]
+                proposals = self.space.proposals(state.x_t, prepared.image_sizes)
+                answer = self.stage_predictors[child](x, proposals, state.x_t, state.u)
+                losses, _ = self._losses(child, answer, state, prepared)
                 del answer  # only what is yielded holds the graph
                 yield BlockLosses((child,), losses)
                 del losses
@@ -224,145 +218,62 @@ class FlowDetector(BoxFlowModel):
     def _predictor_losses(
         self, features: Sequence[Tensor], prepared: Prepared, hand_over: HandOver
     ) -> Iterator[BlockLosses]:
-        """Interval by interval, member by member. In an interval the first member assigns for all. Unless
-        they train on the path, their detached answers lead on, by the solver steps of inference."""
+        """Interval by interval, member by member. In an interval the first member assigns for all."""
+        rollout = Rollout(self, features, prepared, self.rollout > 0, hand_over)
         if hand_over.together:
-            yield self._losses_together(features, prepared)
+            yield self._losses_together(rollout, features, prepared)
             return
-        like = self._like(prepared, features)
-
-        def told_by(state: State, interval: int) -> list[Told]:
-            """The answers of all members, those of other processes too."""
-            answers = []
-            for e, d in enumerate(self.predictors.members(interval)):
-                own = None
-                if hand_over.owns(predictor_block(d)):
-                    own = self._told(self._answer(d, features, state, e, prepared), like)
-                answers.append(hand_over.tell(d, own, like))
-            return answers
-
-        state, answers = None, []
         for interval in range(self.predictors.intervals):
-            state = self._entered(interval, prepared, state, answers)
-            state = self._rolled_out(state, interval, prepared, told_by)
-            leads = self.rollout > 0 and interval + 1 < self.predictors.intervals
-            members, answers = self.predictors.members(interval), []
-            for e, d in enumerate(members):
-                block, own, item = predictor_block(d), None, None
+            rollout.enter(interval)
+            for d in self.predictors.members(interval):
+                block, told, item = predictor_block(d), None, None
                 if hand_over.owns(block):
-                    answer = self._answer(d, features, state, e, prepared)
+                    answer = rollout.answer(d)
                     with hand_over.among_owners(block):
-                        losses, gt_index = self._losses(
-                            block, answer, state.x_t, self._t(state.u), prepared, answers[0] if e else None
-                        )
-                    own, item = self._told(answer, like, gt_index), BlockLosses((block,), losses)
+                        losses, gt_index = self._losses(block, answer, rollout.state, prepared, rollout.first)
+                    told, item = rollout.told(answer, gt_index), BlockLosses((block,), losses)
                     del answer, losses  # only what is yielded holds the graph
-                if leads or len(members) > 1:
-                    answers.append(hand_over.tell(d, own, like))
+                rollout.tell(d, told)
                 if item is not None:
                     yield item
                 del item
 
-    def _entered(
-        self, interval: int, prepared: Prepared, before: State | None, answers: Sequence[Told]
-    ) -> State:
-        """Where an interval begins: where the answers at the state of the one before lead, if they do."""
-        u = prepared.u[:, interval, 0]
-        if before is None or self.rollout == 0:
-            return State(prepared.samples[interval].x_t, u, [None] * self.predictors.num_members)
-        moved = self._moved(before, answers, u, prepared)
-        return moved._replace(queries=[told.queries for told in answers])
-
-    def _rolled_out(
-        self,
-        state: State,
-        interval: int,
-        prepared: Prepared,
-        told_by: Callable[[State, int], Sequence[Told]],
-    ) -> State:
-        """The state of those R in the interval that each image trains at."""
-        for step in range(1, prepared.u.shape[2]):
-            with torch.no_grad():
-                answers = told_by(state, interval)
-            moved = self._moved(state, answers, prepared.u[:, interval, step], prepared)
-            goes = prepared.state[:, interval] >= step
-            x_t = torch.where(goes[:, None, None], moved.x_t, state.x_t)
-            state = State(x_t, torch.where(goes, moved.u, state.u), state.queries)
-        return state
-
-    @torch.no_grad()
-    def _moved(self, state: State, answers: Sequence[Told], u_next: Tensor, prepared: Prepared) -> State:
-        """After the solver step to `u_next` `(B,)` by the aggregated answers."""
-        class_logits, boxes = (torch.stack(parts) for parts in list(zip(*answers))[:2])
-        times = self._t(state.u), self._t(u_next)
-        update = self.solver_step(state.x_t, boxes, class_logits, *times, prepared.image_sizes)
-        return State(update.x_next, u_next, state.queries)
-
-    def _answer(
-        self, d: int, features: Sequence[Tensor], state: State, member: int, prepared: Prepared
-    ) -> HeadAnswer:
-        """What predictor `d`, which is that member of its interval, answers."""
-        proposals = self.space.proposals(state.x_t, prepared.image_sizes)
-        return self.predictors[d](features, proposals, state.x_t, state.u, state.queries[member])
-
-    def _like(self, prepared: Prepared, features: Sequence[Tensor]) -> Told:
-        """Tensors of the shapes and types of what a predictor tells."""
-        x_t = prepared.samples[0].x_t
-        shape = x_t.shape[:2]
-        logits, queries = (x_t.new_empty(*shape, size) for size in (self.num_classes, features[0].shape[1]))
-        return Told(logits, x_t, queries, torch.empty(shape, dtype=torch.int64, device=x_t.device))
-
-    @staticmethod
-    def _told(answer: HeadAnswer, like: Told, gt_index: Tensor | None = None) -> Told:
-        """An answer, and an assignment where there is one, as the others may have it."""
-        parts = (part.detach().to(like.boxes.dtype) for part in answer)
-        return Told(*parts, like.gt_index if gt_index is None else gt_index)
-
-    def _losses_together(self, features: Sequence[Tensor], prepared: Prepared) -> BlockLosses:
-        """All predictors as one batched computation; if they train on-policy, after a pass without gradients
-        that finds their states."""
-        like, states = self._like(prepared, features), []
-
-        def told_by(state: State, interval: int) -> list[Told]:
-            members = enumerate(self.predictors.members(interval))
-            return [self._told(self._answer(d, features, state, e, prepared), like) for e, d in members]
-
+    def _losses_together(
+        self, rollout: Rollout, features: Sequence[Tensor], prepared: Prepared
+    ) -> BlockLosses:
+        """All predictors as one batched computation, after a pass without gradients for their states."""
+        states = []
         for interval in range(self.predictors.intervals):
-            answers = []
-            if interval > 0 and self.rollout > 0:
-                with torch.no_grad():
-                    answers = told_by(states[-1], interval - 1)
-            state = self._entered(interval, prepared, states[-1] if states else None, answers)
-            states.append(self._rolled_out(state, interval, prepared, told_by))
+            rollout.enter(interval)
+            states.append(rollout.state)
+            rollout.ask()
         each = [(state, e) for state in states for e in range(self.predictors.num_members)]
         x_t, u = (torch.stack([state[part] for state, _ in each]) for part in (0, 1))
         boxes_xyxy = torch.stack([self.space.proposals(x, prepared.image_sizes) for x in x_t])
         queries = [state.queries[e] for state, e in each]
         answers = self.predictors.answer_together(features, boxes_xyxy, x_t, u, queries)
-        blocks, terms = tuple(predictor_block(d) for d in range(self.num_predictors)), {}
-        first = None
-        for (state, e), block, *answer in zip(each, blocks, *answers):
-            answer = HeadAnswer(*answer, state.x_t)
+        first, terms = None, {}
+        for d, ((state, e), *answer) in enumerate(zip(each, *answers)):
+            answer = HeadAnswer(*answer, queries=state.x_t)  # nobody asks for them any more
             first = first if e else None
-            losses, gt_index = self._losses(block, answer, state.x_t, self._t(state.u), prepared, first)
-            if e == 0:
-                first = self._told(answer, like, gt_index)
+            losses, gt_index = self._losses(predictor_block(d), answer, state, prepared, first)
+            first = first or rollout.told(answer, gt_index)
             terms |= losses
-        return BlockLosses(blocks, terms)
+        return BlockLosses(tuple(predictor_block(d) for d in range(self.num_predictors)), terms)
 
     def _losses(
         self,
         block: str,
         answer: HeadAnswer,
-        x_t: Tensor,
-        t: Tensor,
+        state: State,
         prepared: Prepared,
         first: Told | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses and metrics of a block by its answer at `(x_t, t)`, and its assignment `(B, N)`.
+        """Losses and metrics of a block by its answer at a state, and its assignment `(B, N)`.
 
         first: what the first member of the interval told, whose assignment this one has; None: it assigns.
         """
+        x_t, t = state.x_t, self.predictors.t(state.u)
         x_1_hat, class_logits = self.space.endpoint(x_t, answer.boxes), answer.class_logits.to(x_t.dtype)
         gt_index, metrics = prepared.gt_index, {}
         if self.assignment == "dynamic_k":

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dfm_d2.detection.head import FlowHead
 from dfm_d2.errors import UserError
-from dfm_d2.flow import unwarped_time
+from dfm_d2.flow import unwarped_time, warped_time
 
 
 class PredictorStack(nn.ModuleList):
@@ -38,6 +38,10 @@ class PredictorStack(nn.ModuleList):
     def num_members(self) -> int:
         """E, the predictors of an interval."""
         return len(self) // self.intervals
+
+    def t(self, u: Tensor) -> Tensor:
+        """t(u)."""
+        return warped_time(u, self.rate)
 
     def members(self, interval: int) -> range:
         """Indices of the predictors of an interval."""

@@ -1,73 +1,15 @@
-"""What a training step of the detectors needs besides the model.
-
-Shapes: B images, N proposals, S intervals, R states of an interval, K classes, C channels.
-"""
+"""What a training step of the detectors needs besides the model. Shapes: B images, N proposals, K classes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_map_only
 
 from dfm_d2.detection.coupling import GroundTruth
-from dfm_d2.detection.dense import Cells
 from dfm_d2.errors import UserError
-from dfm_d2.flow import BoxSpace, PathSample
+from dfm_d2.flow import BoxSpace
 from dfm_d2.local_update.processes import max_over_processes, world_size
-
-
-class Prepared(NamedTuple):
-    """All that one training step needs, without gradients; nothing changes it.
-
-    images: `(B, 3, H, W)` padded, normalised. image_sizes: `(B, 2)` height, width. ground_truth: padded.
-    samples: the path sample of every interval, at its first time. u: `(B, S, R)` the times of a rollout.
-    state: `(B, S)` int, at which of the R an image trains in an interval.
-    gt_index: the coupled assignment `(B, N)`; None where predictors assign.
-    stage_samples, stage_u: of every backbone stage that is a block, a path sample and its time `(B,)`; there
-    are none but with BACKBONE_UPDATE "local".
-    cells: of the dense predictor; None: there is none.
-    """
-
-    images: Tensor
-    image_sizes: Tensor
-    ground_truth: GroundTruth
-    samples: list[PathSample]
-    u: Tensor
-    state: Tensor
-    gt_index: Tensor | None
-    stage_samples: list[PathSample]
-    stage_u: list[Tensor]
-    cells: Cells | None
-
-    def part(self, images: slice) -> "Prepared":
-        """The same of some of the images; their padding stays what it is."""
-        return tree_map_only(Tensor, lambda value: value[images], self)
-
-
-class State(NamedTuple):
-    """Where predictors answer.
-
-    x_t: `(B, N, 4)` signal. u: `(B,)` warped time. queries: of each member of an interval, those `(B, N, C)`
-    that the member of its place gave at the end of the interval before; None: it makes its own.
-    """
-
-    x_t: Tensor
-    u: Tensor
-    queries: Sequence[Tensor | None]
-
-
-class Told(NamedTuple):
-    """What a predictor tells the others, detached: its raw answer, its queries and its assignment.
-
-    class_logits: `(B, N, K)`. boxes: `(B, N, 4)`. queries: `(B, N, C)`. gt_index: `(B, N)` int64.
-    """
-
-    class_logits: Tensor
-    boxes: Tensor
-    queries: Tensor
-    gt_index: Tensor
 
 
 def of_common_size(images: Tensor) -> Tensor:

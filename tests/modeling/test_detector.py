@@ -9,8 +9,9 @@ import torch
 from dfm_d2.detection import from_config, training
 from dfm_d2.detection.head import HeadAnswer
 from dfm_d2.detection.postprocess import detections, padded_detections
+from dfm_d2.detection.rollout import State, Told
 from dfm_d2.detection.sampler import BoxSampler, Candidates, SamplerSettings
-from dfm_d2.detection.training import Told, disagreement, member_iou
+from dfm_d2.detection.training import disagreement, member_iou
 from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace, keyed_normal, stream_key
 from dfm_d2.framework import EventStorage
@@ -67,12 +68,13 @@ def test_no_gradient_crosses_between_blocks(make_model, make_input, intervals, r
 def test_on_policy_inputs_are_where_a_solver_step_leads(make_model, make_input):
     model = make_model(SEED=3)
     prepared = model.prepare([make_input("a"), make_input("b")], 5)
-    path = [sample.x_t.clone() for sample in prepared.samples]
+    path = [state.x_t.clone() for state in prepared.path]
     seen = _inputs_of_predictors(model, prepared)
-    assert all(torch.equal(sample.x_t, before) for sample, before in zip(prepared.samples, path))
+    assert all(torch.equal(state.x_t, before) for state, before in zip(prepared.path, path))
     features = model._features(prepared.images)
     # The same step by the sampler's own arithmetic.
-    u, t, t_next = prepared.u[:, 0, 0], prepared.samples[0].t, prepared.samples[1].t
+    u = prepared.path[0].u
+    t, t_next = (model.predictors.t(state.u) for state in prepared.path[:2])
     boxes = model.space.proposals(path[0], prepared.image_sizes)
     answer = model.predictors[0](features, boxes, path[0], u)
     raw = answer.boxes[None], answer.class_logits[None]
@@ -87,12 +89,12 @@ def test_a_rollout_is_the_solver_s_with_as_many_steps(make_model, make_input):
     model = make_model(INTERVALS=1, ROLLOUT=4).eval()
     inputs = [make_input(f"{i}") for i in range(12)]
     prepared = model.prepare(inputs, 5)
-    assert set(prepared.state[:, 0].tolist()) == {0, 1, 2, 3}
+    assert set(prepared.stop[:, 0].tolist()) == {0, 1, 2, 3}
     seen = _inputs_of_predictors(model, prepared)[0]
     step_function = model._step_function(model._features(prepared.images), prepared.image_sizes)
-    for i, state in enumerate(prepared.state[:, 0].tolist()):
-        x_t, times = prepared.samples[0].x_t, model._t(prepared.u[i, 0]).tolist()
-        for t, t_next in itertools.pairwise(times[: state + 1]):
+    for i, stop in enumerate(prepared.stop[:, 0].tolist()):
+        x_t, times = prepared.path[0].x_t, model.predictors.t(prepared.u[i, 0]).tolist()
+        for t, t_next in itertools.pairwise(times[: stop + 1]):
             x_t = step_function(x_t, t, t_next).x_next
         torch.testing.assert_close(seen[i], x_t[i], rtol=1e-4, atol=1e-4)
 
@@ -119,9 +121,9 @@ def test_queries_cross_once_an_interval_to_the_member_of_the_same_place(make_mod
 def test_members_have_the_assignment_of_the_first(make_model, make_input):
     model = make_model(INTERVALS=1)
     prepared = model.prepare([make_input("a"), make_input("empty", boxes=())], 0)
-    x_t, logits = prepared.samples[0].x_t, torch.zeros(2, 12, 3)
+    x_t, logits = prepared.path[0].x_t, torch.zeros(2, 12, 3)
     answer = HeadAnswer(logits, torch.zeros(2, 12, 4), torch.zeros(2, 12, 16))
-    arguments = answer, x_t, torch.zeros(2), prepared
+    arguments = answer, State(x_t, torch.zeros(2), [None] * 3), prepared
     _, own = model._losses("predictor0", *arguments)
     for common, share in ((own, 0.0), (torch.full_like(own, -1), 1.0)):
         first = Told(*answer, common)
@@ -181,9 +183,9 @@ def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_inpu
     a, b = make_input("a"), make_input("b")
     together, alone = model.prepare([a, b], 3), model.prepare([b], 3)
     for d in range(3):
-        torch.testing.assert_close(together.samples[d].x_t[1:], alone.samples[d].x_t, rtol=0, atol=0)
-        assert d / 3 <= together.samples[d].t.min() and together.samples[d].t.max() < (d + 1) / 3
-    assert not torch.equal(model.prepare([b], 4).samples[0].x_0, alone.samples[0].x_0)
+        torch.testing.assert_close(together.path[d].x_t[1:], alone.path[d].x_t, rtol=0, atol=0)
+        assert d / 3 <= together.path[d].u.min() and together.path[d].u.max() < (d + 1) / 3
+    assert not torch.equal(model.prepare([b], 4).path[0].x_t, alone.path[0].x_t)
 
 
 @pytest.mark.parametrize("meta_architecture", ["FlowDetector", "CascadeDetector"])
@@ -251,8 +253,8 @@ def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(m
     grid = model.sampler.settings.grid
     assert grid == (0.0, pytest.approx(0.5627, abs=1e-4), pytest.approx(0.8516, abs=1e-4), 1.0)
     assert [model.predictors.answering(t) for t in grid[:-1]] == [[0], [1], [2]]
-    samples = model.prepare([make_input()], 0).samples
-    assert all(grid[d] <= samples[d].t <= grid[d + 1] for d in range(3))
+    t = [model.predictors.t(state.u) for state in model.prepare([make_input()], 0).path]
+    assert all(grid[d] <= t[d] <= grid[d + 1] for d in range(3))
 
 
 @pytest.mark.parametrize(
