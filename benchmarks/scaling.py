@@ -94,9 +94,12 @@ def volumes() -> None:
             everything = ring(shared + count * head, world)
             features = 2 * (group - 1) * images * pyramid  # to the others, and their gradients back
             owned = ring(shared, world) + ring(count / group * head, world / group)
-            boxes = images * group * proposals * 4 * 4 * count / group  # to the owner of the next one
+            # Of each query its own channels, a box, 20 class logits and an int64, from all but the last
+            # predictor to the other members.
+            told = 4 * (channels + 4 + 20 + 2) * images * group * proposals
+            told *= (group - 1) * (count - 1) / group
             queries = 2 * images * group * proposals * (channels + 4) * 4
-            found = (everything, everything, features + owned + boxes, features + owned + queries)
+            found = (everything, everything, features + owned + told, features + owned + queries)
             mib = (f"{x / MIB:.0f}" for x in found)
             print(f"{count:3d} {world:3d} {group:3d} {{:>6}} {{:>9}} {{:>14}} {{:>9}}".format(*mib))
 
