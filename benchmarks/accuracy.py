@@ -24,30 +24,34 @@ from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import evaluate
 from dfm_d2.errors import exit_status
 
-_SHARED = ["MODEL.DFM.INTERVALS", "1", "MODEL.DFM.SAMPLER.STEPS", "4"]
-
 _CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector MODEL.DFM.UPDATE joint MODEL.DFM.SAMPLER.STEPS 1".split()
-_DENSE = ["MODEL.DFM.DENSE_WEIGHT", "2.0"]
+_NO_DENSE = ["MODEL.DFM.DENSE_WEIGHT", "0.0"]
 
 # Trainings: overrides of the config. The first is what the config says.
 VARIANTS: dict[str, list[str]] = {
     "sequential": [],
     "joint": ["MODEL.DFM.UPDATE", "joint"],
-    # Every stage of the backbone a block, too.
-    "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],
     # The backprop twin, trained at every t as DiffusionDet is.
     "cascade": _CASCADE,
-    # With a loss of the shared block's own: every cell of the pyramid answers.
-    "sequential_dense": _DENSE,
-    "cascade_dense": [*_CASCADE, *_DENSE],
-    # Later predictors trained on the path instead of where the earlier ones lead.
+    # Both without the loss of the shared block's own.
+    "no_dense": _NO_DENSE,
+    "cascade_no_dense": [*_CASCADE, *_NO_DENSE],
+    # Every stage of the backbone a block, too; the shared block without the predictors' gradients.
+    "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],
+    "dense_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "dense"],
+    # From chain to ensemble: twice the predictors in a row, two in each interval, all in one; wider ones.
+    "chain_8": ["MODEL.DFM.NUM_PREDICTORS", "8"],
+    "members_4x2": ["MODEL.DFM.NUM_PREDICTORS", "8", "MODEL.DFM.INTERVALS", "4"],
+    "wide": "MODEL.FPN.OUT_CHANNELS 256 MODEL.DFM.HEAD.HIDDEN_DIM 256".split(),
+    "ensemble": "MODEL.DFM.INTERVALS 1 MODEL.DFM.ROLLOUT 4 MODEL.DFM.SAMPLER.STEPS 4".split(),
+    "one_predictor": "MODEL.DFM.NUM_PREDICTORS 1 MODEL.DFM.ROLLOUT 4 MODEL.DFM.SAMPLER.STEPS 4".split(),
+    # Predictors trained on the path instead of where answers lead; at two states of an interval.
     "off_policy": ["MODEL.DFM.ROLLOUT", "0"],
+    "rollout_2": ["MODEL.DFM.ROLLOUT", "2"],
     "time_rate_0": ["MODEL.DFM.TIME_RATE", "0.0"],
     "time_rate_3": ["MODEL.DFM.TIME_RATE", "3.0"],
+    "time_rate_12": ["MODEL.DFM.TIME_RATE", "12.0"],
     "gt_repeat_4": ["MODEL.DFM.GT_REPEAT", "4"],
-    "one_predictor": ["MODEL.DFM.NUM_PREDICTORS", "1"],
-    "shared": _SHARED,
-    "shared_path": [*_SHARED, "MODEL.DFM.ASSIGNMENT", "path"],
     "path": ["MODEL.DFM.ASSIGNMENT", "path"],
     "independent": ["MODEL.DFM.COUPLING", "independent"],
     "velocity_loss": ["MODEL.DFM.LOSS.VELOCITY_WEIGHT", "0.1"],
@@ -93,17 +97,20 @@ def scores_of(variant: str, samplers: list[str], out: Path) -> dict[Key, float]:
     for name in samplers:
         for metric, value in scores[name].items():
             evaluated[variant, "eval", metric, METRICS[metric], "sampler", name] = value
-    return evaluated | costs_of(variant, out) | disagreement_of(variant, out)
+    return evaluated | costs_of(variant, out) | members_of(variant, out)
 
 
-def disagreement_of(variant: str, out: Path) -> dict[Key, float]:
-    """Share of the queries at the end of a training of shared time, averaged over its predictors (see
-    dfm_d2.detection.training.disagreement); nothing where a training has no such thing."""
-    for line in reversed(read_metrics(out / METRICS_FILE)):
-        shares = [value for key, value in line.items() if key.startswith("disagreement/")]
-        if shares:
-            return {(variant, "train", "disagreement", "%", "seeds", "all"): 100 * sum(shares) / len(shares)}
-    return {}
+def members_of(variant: str, out: Path) -> dict[Key, float]:
+    """How far the members of an interval were from each other at the end of a training, averaged over them:
+    see disagreement and member_iou in dfm_d2.detection.training. Nothing where they are alone."""
+    found = {}
+    for name in ("disagreement", "member_iou"):
+        for line in reversed(read_metrics(out / METRICS_FILE)):
+            shares = [value for key, value in line.items() if key.startswith(f"{name}/")]
+            if shares:
+                found[variant, "train", name, "%", "seeds", "all"] = 100 * sum(shares) / len(shares)
+                break
+    return found
 
 
 def main() -> None:

@@ -92,7 +92,8 @@ KEYS = (
     # The bound w_max on (1 - t)^-2, by which the error of a velocity weighs that of its endpoint.
     Key("MODEL.DFM.LOSS.VELOCITY_MAX", 25.0, least=0),
     # Of the class and the GIoU term of what the shared block loses by itself, in training only (docs/math.md,
-    # section 5): every cell of the heads' levels answers for the object at whose centre it lies. 0: nothing.
+    # section 5): every cell of the heads' levels answers for the object at whose centre it lies. 0: nothing,
+    # as with a frozen backbone.
     Key("MODEL.DFM.DENSE_WEIGHT", 0.0, least=0),
     # ---- the sampler, all of it changeable at test time without retraining
     # Heun's correction divides by 1 - t_next: a small TIME_RATE suits it best.
@@ -164,8 +165,6 @@ def problems(cfg) -> Iterator[str]:
         yield f"MODEL.DFM.SAMPLER.MEMBERS is {members}; an interval's predictors go from 0 to {most}."
     if dfm.BACKBONE_UPDATE == "dense" and not dfm.DENSE_WEIGHT:
         yield "MODEL.DFM.BACKBONE_UPDATE dense learns from the dense loss: set DENSE_WEIGHT, 2.0 for one."
-    if dfm.DENSE_WEIGHT and dfm.BACKBONE_UPDATE == "frozen":
-        yield f"MODEL.DFM.DENSE_WEIGHT is {dfm.DENSE_WEIGHT}, but a frozen backbone does not learn: set 0."
     if dfm.PREDICTOR_RANKS > dfm.NUM_PREDICTORS:
         yield f"MODEL.DFM.PREDICTOR_RANKS is above NUM_PREDICTORS {dfm.NUM_PREDICTORS}: give each rank one."
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:

@@ -130,7 +130,7 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
 
 def _dense_predictor(cfg, backbone, space: BoxSpace, criterion: BlockLoss) -> DensePredictor | None:
     dfm, head = cfg.MODEL.DFM, cfg.MODEL.DFM.HEAD
-    if dfm.DENSE_WEIGHT == 0:
+    if dfm.DENSE_WEIGHT == 0 or dfm.BACKBONE_UPDATE == "frozen":
         return None
     weights = {"cls_weight": dfm.DENSE_WEIGHT, "giou_weight": dfm.DENSE_WEIGHT}
     shapes = backbone.output_shape()
