@@ -73,8 +73,9 @@ SAMPLERS: dict[str, dict] = {
     "fresh_noise_2x4": {"steps": 4, "noise_passes": 2},
     "fresh_noise_4x4": {"steps": 4, "noise_passes": 4},
 }
-# Each with more proposals than any training here has, too.
-SAMPLERS |= {f"{name}_n160": {**fields, "num_proposals": 160} for name, fields in SAMPLERS.items()}
+# By name only: with more proposals than any training here has; one member of every interval by itself.
+MORE = {f"{name}_n160": {**fields, "num_proposals": 160} for name, fields in SAMPLERS.items()}
+MORE |= {f"member_{e}_steps_{k}": {"members": (e,), "steps": k} for e in range(4) for k in (4, 8)}
 METRICS = {"AP50": "%", "AP": "%", "VOC07_AP50": "%", "time": "s"}
 STUDY = Study(DETECTION, "train_net", VARIANTS)
 
@@ -88,7 +89,7 @@ def scores_of(variant: str, samplers: list[str], out: Path) -> dict[Key, float]:
         cfg, model = STUDY.load(out)
         settings = model.sampler.settings
     for name in missing:
-        model.sampler.settings = dataclasses.replace(settings, **SAMPLERS[name])
+        model.sampler.settings = dataclasses.replace(settings, **(SAMPLERS | MORE)[name])
         begun = time.perf_counter()
         found = evaluate(DETECTION, cfg, model)["bbox"] | {"time": time.perf_counter() - begun}
         scores[name] = {metric: found[metric] for metric in METRICS if metric in found}
@@ -115,7 +116,9 @@ def members_of(variant: str, out: Path) -> dict[Key, float]:
 
 def main() -> None:
     parser = STUDY.parser(__doc__)
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser.add_argument(
+        "--samplers", nargs="+", choices=SAMPLERS | MORE, default=list(SAMPLERS), metavar="SAMPLER"
+    )
     args = parser.parse_args()
     for variant in args.variants or VARIANTS:
         rows = STUDY.rows(args, variant, partial(scores_of, variant, args.samplers))
