@@ -34,7 +34,7 @@ class Classifier(nn.Module, ABC):
     # Buffers that weights to start a training from do not replace; a resume and an evaluation do.
     set_by_config = ("temperature",)
     # Keys that say what the weights mean and that their names and shapes do not show.
-    meaning = ("MODEL.CLASSIFIER.RADIUS", "MODEL.CLASSIFIER.POOL", "INPUT.IMAGE_SIZE")
+    meaning = ("MODEL.DFM.PREDICTION", "MODEL.CLASSIFIER.RADIUS", "MODEL.CLASSIFIER.POOL", "INPUT.IMAGE_SIZE")
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ def detector_arguments(cfg) -> dict:
         "assigner": DynamicK(criterion),
         "num_proposals": dfm.NUM_PROPOSALS,
         "gt_repeat": dfm.GT_REPEAT,
-        "rollout": dfm.ROLLOUT,
+        "rollout": 0 if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector" else dfm.ROLLOUT,
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
@@ -103,7 +103,8 @@ def _predictors(cfg, backbone) -> PredictorStack:
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
     rate = 0.0 if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector" else dfm.TIME_RATE
-    return PredictorStack(_head_maker(cfg, strides), dfm.NUM_PREDICTORS, _intervals(cfg), rate)
+    numbers = dfm.NUM_PREDICTORS, _intervals(cfg), rate, dfm.ROLLOUT > 0
+    return PredictorStack(_head_maker(cfg, strides), *numbers)
 
 
 def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:

@@ -145,7 +145,8 @@ class BoxFlowModel(nn.Module):
             for d in indices:
                 place = d % stack.num_members
                 answers.append(stack[d](features, boxes_xyxy, x_t, u, crossed.get(place), pooled=pooled))
-                queries[place] = answers[-1].queries
+                if stack.crosses:
+                    queries[place] = answers[-1].queries
             boxes = torch.stack([answer.boxes for answer in answers])
             class_logits = torch.stack([answer.class_logits for answer in answers])
             times = time_like(x_t, t), time_like(x_t, t_next)

@@ -141,7 +141,8 @@ class Rollout:
     def tell(self, d: int, told: Told | None) -> None:
         """Keep what predictor `d` told where it is needed; None: another process has it."""
         stack = self._model.predictors
-        if stack.num_members > 1 or self._leads and self._interval + 1 < stack.intervals:
+        assigns = stack.num_members > 1 and not self._answers
+        if assigns or self._leads and self._interval + 1 < stack.intervals:
             self._answers.append(self._hand_over.tell(d, told, self._like))
 
     @torch.no_grad()

@@ -25,14 +25,21 @@ class PredictorStack(nn.ModuleList):
         make_head: called D times.
         num_predictors: D. intervals: S, a divisor of D.
         rate: of t(u), see dfm_d2.flow.warped_time.
+        crosses: queries cross from an interval to the next; not where predictors train on the path.
     """
 
     def __init__(
-        self, make_head: Callable[[], FlowHead], num_predictors: int, intervals: int, rate: float = 0.0
+        self,
+        make_head: Callable[[], FlowHead],
+        num_predictors: int,
+        intervals: int,
+        rate: float = 0.0,
+        crosses: bool = True,
     ):
         super().__init__(make_head() for _ in range(num_predictors))
         self.intervals = intervals
         self.rate = rate
+        self.crosses = crosses
 
     @property
     def num_members(self) -> int:

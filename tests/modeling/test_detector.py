@@ -118,6 +118,27 @@ def test_queries_cross_once_an_interval_to_the_member_of_the_same_place(make_mod
     assert bool(members) == (not made[0])
 
 
+@pytest.mark.parametrize("rollout", [0, 1])
+def test_in_training_queries_cross_as_they_do_at_inference(make_model, make_input, rollout):
+    """To the member of the same place; where predictors train on the path to nobody."""
+    model = make_model(NUM_PREDICTORS=4, INTERVALS=2, ROLLOUT=rollout).eval()
+    given, made = {}, {}
+    for d, head in enumerate(model.predictors):
+
+        def hook(_, arguments, answer, d=d):
+            given[d], made[d] = arguments[4], answer.queries
+
+        head.register_forward_hook(hook)
+    for run in (lambda: _losses(model, [make_input()]), lambda: _detections(model, [make_input()])):
+        run()
+        assert given[0] is None and given[1] is None
+        for place in (0, 1):
+            if rollout:
+                assert torch.equal(given[2 + place], made[place]) and not given[2 + place].requires_grad
+            else:
+                assert given[2 + place] is None
+
+
 def test_members_have_the_assignment_of_the_first(make_model, make_input):
     model = make_model(INTERVALS=1)
     prepared = model.prepare([make_input("a"), make_input("empty", boxes=())], 0)
