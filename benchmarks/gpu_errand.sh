@@ -34,7 +34,9 @@ run() {
     python3 benchmarks/kernels.py --device cuda --save
     python3 benchmarks/latency.py sampler --device cuda --save
     python3 benchmarks/latency.py --device cuda --save
-    python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel
+    python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel \
+        cascade_checkpoint_all cascade_accumulate cascade_checkpoint_all_accumulate sequential_accumulate local_backbone_accumulate
+    python3 benchmarks/memory.py demo --device cuda --save
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128
     # shellcheck disable=SC2086
     python3 benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda --save \

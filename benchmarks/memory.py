@@ -1,17 +1,21 @@
 #!/usr/bin/env python
 """Memory and time of a training step against the number of blocks (the paper's Figure 3).
 
-python benchmarks/memory.py [detector|classifier] [--device cpu|cuda|simulate] [--counts 1 2 4 8 12] [--save]
-    --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel
+python benchmarks/memory.py [detector|demo|classifier] [--device cpu|cuda|simulate] [--counts 1 2 4] [--save]
+    --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel ...
     --modes "flow, sequential" "flow, joint" backprop      of the classifier
 
 detector: R50-FPN against its predictors. Weights random, GroupNorm, nothing frozen, float32, images and boxes
 random; batch 1 of 224 x 320 and 100 proposals on a CPU, else the paper's 8 of 800 x 1088 and 300 proposals.
 Modes: "joint" (one backward of all local losses), "sequential" (block by block), "sequential_step" (besides
 STEP_IN_BACKWARD), "local_backbone" (besides every backbone stage a block, with a predictor of its own),
-"cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in the backward),
-"parallel" (all predictors as one batched computation, on a CPU too, where training would take them one by
-one; not among the modes that run when none is named).
+"cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in the backward).
+Modes that run only when they are named: "parallel" (all predictors as one batched computation, on a CPU too,
+where training would take them one by one), "cascade_checkpoint_all" (the residual blocks of the backbone
+recomputed, too), and with "_accumulate" behind "sequential", "local_backbone", "cascade" and
+"cascade_checkpoint_all" gradient accumulation: the batch as micro-batches of one image, see Accumulation.
+demo: the detector of configs/shapes_flow_r18.yaml and its batch, 8 images of 128 x 128 (float32, random),
+local updates beside backprop with checkpointing and accumulation.
 classifier: a ViT against its layers, each a block, by local flow and by backprop.
 
 cpu, cuda: each point in a process of its own. "saved activations" is the peak of what autograd holds for the
@@ -20,11 +24,15 @@ simulate: a step of the detector on meta tensors under torch.distributed's MemTr
 over time and nothing else (no rounding, of the CUDA allocator to 512 bytes a tensor; no workspace of cuDNN),
 at the peak of their total. "activations" are all but the other kinds, temporaries too; "feature gradients" is
 what the predictors add up in the features. ASSIGNMENT is "path", since dynamic_k looks at values; AdamW is
-not fused.
+not fused. Of accumulation two micro-batches, since the others repeat the second.
+
+Rows "<mode>/cascade" are ratios to "cascade", where that is among the modes. Times to compare are those of
+steps taken in turns in one process: ratios to "cascade" for the demo, to "joint" at D = 6 for the detector.
 """
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -32,6 +40,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import harness
 import torch
@@ -48,44 +57,73 @@ from dfm_d2.local_update import block_optimizer, updates
 from dfm_d2.local_update.activations import SavedActivations
 
 _CASCADE = ["MODEL.META_ARCHITECTURE", "CascadeDetector", "MODEL.DFM.UPDATE", "joint"]
-_STEP = ["MODEL.DFM.UPDATE", "sequential", "MODEL.DFM.STEP_IN_BACKWARD", "True"]
+_SEQUENTIAL = ["MODEL.DFM.UPDATE", "sequential"]
+_STEP = [*_SEQUENTIAL, "MODEL.DFM.STEP_IN_BACKWARD", "True"]
+_LOCAL_BACKBONE = ["MODEL.DFM.BACKBONE_UPDATE", "local"]
 # Of the detector: overrides of the config.
 DETECTOR = {
     "joint": ["MODEL.DFM.UPDATE", "joint"],
-    "sequential": ["MODEL.DFM.UPDATE", "sequential"],
+    "sequential": _SEQUENTIAL,
     "sequential_step": _STEP,
-    "local_backbone": [*_STEP, "MODEL.DFM.BACKBONE_UPDATE", "local"],
+    "local_backbone": [*_STEP, *_LOCAL_BACKBONE],
     "cascade": _CASCADE,
     "cascade_checkpoint": _CASCADE,
     "parallel": ["MODEL.DFM.UPDATE", "parallel"],
+    "cascade_checkpoint_all": _CASCADE,
+    "cascade_accumulate": _CASCADE,
+    "cascade_checkpoint_all_accumulate": _CASCADE,
+    "sequential_accumulate": _SEQUENTIAL,
+    "local_backbone_accumulate": [*_SEQUENTIAL, *_LOCAL_BACKBONE],
 }
 CLASSIFIER = {
     "flow, sequential": ["UPDATE.METHOD", "flow", "MODEL.DFM.UPDATE", "sequential"],
     "flow, joint": ["UPDATE.METHOD", "flow", "MODEL.DFM.UPDATE", "joint"],
     "backprop": ["UPDATE.METHOD", "backprop", "MODEL.DFM.UPDATE", "joint"],
 }
-# Whose step is timed in turns with a joint one, where both are asked for.
-IN_TURNS = ("sequential", "parallel")
+# Those that run where none is named.
+USUAL = list(DETECTOR)[:6]
+# Which steps are timed in turns, those of them that are asked for; the others are compared with the first.
+IN_TURNS = {
+    "detector": ("joint", "sequential", "parallel"),
+    "demo": ("cascade", *(mode for mode in DETECTOR if mode not in ("joint", "cascade", "parallel"))),
+}
+# What has rows of ratios to "cascade".
+_PEAKS = ("activations", "total", "saved activations", "process peak", "allocated")
 _CLASSIFIER_DIM, _CLASSIFIER_BATCH = 128, 16
 
 
-def detector_sizes(device: str) -> tuple[int, int, int, int]:
-    """Images, proposals, height and width."""
-    return (1, 100, 224, 320) if device == "cpu" else (8, 300, 800, 1088)
+def detector_setting(subject: str, device: str) -> tuple[str, int, int, int, int]:
+    """Name of the config, images, proposals, height and width."""
+    if subject == "demo":
+        return "shapes_flow_r18", 8, 40, 128, 128
+    return ("voc_flow_r50", 1, 100, 224, 320) if device == "cpu" else ("voc_flow_r50", 8, 300, 800, 1088)
 
 
-def detector(device: str, mode: str, count: int) -> tuple:
+def detector(subject: str, device: str, mode: str, count: int) -> tuple:
     """Config, model and a batch of random images."""
-    number, proposals, height, width = detector_sizes(device)
-    opts = [*DETECTOR[mode], "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0]
-    opts += ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.DFM.NUM_CLASSES", 20]
+    name, number, proposals, height, width = detector_setting(subject, device)
+    opts = [
+        *DETECTOR[mode],
+        "MODEL.DEVICE",
+        "cpu",
+        "MODEL.BACKBONE.FREEZE_AT",
+        0,
+        "MODEL.DFM.NUM_CLASSES",
+        20,
+    ]
     opts += ["MODEL.DFM.NUM_PREDICTORS", count, "MODEL.DFM.NUM_PROPOSALS", proposals]
+    if subject == "detector":
+        opts += ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"]
     if device == "simulate":
         opts += ["MODEL.DFM.ASSIGNMENT", "path"]
-    cfg, model = harness.random_detector(str(ROOT / "configs" / "voc_flow_r50.yaml"), opts)
-    if mode == "cascade_checkpoint":
+    cfg, model = harness.random_detector(str(ROOT / "configs" / f"{name}.yaml"), opts)
+    if "checkpoint" in mode:
         for head in model.predictors:
             head.forward = _recomputed(head.forward)
+    if "checkpoint_all" in mode:
+        bottom_up = model.backbone.bottom_up
+        for block in (block for stage in bottom_up.output_shape() for block in getattr(bottom_up, stage)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=True)
     batch = []
     for index in range(number):
         instances = Instances((height, width))
@@ -98,7 +136,7 @@ def detector(device: str, mode: str, count: int) -> tuple:
     return cfg, model, batch
 
 
-def classifier(device: str, mode: str, count: int) -> tuple:
+def classifier(mode: str, count: int) -> tuple:
     """The same of a ViT of `count` layers, each a block."""
     vit = f'"img_size=32","patch_size=4","embed_dim={_CLASSIFIER_DIM}","depth={count}","num_heads=4"'
     opts = [*CLASSIFIER[mode], "MODEL.CLASSIFIER.BLOCKS", "0", "MODEL.CLASSIFIER.TIMM.OPTIONS", f"[{vit}]"]
@@ -123,30 +161,57 @@ def _recomputed(forward: Callable) -> Callable:
     return recomputed
 
 
+class Accumulation(updates.Update):
+    """Gradient accumulation: one step by the mean of the gradients of micro-batches, one after the other.
+
+    As a user would do it, each loss is divided by their number, here its gradient: each is normalised by
+    its own queries with an object, not by those of the batch, and batch norm takes the statistics of each by
+    itself (its running ones move with each). Frozen batch norm and GroupNorm are those of the whole batch.
+    """
+
+    def __init__(self, update: updates.Update):
+        self.update = update
+
+    def backward(self, model, prepared, optimizer, autocast) -> dict[str, torch.Tensor]:
+        """prepared: those of the micro-batches."""
+        found = [self.update.backward(model, one, optimizer, autocast) for one in prepared]
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch._foreach_div_(gradients, len(found))
+        return {key: torch.stack([metrics[key] for metrics in found]).mean() for key in found[0]}
+
+
 class Training:
     """Steps of one mode at one number of blocks: what is called takes one."""
 
     def __init__(self, args: argparse.Namespace, mode: str, count: int):
-        build = detector if args.subject == "detector" else classifier
-        cfg, self.model, self.batch = build(args.device, mode, count)
+        if args.subject == "classifier":
+            cfg, self.model, self.batch = classifier(mode, count)
+        else:
+            cfg, self.model, self.batch = detector(args.subject, args.device, mode, count)
         self.model.train()
         self.update = updates.build_update(cfg.MODEL.DFM.UPDATE, cfg.MODEL.DFM.STEP_IN_BACKWARD)
         if mode == "parallel":
             self.update.together = True  # on a CPU, too
+        self.accumulates = mode.endswith("_accumulate")
+        if self.accumulates:
+            self.update = Accumulation(self.update)
         self.iteration = 0
         if args.device != "simulate":
             self.optimizer = build_block_optimizer(cfg, self.model.to(args.device))
 
     def __call__(self) -> None:
-        prepared = self.model.prepare(self.batch, self.iteration)
-        self.update.step(self.model, prepared, self.optimizer, contextlib.nullcontext)
+        self.update.step(self.model, self.prepared(), self.optimizer, contextlib.nullcontext)
         self.iteration += 1
+
+    def prepared(self):
+        """What the update takes: the batch, or its micro-batches, each made when it is asked for."""
+        if self.accumulates:
+            return (self.model.prepare([item], self.iteration) for item in self.batch)
+        return self.model.prepare(self.batch, self.iteration)
 
 
 def point(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[float]]:
     """Measurements of one mode at one number of blocks, MiB and ms, each a list of repetitions."""
-    if mode.endswith("/joint"):
-        return ratio_in_turns(args, mode.removesuffix("/joint"), count)
     training = Training(args, mode, count)
     if args.device == "simulate":
         return {name: [value] for name, value in simulate(training).items()}
@@ -155,7 +220,8 @@ def point(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[flo
         training()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = [harness.timed(training, args.device) for _ in range(args.repeats)]
+    repeats = 1 if args.subject == "demo" else args.repeats  # all steps of the demo are timed in turns
+    times = [harness.timed(training, args.device) for _ in range(repeats)]
     state = [x for s in training.optimizer.state.values() for x in s.values()]
     found = {
         "saved activations": [saved.peak / MIB],
@@ -173,11 +239,10 @@ def mib_of(tensors: Sequence[torch.Tensor | None]) -> float:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None) / MIB
 
 
-def ratio_in_turns(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[float]]:
-    """Time of a step over that of a joint one, taken in turns in one process."""
-    trainings = {name: Training(args, name, count) for name in ("joint", mode)}
-    times = harness.in_turns(trainings, args.device, args.repeats, warm_up=2)
-    return {"step, in turns": [statistics.median(times[mode]) / statistics.median(times["joint"])]}
+def times_in_turns(args: argparse.Namespace, modes: Sequence[str], count: int) -> dict[str, list[float]]:
+    """Milliseconds of a step of each mode, taken in turns in one process."""
+    trainings = {name: Training(args, name, count) for name in modes}
+    return harness.in_turns(trainings, args.device, args.repeats)
 
 
 def simulate(training: Training) -> dict[str, float]:
@@ -190,7 +255,10 @@ def simulate(training: Training) -> dict[str, float]:
     def without_data(x: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    prepared = tree_map_only(torch.Tensor, without_data, training.model.prepare(training.batch, 0))
+    prepared = training.prepared()
+    if training.accumulates:
+        prepared = list(itertools.islice(prepared, 2))
+    prepared = tree_map_only(torch.Tensor, without_data, prepared)
     model = training.model.to("meta")
     optimizer = block_optimizer.BlockOptimizer(
         model.blocks(), lambda named: torch.optim.AdamW(named, lr=1e-4, foreach=False)
@@ -208,7 +276,8 @@ def simulate(training: Training) -> dict[str, float]:
     at_peak = dict.fromkeys(("total", "features", "parameters"), 0)
 
     def notice(_module, inputs: tuple) -> None:
-        features[:] = map(weakref.ref, inputs[0])  # to hold them would be a part of the memory
+        # To hold them would be a part of the memory. Where all predictors are batched, they get none.
+        features[:] = map(weakref.ref, inputs[0] or ())
 
     for predictor in model.predictors:
         predictor.register_forward_pre_hook(notice)
@@ -251,28 +320,48 @@ def usual_of(args: argparse.Namespace) -> dict[str, object]:
     """What stands for what the command line leaves out."""
     if args.subject == "classifier":
         return {"counts": [4, 8, 16], "modes": list(CLASSIFIER), "name": "class_memory"}
-    return {"counts": [1, 2, 4, 8, 12], "modes": list(DETECTOR)[:-1], "name": "memory"}
+    if args.subject == "demo":
+        return {"counts": [4], "modes": list(IN_TURNS["demo"]), "name": "memory_demo"}
+    return {"counts": [1, 2, 4, 8, 12], "modes": USUAL, "name": "memory"}
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     """Measure all points, each in a process of its own."""
-    if args.subject == "detector":
-        op, x_name = "training step", "D"
-        setting = "voc_flow_r50 B={} N={} {}x{}".format(*detector_sizes(args.device))
-    else:
+    if args.subject == "classifier":
         op, x_name = "classifier step", "blocks"
         setting = f"ViT, {_CLASSIFIER_DIM} dimensions, 64 tokens, batch {_CLASSIFIER_BATCH}"
+    else:
+        op, x_name = "training step", "D"
+        setting = "{} B={} N={} {}x{}".format(*detector_setting(args.subject, args.device))
     hardware = "simulated" if args.device == "simulate" else harness.device_name(args.device)
-    points = [(mode, count) for mode in args.modes for count in sorted(set(args.counts))]
-    if args.device != "simulate" and "joint" in args.modes:
-        points += [(f"{mode}/joint", 6) for mode in IN_TURNS if mode in args.modes]
-    units = {"step": "ms", "step, in turns": "ratio"}
-    for mode, count in points:
+
+    def row(provider: str, metric: str, unit: str, count: int, values: list[float]) -> Row:
+        where = (op, provider, args.device, metric, unit, x_name, count)
+        return harness.measured(*where, values=values, on=hardware, note=setting)
+
+    def alone(function: Callable, *arguments) -> dict[str, list[float]]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(point, args, mode, count).result()
-        for metric, values in found.items():
-            where = (op, mode, args.device, metric, units.get(metric, "MiB"), x_name, count)
-            yield harness.measured(*where, values=values, on=hardware, note=setting)
+            return pool.submit(function, args, *arguments).result()
+
+    peaks = {}
+    for mode in args.modes:
+        for count in sorted(set(args.counts)):
+            for metric, values in alone(point, mode, count).items():
+                yield row(mode, metric, "ms" if metric == "step" else "MiB", count, values)
+                peaks[mode, count, metric] = statistics.median(values)
+    for (mode, count, metric), peak in peaks.items():
+        backprop = peaks.get(("cascade", count, metric))
+        if backprop and mode != "cascade" and metric in _PEAKS:
+            yield row(f"{mode}/cascade", f"{metric}, ratio", "ratio", count, [peak / backprop])
+    reference, *others = IN_TURNS.get(args.subject, ("",))
+    others = [mode for mode in others if mode in args.modes]
+    if args.device == "simulate" or reference not in args.modes or not others:
+        return
+    count = 6 if args.subject == "detector" else max(args.counts)
+    times = alone(times_in_turns, [reference, *others], count)
+    for mode in others:
+        ratios = [a / b for a, b in zip(times[mode], times[reference])]
+        yield row(f"{mode}/{reference}", "step, in turns", "ratio", count, ratios)
 
 
 def print_growth(rows: list[Row], metric: str) -> None:
@@ -291,7 +380,7 @@ def print_growth(rows: list[Row], metric: str) -> None:
 
 def main() -> None:
     parser = harness.arguments(__doc__, "simulate")
-    parser.add_argument("subject", nargs="?", choices=("detector", "classifier"), default="detector")
+    parser.add_argument("subject", nargs="?", choices=("detector", "demo", "classifier"), default="detector")
     parser.add_argument("--counts", type=int, nargs="+", help="1 2 4 8 12, of the classifier 4 8 16")
     parser.add_argument("--modes", nargs="+", choices=[*DETECTOR, *CLASSIFIER])
     parser.add_argument("--repeats", type=int, default=5)
@@ -303,7 +392,7 @@ def main() -> None:
     if args.save and len(set(args.counts)) > 1:
         last = rows[-1]  # with the file's rows of its setting
         known = [row for row in harness.load_rows(args.name) if (row.metric, row.note) == (metric, last.note)]
-        lines = harness.lines_of(row for row in known if row.provider != "parallel")
+        lines = harness.lines_of(row for row in known if row.provider not in set(DETECTOR) - set(USUAL))
         panels = {last.note: (f"blocks ({last.x_name})", lines)}
         path = harness.RESULTS / f"{args.name}.png"
         print(harness.draw_panels(path, last.device, f"{metric} (MiB)", panels))

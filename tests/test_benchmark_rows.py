@@ -1,10 +1,14 @@
 """What the benchmarks share: rows of results, and when a training may be taken for another."""
 
+import argparse
+import contextlib
 import runpy
 import subprocess
 import sys
 
 import pytest
+import torch
+from tiny_model import tiny_cfg
 from tool_loader import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -12,9 +16,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import accuracy  # noqa: E402
 import classification  # noqa: E402
 import harness  # noqa: E402
+import memory  # noqa: E402
 import robustness  # noqa: E402
 import runs  # noqa: E402
 from harness import Row, draw_panels, lines_of, load_rows, quantiles, reported  # noqa: E402
+
+from dfm_d2.engine.optimizer import build_block_optimizer  # noqa: E402
+from dfm_d2.framework import build_model  # noqa: E402
+from dfm_d2.local_update import block_optimizer, updates  # noqa: E402
 
 
 def row(provider: str, value: float, x: str = "0", op: str = "a") -> Row:
@@ -120,3 +129,44 @@ def test_a_training_of_other_values_is_not_taken(tmp_path):
         taken, any_rate = changes in same, changes in (*same, rate)
         assert study.same_training(config, changes.split(), tmp_path) is taken, changes
         assert study.same_training(config, changes.split(), tmp_path, any_rate=True) is any_rate, changes
+
+
+@pytest.mark.parametrize(
+    ("objects", "batch_norm_is_frozen", "is_that_of_the_batch"),
+    [((2, 2, 2), True, True), ((2, 2, 1), True, False), ((2, 2, 2), False, False)],
+)
+def test_accumulated_gradients_are_those_of_the_batch_only_where_its_images_are_alike(
+    make_model, make_input, objects, batch_norm_is_frozen, is_that_of_the_batch
+):
+    """Each image has its own normaliser, and its own statistics of batch norm."""
+    boxes = ((4.0, 6.0, 30.0, 40.0), (20.0, 8.0, 60.0, 44.0))
+    batch, gradients = [make_input(str(i), boxes[:n]) for i, n in enumerate(objects)], []
+    for accumulates in (False, True):
+        model = make_model("CascadeDetector", ASSIGNMENT="path").double().train(not batch_norm_is_frozen)
+        update, prepared = updates.build_update("joint"), model.prepare(batch, 0)
+        if accumulates:
+            update = memory.Accumulation(update)
+            prepared = (model.prepare([item], 0) for item in batch)
+        optimizer = build_block_optimizer(tiny_cfg(), model)
+        update.backward(model, prepared, optimizer, contextlib.nullcontext)
+        found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found))
+    expected, found = gradients
+    assert expected.norm() > 0
+    assert ((found - expected).norm() < 1e-9 * expected.norm()) == is_that_of_the_batch
+
+
+@pytest.mark.slow
+def test_a_batched_and_an_accumulating_update_can_be_simulated(monkeypatch, make_input):
+    def tiny(subject, device, mode, count):
+        cfg = tiny_cfg(ASSIGNMENT="path", NUM_PREDICTORS=count)
+        cfg.merge_from_list(memory.DETECTOR[mode])
+        return cfg, build_model(cfg), [make_input(name) for name in "abcd"]
+
+    monkeypatch.setattr(memory, "detector", tiny)
+    for module in (updates, block_optimizer):  # which a simulation replaces
+        monkeypatch.setattr(module, "check_finite", module.check_finite)
+    args = argparse.Namespace(subject="detector", device="simulate")
+    together, alone = (memory.point(args, mode, 2) for mode in ("parallel", "sequential_accumulate"))
+    assert alone["activations"][0] < 0.5 * together["activations"][0]
+    assert together["feature gradients"] == [0] and alone["feature gradients"][0] > 0
