@@ -41,6 +41,9 @@ run() {
     # shellcheck disable=SC2086
     python3 benchmarks/accuracy.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda --save \
         --name shapes_cuda ${EXTRA:-}
+    # shellcheck disable=SC2086
+    python3 benchmarks/robustness_detection.py --config configs/shapes_flow_r18.yaml --seeds 3 --device cuda --save \
+        --name shapes_cuda ${EXTRA:-}
     if [ -d "$data/bccd" ]; then
         # shellcheck disable=SC2086
         python3 benchmarks/accuracy.py --config configs/bccd_flow_r18.yaml --seeds 3 --device cuda --save --name bccd_cuda \

@@ -2,22 +2,31 @@
 
 import argparse
 import contextlib
+import json
 import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import tiny_cfg
 from tool_loader import ROOT
 
+from dfm_d2.detection.data.shapes import write_shapes
+from dfm_d2.engine.checkpoint import SafeCheckpointer
+from dfm_d2.engine.setup import load_config, resolve_classes
+from dfm_d2.framework import get_cfg
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
 import classification  # noqa: E402
+import corruptions  # noqa: E402
 import harness  # noqa: E402
 import memory  # noqa: E402
 import robustness  # noqa: E402
+import robustness_detection  # noqa: E402
 import runs  # noqa: E402
 from harness import Row, draw_panels, lines_of, load_rows, quantiles, reported  # noqa: E402
 
@@ -51,7 +60,7 @@ VARIANTS = [(accuracy, "--variants joint"), (classification, "--variants flow")]
 def test_trainings_leave_the_rows_alone_without_save(benchmark, words, tmp_path, monkeypatch, capsys):
     found = [row("flow", 1.5)._replace(x_name="clean")]
     monkeypatch.setattr(runs.Study, "rows", lambda *args, **options: found)
-    for module in (harness, classification, robustness):
+    for module in (harness, classification, corruptions):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     config = str(ROOT / f"configs/{'shapes_flow_r18' if benchmark is accuracy else 'digits_flow_cnn'}.yaml")
     monkeypatch.setattr(sys, "argv", ["benchmark", "--config", config, *words.split()])
@@ -68,7 +77,10 @@ def test_trainings_leave_the_rows_alone_without_save(benchmark, words, tmp_path,
         ("accuracy", "--config configs/shapes_flow_r18.yaml --opts FOO.BAR 3", "FOO.BAR"),
         ("accuracy", "--config configs/shapes_flow_r18.yaml --opts DATASETS.VOC_ROOT /nope", "/nope"),
         ("classification", "--config configs/digits_flow_cnn.yaml --tune --opts FOO.BAR 3", "FOO.BAR"),
-        *((name, "--config /nope.yaml", "/nope.yaml") for name in ("robustness", "latency", "scaling")),
+        *(
+            (name, "--config /nope.yaml", "/nope.yaml")
+            for name in ("robustness", "robustness_detection", "latency", "scaling")
+        ),
     ],
 )
 def test_a_mistake_in_a_config_is_one_error_message(benchmark, words, said, tmp_path, monkeypatch, capsys):
@@ -170,3 +182,98 @@ def test_a_batched_and_an_accumulating_update_can_be_simulated(monkeypatch, make
     together, alone = (memory.point(args, mode, 2) for mode in ("parallel", "sequential_accumulate"))
     assert alone["activations"][0] < 0.5 * together["activations"][0]
     assert together["feature gradients"] == [0] and alone["feature gradients"][0] > 0
+
+
+def test_a_corruption_is_of_the_image_s_id_and_of_the_colours_that_the_config_names():
+    cfg, generator = get_cfg(), torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 20, 30), generator=generator, dtype=torch.uint8)
+    batch = [{"image_id": name, "image": pixels} for name in ("a", "b")]
+    for kind, severity in corruptions.CASES:
+        cfg.INPUT.FORMAT = "RGB"
+        (found,) = corruptions.corrupted_batches(cfg, [batch], kind, severity)
+        ((again,),) = corruptions.corrupted_batches(cfg, [batch[1:]], kind, severity)
+        assert torch.equal(found[1]["image"], again["image"]) and torch.equal(batch[0]["image"], pixels)
+        assert torch.equal(found[0]["image"], pixels) == (kind == "clean")
+        assert torch.equal(found[0]["image"], found[1]["image"]) == (kind in ("clean", "blur", "jpeg"))
+        cfg.INPUT.FORMAT = "BGR"
+        turned = [{"image_id": "a", "image": pixels.flip(0)}]
+        ((bgr,),) = corruptions.corrupted_batches(cfg, [turned], kind, severity)
+        assert kind == "noise" or torch.equal(bgr["image"].flip(0), found[0]["image"])
+    black = corruptions.corrupted(
+        np.full((20, 40, 3), 9, np.uint8), "occlusion", 0.5, np.random.default_rng(0)
+    )
+    assert int((black == 0).sum()) == 10 * 10 * 3
+
+
+TINY = (
+    "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.STEM_OUT_CHANNELS 8 "
+    "MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.FPN.OUT_CHANNELS 16 "
+    "MODEL.DFM.HEAD.HIDDEN_DIM 16 MODEL.DFM.HEAD.FEEDFORWARD_DIM 32 MODEL.DFM.NUM_PREDICTORS 2 "
+    "MODEL.DFM.NUM_PROPOSALS 8"
+).split()
+
+
+def test_detectors_are_evaluated_on_corrupted_images_and_again_only_by_what_is_missing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for module in (harness, corruptions):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(corruptions, "SEVERITIES", {"noise": (100,), "occlusion": (0.5,)})
+    monkeypatch.setattr(robustness_detection, "CASES", [("clean", 0.0), ("noise", 100), ("occlusion", 0.5)])
+    write_shapes(tmp_path / "data", num_train=2, num_val=3, size=64, seed=0)
+    config, study = str(ROOT / "configs/shapes_flow_r18.yaml"), robustness_detection.STUDY
+    opts = [*TINY, "DATASETS.VOC_ROOT", str(tmp_path / "data")]
+    for variant in ("sequential", "cascade"):
+        out = tmp_path / f"output/train_net/tiny/{variant}/seed0"
+        cfg = load_config(study.task, config, [*opts, *study.variants[variant], "MODEL.DFM.SEED", "0"])
+        study.task.register(cfg)
+        out.mkdir(parents=True)
+        (out / "config.yaml").write_text(cfg.dump())
+        classes = resolve_classes(cfg)
+        model = study.task.build_model(cfg)
+        SafeCheckpointer(model, str(out), cfg=cfg, class_names=classes).save("model_final")
+        of = {"seconds": 1, "peak_mib": 1, "commit": "abc", "device": "cpu", "iterations": 0}
+        (out / "result.json").write_text(json.dumps(of))
+
+    evaluated, evaluate = [], robustness_detection.evaluate
+
+    def watched(task, cfg, model):
+        images = torch.cat([item["image"] for b in task.test_loader(cfg, cfg.DATASETS.TEST[0]) for item in b])
+        evaluated.append((model.is_local, model.sampler.settings.steps, float(images.float().std())))
+        return evaluate(task, cfg, model)
+
+    monkeypatch.setattr(robustness_detection, "evaluate", watched)
+    words = [
+        "--config",
+        config,
+        "--seeds",
+        "1",
+        "--name",
+        "tiny",
+        "--save",
+        "--samplers",
+        "steps_1",
+        "steps_4",
+    ]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--opts", *opts])
+    robustness_detection.main()
+    assert [(local, steps) for local, steps, _ in evaluated] == [
+        (local, steps) for local in (True, False) for steps in (1, 4) for _ in range(3)
+    ]
+    deviations = [deviation for *_, deviation in evaluated]
+    assert len(set(deviations[:3])) == 3 and deviations == deviations[:3] * 4
+    rows = [r for r in load_rows("robustness_tiny") if r.metric == "AP50"]
+    # A step asks one predictor of the chain, and both heads of the twin.
+    asked = {("sequential", 1, 1), ("sequential", 4, 4)}
+    asked |= {("cascade", 1, 2), ("cascade", 4, 8)}
+    assert {(r.provider, r.mode, r.x_name) for r in rows} == {
+        (variant, f"steps_{steps}, {number} evaluations", kind)
+        for variant, steps, number in asked
+        for kind in ("clean", "noise", "occlusion")
+    }
+    assert (tmp_path / "robustness_tiny.png").exists() and "AP50" in capsys.readouterr().out
+    evaluated.clear()
+    sys.argv[sys.argv.index("steps_4")] = "fresh_noise_2x1"
+    robustness_detection.main()
+    assert [(local, steps) for local, steps, _ in evaluated] == [(True, 1)] * 3 + [(False, 1)] * 3
