@@ -8,8 +8,9 @@ python benchmarks/memory.py [detector|demo|classifier] [--device cpu|cuda|simula
 detector: R50-FPN against its predictors. Weights random, GroupNorm, nothing frozen, float32, images and boxes
 random; batch 1 of 224 x 320 and 100 proposals on a CPU, else the paper's 8 of 800 x 1088 and 300 proposals.
 Modes: "joint" (one backward of all local losses), "sequential" (block by block), "sequential_step" (besides
-STEP_IN_BACKWARD), "local_backbone" (besides every backbone stage a block, with a predictor of its own), "dense_backbone" (besides the backbone by its dense loss alone),
-"cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in the backward).
+STEP_IN_BACKWARD), "local_backbone" (besides every backbone stage a block, with a predictor of its own),
+"dense_backbone" (besides the shared block by its dense loss alone), "cascade" (end-to-end backprop),
+"cascade_checkpoint" (each of its heads recomputed in the backward).
 Modes that run only when they are named: "parallel" (all predictors as one batched computation, on a CPU too,
 where training would take them one by one), "cascade_checkpoint_all" (the residual blocks of the backbone
 recomputed, too), and with "_accumulate" behind "sequential", "local_backbone", "cascade" and

@@ -43,5 +43,4 @@ def spread(model):
         spread_of_one = 4 / head.class_logits.in_features**0.5
         torch.nn.init.normal_(head.class_logits.weight, std=spread_of_one)
         torch.nn.init.normal_(head.box_answer.weight, std=0.2 * spread_of_one)
-        torch.nn.init.normal_(head.time_modulation[1].weight, std=0.2)  # else they ignore the time
     return model

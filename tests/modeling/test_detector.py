@@ -87,6 +87,8 @@ def test_on_policy_inputs_are_where_a_solver_step_leads(make_model, make_input):
 def test_a_rollout_is_the_solver_s_with_as_many_steps(make_model, make_input):
     """Each image trains at one of the R states of an interval that the averaged answers lead to."""
     model = make_model(INTERVALS=1, ROLLOUT=4).eval()
+    for head in model.predictors:  # else they ignore the time
+        torch.nn.init.normal_(head.time_modulation[1].weight, std=0.2)
     inputs = [make_input(f"{i}") for i in range(12)]
     prepared = model.prepare(inputs, 5)
     assert set(prepared.stop[:, 0].tolist()) == {0, 1, 2, 3}
