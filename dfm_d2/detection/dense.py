@@ -56,13 +56,14 @@ class DensePredictor(nn.Module):
         canonical_size: float,
         space: BoxSpace,
         criterion: BlockLoss,
+        channels: int = 0,
     ):
         super().__init__()
         self.num_classes = num_classes
         self.strides = tuple(strides)
         self.canonical_size = canonical_size
         self.space, self.criterion = space, criterion
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.Conv2d(channels, dim, 1)] if channels else []
         for _ in range(2):
             norm = nn.GroupNorm(math.gcd(32, dim // 2), dim)
             layers += [nn.Conv2d(dim, dim, 3, padding=1, bias=False), norm, nn.ReLU(inplace=True)]
@@ -75,7 +76,7 @@ class DensePredictor(nn.Module):
         return self.class_logits(answer), self.box_answer(answer)
 
     def losses(
-        self, features: Sequence[Tensor], cells: Cells, ground_truth: GroundTruth
+        self, features: Sequence[Tensor], cells: Cells, ground_truth: GroundTruth, block: str = SHARED_BLOCK
     ) -> dict[str, Tensor]:
         """Scalars `loss_cls/shared` and `loss_giou/shared`, each per cell that has an object."""
         class_logits, boxes = self(features)
@@ -84,7 +85,7 @@ class DensePredictor(nn.Module):
         targets = assigned_targets(ground_truth, cells.gt_index, self.num_classes)
         t = x_1_hat.new_zeros(len(x_1_hat))  # cells know no time: the weight of the velocity term is 0
         losses = self.criterion(class_logits, x_1_hat, *targets, t)
-        return {f"loss_{key}/{SHARED_BLOCK}": value for key, value in losses.items()}
+        return {f"loss_{key}/{block}": value for key, value in losses.items()}
 
     def cells(self, size: Sequence[int], image_sizes: Tensor, ground_truth: GroundTruth) -> Cells:
         """The cells of images padded to `size` (height, width); image_sizes: `(B, 2)` without padding."""

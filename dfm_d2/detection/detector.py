@@ -199,11 +199,9 @@ class FlowDetector(BoxFlowModel):
         for child, stage in bottom_up.named_children():
             x = stage(x)
             if child in states:
-                state = states[child]
-                proposals = self.space.proposals(state.x_t, prepared.image_sizes)
-                answer = self.stage_predictors[child](x, proposals, state.x_t, state.u)
-                losses, _ = self._losses(child, answer, state, prepared)
-                del answer  # only what is yielded holds the graph
+                predictor = self.stage_predictors[child]
+                cells = predictor.cells(prepared.images.shape[-2:], prepared.image_sizes, prepared.ground_truth)
+                losses = predictor.losses([x], cells, prepared.ground_truth, child)
                 yield BlockLosses((child,), losses)
                 del losses
                 x = x.detach()

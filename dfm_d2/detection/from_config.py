@@ -43,7 +43,7 @@ def detector_arguments(cfg) -> dict:
         "backbone": backbone,
         "in_features": dfm.HEAD.IN_FEATURES,
         "predictors": _predictors(cfg, backbone),
-        "stage_predictors": _stage_predictors(cfg, backbone),
+        "stage_predictors": _stage_predictors(cfg, backbone, space, criterion),
         "dense_predictor": _dense_predictor(cfg, backbone, space, criterion),
         "num_classes": dfm.NUM_CLASSES,
         "space": space,
@@ -106,7 +106,7 @@ def _predictors(cfg, backbone) -> PredictorStack:
     return PredictorStack(_head_maker(cfg, strides), dfm.NUM_PREDICTORS, _intervals(cfg), rate)
 
 
-def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
+def _stage_predictors(cfg, backbone, space, criterion) -> dict[str, StagePredictor]:
     """A predictor for every stage of the backbone that learns; none but with BACKBONE_UPDATE "local"."""
     if cfg.MODEL.DFM.BACKBONE_UPDATE != "local":
         return {}
@@ -121,8 +121,18 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
     owner = owners_in_bottom_up(bottom_up, stages)
     learning = {owner.get(n.split(".")[0]) for n, p in bottom_up.named_parameters() if p.requires_grad}
     dim = cfg.MODEL.DFM.HEAD.HIDDEN_DIM
+    dfm = cfg.MODEL.DFM
+    weights = {"cls_weight": dfm.DENSE_WEIGHT, "giou_weight": dfm.DENSE_WEIGHT}
     return {
-        name: StagePredictor(shapes[name].channels, dim, _head_maker(cfg, [shapes[name].stride])())
+        name: DensePredictor(
+            dim=dim,
+            num_classes=dfm.NUM_CLASSES,
+            strides=[shapes[name].stride],
+            canonical_size=dfm.HEAD.POOLER_CANONICAL_SIZE,
+            space=space,
+            criterion=dataclasses.replace(criterion, **weights, l1_weight=0.0, velocity_weight=0.0),
+            channels=shapes[name].channels,
+        )
         for name in stages
         if name in learning
     }
