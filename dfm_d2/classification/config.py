@@ -60,6 +60,9 @@ KEYS = (
     Key("MODEL.CLASSIFIER.TIME_POWER", 3.0, above=0),
     # A control: the velocity target is x_1 - x_0', x_0' the noise of another image: no transport.
     Key("MODEL.CLASSIFIER.SHUFFLE_X0", False),
+    # Half of the points of a block lie where a detached Euler step of its own answer leads: from
+    # an earlier point of their path, or from the noise.
+    Key("MODEL.CLASSIFIER.ON_POLICY", "off", choices=("off", "path", "noise")),
     # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
     Key("MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", 1.0, least=0),
     Key("MODEL.CLASSIFIER.LOSS.READOUT_TEMPERATURE", 0.1, above=0),

@@ -127,6 +127,26 @@ def test_shuffled_noise_has_the_velocity_of_another_image():
         assert b > a if number > 1 else torch.allclose(a, b)
 
 
+@pytest.mark.parametrize("start", ["path", "noise"])
+def test_on_policy_points_lie_where_a_detached_step_of_the_own_answer_leads(start):
+    off, on = (make_classifier("MODEL.CLASSIFIER.ON_POLICY", s).train() for s in ("off", start))
+    prepared, seen = on.prepare(class_inputs(4), 7), []
+    usual = off.prepare(class_inputs(4), 7)
+    assert all(torch.equal(a.x_t, b.x_t) for a, b in zip(prepared.samples, usual.samples))
+    earlier = prepared.earlier[1]
+    assert (earlier == 0).all() if start == "noise" else (earlier > 0).any()
+    endpoint = on._endpoint
+    on._endpoint = lambda d, pooled, x, t: seen.append((d, x, t, endpoint(d, pooled, x, t))) or seen[-1][-1]
+    losses = [item.losses for item in on.block_losses(prepared, HandOver())]
+    (_, x_s, s, answer), (d, x_t, t, _) = seen[2:4]
+    sample, half = prepared.samples[1], on.noise_samples // 2
+    assert d == 1 and torch.equal(s, earlier) and not answer.requires_grad and not x_t.requires_grad
+    assert torch.equal(x_t[:, half:], sample.x_t.view_as(x_t)[:, half:])
+    led = x_s + ((t - s) / (1 - s))[..., None] * (answer - x_s)
+    torch.testing.assert_close(x_t[:, :half], led[:, :half])
+    assert all(loss.requires_grad for name, loss in losses[1].items() if name.startswith("loss"))
+
+
 def test_learned_embeddings_learn_by_the_read_out_term_alone():
     model = make_classifier(*LEARNED).train()
     losses = stage_losses(model, class_inputs())["block1"]
