@@ -50,28 +50,16 @@ VARIANTS: dict[str, list[str]] = {
     "no_readout": _NO_READOUT,
     # The control of transport: the velocity's noise is another image's.
     "x_0_shuffled": [*_NO_READOUT, "MODEL.CLASSIFIER.SHUFFLE_X0", "True"],
-    # Half of the points where a step of the block's own answer leads, from the path or from the noise.
-    "on_policy_path": ["MODEL.CLASSIFIER.ON_POLICY", "path"],
-    "on_policy_noise": ["MODEL.CLASSIFIER.ON_POLICY", "noise"],
     "uniform_time": ["MODEL.CLASSIFIER.TIME_POWER", "1.0"],
     "coarse_pool": ["MODEL.CLASSIFIER.POOL", "2"],
 }
 STUDY = Study(CLASSIFICATION, "train_classifier", VARIANTS)
 RATES = (0.3, 1.0, 3.0)
-# Samplers: fields of ClassSamplerSettings. The default, one step of 4 samples, spends on
-# fresh noise what "steps_4" spends on steps.
+# Samplers: fields of ClassSamplerSettings. The default has 4 samples.
 SAMPLERS: dict[str, dict] = {
-    "steps_1": {"steps": 1, "samples": 1},
-    "steps_2": {"steps": 2, "samples": 1},
-    "steps_4": {"steps": 4, "samples": 1},
-    "steps_16": {"steps": 16, "samples": 1},
-    "heun_4": {"steps": 4, "samples": 1, "method": "heun"},
-    "steps_1_samples_8": {"steps": 1, "samples": 8},
-    "steps_2_samples_8": {"steps": 2, "samples": 8},
-    "steps_4_samples_8": {"steps": 4, "samples": 8},
-    "steps_16_samples_8": {"steps": 16, "samples": 8},
+    "samples_1": {"samples": 1},
+    "samples_8": {"samples": 8},
     "zero_noise": {"noise": 0.0, "samples": 1},
-    "zero_noise_4": {"noise": 0.0, "samples": 1, "steps": 4},
     "uniform": {"weights": "uniform"},
 }
 UNITS = {"accuracy": "%", "nll": "nats", "ece": "%"}
@@ -110,8 +98,8 @@ def sampled(model, loader: Iterable[list[dict]], samplers: Mapping[str, dict]) -
     for name, changes in samplers.items():
         settings = dataclasses.replace(usual.settings, **changes)
         model.sampler = ClassSampler(settings, model.criterion.temperature)
-        ends = torch.cat([model.trajectory(pooled, ids).x for pooled, ids in images])
-        found[name] = model.probabilities(model.label_space.logits(ends)).cpu()
+        logits = torch.cat([model.pooled_logits(pooled, ids) for pooled, ids in images])
+        found[name] = model.probabilities(logits).cpu()
     model.sampler = usual
     return found
 
@@ -152,8 +140,6 @@ def scores_of(variant: str, out: Path) -> dict[Key, float]:
     milliseconds = 1000 * (time.perf_counter() - begun) / len(labels)
     if hasattr(model, "sampler"):
         blocks = {f"block_{d}": {"blocks": (d,)} for d in range(model.num_blocks)}
-        # One block alone answers where its own steps lead.
-        blocks |= {f"last_steps_{k}": {"blocks": (-1,), "steps": k, "samples": 8} for k in (1, 2, 4, 16)}
         if model.num_blocks > 1:
             blocks["last_two"] = {"blocks": (-2, -1)}
         found |= sampled(model, test, SAMPLERS | blocks)

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, gelu, silu
 from dfm_d2.classification.base import Classifier, block_name
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
 from dfm_d2.errors import UserError
-from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
-from dfm_d2.flow.noise import STREAM_POLICY, STREAM_STAGE_TIME
+from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, at_least_float32, keyed_uniform, time_like
+from dfm_d2.flow.noise import STREAM_STAGE_TIME
 from dfm_d2.flow.time_embedding import TimeEmbedding
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
 from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver
@@ -77,15 +77,11 @@ class EndpointLoss:
 
 
 class PreparedFlow(NamedTuple):
-    """images: normalised. labels: `(B,)`. samples: of each block, its points `(B S, E)` of the path.
-
-    earlier: of each block, `(B, S)` times before those of its points, for ON_POLICY.
-    """
+    """images: normalised. labels: `(B,)`. samples: of each block, its points `(B S, E)` of the path."""
 
     images: Tensor
     labels: Tensor
     samples: list[PathSample]
-    earlier: Tensor
 
 
 @META_ARCH_REGISTRY.register()
@@ -96,7 +92,6 @@ class FlowClassifier(Classifier):
         label_space: the class embeddings. hidden_dim: of the predictors.
         criterion: the loss of a block. sampler: inference.
         noise_samples: S. time_power: p of `t = u^p`, u uniform. shuffle_x_0: see MODEL.CLASSIFIER.SHUFFLE_X0.
-        on_policy: see MODEL.CLASSIFIER.ON_POLICY.
     """
 
     @configurable
@@ -110,14 +105,12 @@ class FlowClassifier(Classifier):
         noise_samples: int = 1,
         time_power: float = 1.0,
         shuffle_x_0: bool = False,
-        on_policy: str = "off",
         **common,
     ):
         super().__init__(temperature=criterion.temperature, **common)
         sampler.blocks_of(self.num_blocks)  # before training, not after it
         self.label_space, self.criterion, self.sampler = label_space, criterion, sampler
         self.noise_samples, self.time_power, self.shuffle_x_0 = noise_samples, time_power, shuffle_x_0
-        self.on_policy = on_policy
         self.path = CondOTPath()
         embed_dim = label_space.weight.shape[1]
         self.block_predictors = nn.ModuleList(
@@ -138,7 +131,6 @@ class FlowClassifier(Classifier):
             "noise_samples": c.NOISE_SAMPLES,
             "time_power": c.TIME_POWER,
             "shuffle_x_0": c.SHUFFLE_X0,
-            "on_policy": c.ON_POLICY,
         }
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -161,10 +153,7 @@ class FlowClassifier(Classifier):
         samples = [
             self.path.sample(x_0[:, d].flatten(0, 1), x_1, t[:, d].flatten()) for d in range(self.num_blocks)
         ]
-        share = torch.zeros_like(t)
-        if self.on_policy == "path":
-            share = keyed_uniform(keys, shape[0] * shape[1], STREAM_POLICY, self.device).view(-1, *shape)
-        return PreparedFlow(images, labels, samples, (share * t).transpose(0, 1))
+        return PreparedFlow(images, labels, samples)
 
     def block_losses(self, prepared: PreparedFlow, hand_over: HandOver) -> Iterator[BlockLosses]:
         """Block after block, each on the detached output of the one before."""
@@ -181,8 +170,6 @@ class FlowClassifier(Classifier):
         sample, shape = prepared.samples[index], (len(prepared.labels), self.noise_samples)
         x_0, x_1, x_t = (x.unflatten(0, shape) for x in (sample.x_0, sample.x_1, sample.x_t))
         t, target = sample.t.view(shape), x_1
-        if self.on_policy != "off":
-            x_t = self._on_policy(index, pooled, x_0, x_1, x_t, t, prepared.earlier[index])
         x_1_hat = self._endpoint(index, pooled, x_t, t)
         if self.shuffle_x_0:
             target = x_t + (1 - t)[..., None] * (x_1 - x_0.roll(1, 0))
@@ -193,33 +180,28 @@ class FlowClassifier(Classifier):
         found = {f"loss_{key}/{name}": value for key, value in losses.items()}
         return found | {f"right/{name}": right.to(x_1_hat.dtype).mean()}
 
-    @torch.no_grad()
-    def _on_policy(self, index: int, pooled: Tensor, x_0, x_1, x_t, t: Tensor, earlier: Tensor) -> Tensor:
-        """x_t, half of its points where a step of the block's own answer at an earlier time leads."""
-        half, share = x_t.shape[1] // 2, ((t - earlier) / (1 - earlier))[..., None]
-        x_s = (1 - earlier)[..., None] * x_0 + earlier[..., None] * x_1
-        led = x_s + share * (self._endpoint(index, pooled, x_s, earlier) - x_s)
-        return torch.cat([led[:, :half], x_t[:, half:]], dim=1)
-
     def _endpoint(self, index: int, pooled: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The endpoint `(B, S, E)` of a block, from pooled `(B, C)`, `x_t` `(B, S, E)` and t `(B, S)`."""
         return at_least_float32(self.block_predictors[index](pooled, x_t, t)).to(x_t.dtype)
 
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
         """Logits `(B, M, K)`."""
-        return self.label_space.logits(self.trajectory(self.backbone.block_outputs(images), image_ids).x)
+        return self.pooled_logits(self.backbone.block_outputs(images), image_ids)
+
+    def pooled_logits(self, pooled: Sequence[Tensor], image_ids: Sequence[int | str]) -> Tensor:
+        """Logits `(B, M, K)`: one step from the noise to t = 1 ends at the endpoint.
+
+        pooled: the outputs `(B, C_d)` of every block.
+        """
+        x_0 = self.sampler.noise(image_ids, self.label_space)
+        return self.label_space.logits(self.mean_endpoint(pooled, x_0, time_like(x_0, 0.0)))
 
     @torch.no_grad()
-    def trajectory(
-        self, pooled: Sequence[Tensor], image_ids: Sequence[int | str], keep: bool = False
-    ) -> Trajectory:
-        """The flow by the pooled outputs `(B, C_d)` of every block; keep: its states and steps, too."""
-
-        def endpoint(index: int, x_t: Tensor, t: Tensor) -> Tensor:
-            return self._endpoint(index, pooled[index], x_t, t)
-
-        x_0 = self.sampler.noise(image_ids, self.label_space)
-        return self.sampler.sample(endpoint, self.num_blocks, x_0, self.label_space, keep)
+    def mean_endpoint(self, pooled: Sequence[Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        """The mean `(B, M, E)` of the answers of the sampler's blocks to `x_t` `(B, M, E)` at t `(B,)`."""
+        times, blocks = t[:, None].expand(x_t.shape[:2]), self.sampler.blocks_of(self.num_blocks)
+        answers = [self._endpoint(index, pooled[index], x_t, times) for index in blocks]
+        return self.sampler.mean(answers, self.label_space)
 
 
 def build_label_space(classifier, num_classes: int) -> LabelSpace:

@@ -93,7 +93,7 @@ def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(method):
 
 
 @pytest.mark.parametrize("weights", ["uniform", "confidence"])
-def test_one_euler_step_answers_the_weighted_mean_endpoint(weights):
+def test_inference_answers_the_weighted_mean_endpoint_at_the_noise(weights):
     model = make_classifier("MODEL.CLASSIFIER.SAMPLER.WEIGHTS", weights).eval()
     inputs, temperature = class_inputs(2), model.criterion.temperature
     x_0 = model.sampler.noise(["0", "1"], model.label_space)
@@ -125,26 +125,6 @@ def test_shuffled_noise_has_the_velocity_of_another_image():
     for number in (4, 1):  # alone, the other image is itself
         a, b = (stage_losses(m, class_inputs(number))["block0"]["loss_flow/block0"] for m in models)
         assert b > a if number > 1 else torch.allclose(a, b)
-
-
-@pytest.mark.parametrize("start", ["path", "noise"])
-def test_on_policy_points_lie_where_a_detached_step_of_the_own_answer_leads(start):
-    off, on = (make_classifier("MODEL.CLASSIFIER.ON_POLICY", s).train() for s in ("off", start))
-    prepared, seen = on.prepare(class_inputs(4), 7), []
-    usual = off.prepare(class_inputs(4), 7)
-    assert all(torch.equal(a.x_t, b.x_t) for a, b in zip(prepared.samples, usual.samples))
-    earlier = prepared.earlier[1]
-    assert (earlier == 0).all() if start == "noise" else (earlier > 0).any()
-    endpoint = on._endpoint
-    on._endpoint = lambda d, pooled, x, t: seen.append((d, x, t, endpoint(d, pooled, x, t))) or seen[-1][-1]
-    losses = [item.losses for item in on.block_losses(prepared, HandOver())]
-    (_, x_s, s, answer), (d, x_t, t, _) = seen[2:4]
-    sample, half = prepared.samples[1], on.noise_samples // 2
-    assert d == 1 and torch.equal(s, earlier) and not answer.requires_grad and not x_t.requires_grad
-    assert torch.equal(x_t[:, half:], sample.x_t.view_as(x_t)[:, half:])
-    led = x_s + ((t - s) / (1 - s))[..., None] * (answer - x_s)
-    torch.testing.assert_close(x_t[:, :half], led[:, :half])
-    assert all(loss.requires_grad for name, loss in losses[1].items() if name.startswith("loss"))
 
 
 def test_learned_embeddings_learn_by_the_read_out_term_alone():
