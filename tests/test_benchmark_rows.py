@@ -136,7 +136,7 @@ def test_a_training_of_other_values_is_not_taken(tmp_path):
     config = str(ROOT / "configs/digits_flow_cnn.yaml")
     cfg = classification.load_config(study.task, config, [*ran, "MODEL.DEVICE", "cpu"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    same, rate = ("", "MODEL.CLASSIFIER.SAMPLER.STEPS 4 TEST.EVAL_PERIOD 7"), "SOLVER.BASE_LR 0.5"
+    same, rate = ("", "MODEL.CLASSIFIER.SAMPLER.SAMPLES 8 TEST.EVAL_PERIOD 7"), "SOLVER.BASE_LR 0.5"
     for changes in (*same, rate, "SOLVER.MAX_ITER 5", "UPDATE.METHOD backprop", "MODEL.DEVICE cuda"):
         taken, any_rate = changes in same, changes in (*same, rate)
         assert study.same_training(config, changes.split(), tmp_path) is taken, changes

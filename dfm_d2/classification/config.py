@@ -11,6 +11,7 @@ METHODS = {
     "forward_forward": "ForwardForwardClassifier",
 }
 _STOCHASTIC = "the stochastic Forward-Forward lost everywhere and is gone (docs/classification.md)"
+_STEPS = "a classifier answers in one step, more were worth nothing (docs/classification.md)"
 
 KEYS = (
     # How a classifier learns; it chooses MODEL.META_ARCHITECTURE.
@@ -63,11 +64,8 @@ KEYS = (
     # Weight of the cross-entropy of reading out the endpoint, and the temperature of its logits.
     Key("MODEL.CLASSIFIER.LOSS.READOUT_WEIGHT", 1.0, least=0),
     Key("MODEL.CLASSIFIER.LOSS.READOUT_TEMPERATURE", 0.1, above=0),
-    # ---- inference, changeable at test time without retraining
-    Key("MODEL.CLASSIFIER.SAMPLER.METHOD", "euler", choices=("euler", "heun")),
-    # K. One step answers the mean over the classes that an image may have; with many steps and one sample the
-    # flow draws one of them, which is less often right (docs/classification.md).
-    Key("MODEL.CLASSIFIER.SAMPLER.STEPS", 1, least=1),
+    # ---- inference, changeable at test time without retraining: one step, from noise to the mean over the
+    # classes that an image may have
     Key("MODEL.CLASSIFIER.SAMPLER.SAMPLES", 4, least=1),  # M, the number of noise samples of an image
     Key("MODEL.CLASSIFIER.SAMPLER.NOISE", 1.0, least=0),  # standard deviation of the noise; 0 is a control
     # Indices of the blocks that answer, negative from the last; empty: all.
@@ -107,6 +105,8 @@ REMOVED = {
     "MODEL.CLASSIFIER.FF.COPY_WEIGHT": (1.0, _STOCHASTIC),
     "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint"),
     "MODEL.CLASSIFIER.LOSS.WEIGHTING": ("plain", "the endpoint error weighs the same at every t"),
+    "MODEL.CLASSIFIER.SAMPLER.STEPS": (1, _STEPS),
+    "MODEL.CLASSIFIER.SAMPLER.METHOD": ("euler", _STEPS),
     "MODEL.CLASSIFIER.SAMPLER.AGGREGATION": ("velocity", "blocks move one state by their mean velocity"),
 }
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, gelu, silu
 from dfm_d2.classification.base import Classifier, block_name
 from dfm_d2.classification.sampler import ClassSampler, ClassSamplerSettings, normals
 from dfm_d2.errors import UserError
-from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, Trajectory, at_least_float32, keyed_uniform
+from dfm_d2.flow import CondOTPath, LabelSpace, PathSample, at_least_float32, keyed_uniform, time_like
 from dfm_d2.flow.noise import STREAM_STAGE_TIME
 from dfm_d2.flow.time_embedding import TimeEmbedding
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable
@@ -186,19 +186,22 @@ class FlowClassifier(Classifier):
 
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
         """Logits `(B, M, K)`."""
-        return self.label_space.logits(self.trajectory(self.backbone.block_outputs(images), image_ids).x)
+        return self.pooled_logits(self.backbone.block_outputs(images), image_ids)
+
+    def pooled_logits(self, pooled: Sequence[Tensor], image_ids: Sequence[int | str]) -> Tensor:
+        """Logits `(B, M, K)`: one step from the noise to t = 1 ends at the endpoint.
+
+        pooled: the outputs `(B, C_d)` of every block.
+        """
+        x_0 = self.sampler.noise(image_ids, self.label_space)
+        return self.label_space.logits(self.mean_endpoint(pooled, x_0, time_like(x_0, 0.0)))
 
     @torch.no_grad()
-    def trajectory(
-        self, pooled: Sequence[Tensor], image_ids: Sequence[int | str], keep: bool = False
-    ) -> Trajectory:
-        """The flow by the pooled outputs `(B, C_d)` of every block; keep: its states and steps, too."""
-
-        def endpoint(index: int, x_t: Tensor, t: Tensor) -> Tensor:
-            return self._endpoint(index, pooled[index], x_t, t)
-
-        x_0 = self.sampler.noise(image_ids, self.label_space)
-        return self.sampler.sample(endpoint, self.num_blocks, x_0, self.label_space, keep)
+    def mean_endpoint(self, pooled: Sequence[Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        """The mean `(B, M, E)` of the answers of the sampler's blocks to `x_t` `(B, M, E)` at t `(B,)`."""
+        times, blocks = t[:, None].expand(x_t.shape[:2]), self.sampler.blocks_of(self.num_blocks)
+        answers = [self._endpoint(index, pooled[index], x_t, times) for index in blocks]
+        return self.sampler.mean(answers, self.label_space)
 
 
 def build_label_space(classifier, num_classes: int) -> LabelSpace:

@@ -1,37 +1,24 @@
-"""Inference of a flow classifier: M noise samples flow in K steps to class embeddings.
+"""Inference of a flow classifier: one step carries M noise samples to class embeddings.
 
 Shapes: B images, M noise samples, D blocks, E embedding dimensions, K classes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dfm_d2.errors import UserError
-from dfm_d2.flow import (
-    LabelSpace,
-    ODESolver,
-    Trajectory,
-    endpoint_step_function,
-    keyed_normal,
-    stream_key,
-    warped_grid,
-)
-
-# Of (block, x_t `(B, M, E)`, t `(B, M)`): the endpoint `(B, M, E)`.
-Endpoint = Callable[[int, Tensor, Tensor], Tensor]
+from dfm_d2.flow import LabelSpace, keyed_normal, stream_key
 
 
 @dataclass(frozen=True)
 class ClassSamplerSettings:
     """See the keys of MODEL.CLASSIFIER.SAMPLER."""
 
-    steps: int = 1
     samples: int = 4
-    method: str = "euler"
     noise: float = 1.0
     blocks: Sequence[int] = ()
     weights: str = "confidence"
@@ -39,12 +26,11 @@ class ClassSamplerSettings:
 
 
 class ClassSampler:
-    """Carries noise to endpoints by the blocks that `settings` names."""
+    """The noise, the blocks that answer, and the mean of their answers."""
 
     def __init__(self, settings: ClassSamplerSettings, readout_temperature: float):
         self.settings = settings
         self.readout_temperature = readout_temperature
-        self.grid = warped_grid(settings.steps)
 
     def noise(self, image_ids: Sequence[int | str], space: LabelSpace) -> Tensor:
         """x_0 `(B, M, E)`, of the seed and the image ids alone."""
@@ -62,21 +48,8 @@ class ClassSampler:
             raise UserError(f"MODEL.CLASSIFIER.SAMPLER.BLOCKS {named} names a block of {num_blocks} twice.")
         return blocks
 
-    def sample(
-        self, endpoint: Endpoint, num_blocks: int, x_0: Tensor, space: LabelSpace, keep: bool = False
-    ) -> Trajectory:
-        """The trajectory from `x_0` `(B, M, E)`; keep: its states and steps, too."""
-        blocks = self.blocks_of(num_blocks)
-
-        def mean_endpoint(x_t: Tensor, t: Tensor) -> Tensor:
-            times = t[:, None].expand(x_t.shape[:2])
-            return self._mean([endpoint(block, x_t, times) for block in blocks], space)
-
-        solver, step_function = ODESolver(self.settings.method), endpoint_step_function(mean_endpoint)
-        return solver.sample(step_function, x_0, self.grid, return_intermediates=keep)
-
-    def _mean(self, endpoints: list[Tensor], space: LabelSpace) -> Tensor:
-        """Of the blocks' endpoints at one `x_t`; their mean velocity leads to their mean endpoint."""
+    def mean(self, endpoints: list[Tensor], space: LabelSpace) -> Tensor:
+        """Of the blocks' endpoints `(B, M, E)` at one `x_t`; their mean velocity leads to it."""
         if len(endpoints) == 1:
             return endpoints[0]
         stacked = torch.stack(endpoints)

@@ -1,9 +1,9 @@
 """curves.png and flow.png of a classifier's training."""
 
 import contextlib
-import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,12 @@ import torch
 
 from dfm_d2.classification.data.loader import class_item
 from dfm_d2.classification.flow_classifier import FlowClassifier
-from dfm_d2.classification.sampler import ClassSampler
 from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.data.images import ImageError
 from dfm_d2.engine.hooks import loss_by_block
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import load_for_inference
+from dfm_d2.flow import ODESolver, endpoint_step_function, warped_grid
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.visualize.curves import draw_class_curves, draw_class_flow
 
@@ -61,11 +61,11 @@ def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str],
             items.append(class_item(entries[i], cfg))
     if not items:
         return []
-    # The path is shown: in several steps, of one sample, whatever inference does.
-    settings = dataclasses.replace(model.sampler.settings, steps=_STEPS, samples=1)
-    model.sampler = ClassSampler(settings, model.criterion.temperature)
+    # Inference takes one step; the picture shows what lies between, of one noise sample.
+    x_0 = model.sampler.noise([item["image_id"] for item in items], model.label_space)[:, :1]
     pooled = model.backbone.block_outputs(model.normalised(items))
-    trajectory = model.trajectory(pooled, [item["image_id"] for item in items], keep=True)
+    step_function = endpoint_step_function(partial(model.mean_endpoint, pooled))
+    trajectory = ODESolver().sample(step_function, x_0, warped_grid(_STEPS), return_intermediates=True)
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()
     embeddings = model.label_space.embeddings.detach().cpu().numpy()
     labels = [item["label"] for item in items]

@@ -102,6 +102,8 @@ BAD_CLASSIFIERS = {
     "C.SHUFFLE_X0 True SOLVER.IMS_PER_BATCH 1": "SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2",
     "UPDATE.METHOD stochastic_forward_forward": "the stochastic Forward-Forward lost everywhere and is gone",
     "C.SAMPLER.AGGREGATION probability": "this option was removed: blocks move one state",
+    "C.SAMPLER.STEPS 4": "this option was removed: a classifier answers in one step",
+    "C.SAMPLER.METHOD heun": "this option was removed: a classifier answers in one step",
     "D.SAMPLER.STEPS 8": "SAMPLER.STEPS, which is no key of this tool: detectors have it.",
     "D.SAMPLER.RENEWAL_THRESH 0.5": "which is no key of this tool",
     "DATASETS.VOC_ROOT /nope": "DATASETS.VOC_ROOT, which is no key of this tool",

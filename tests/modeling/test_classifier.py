@@ -93,7 +93,7 @@ def test_a_batch_of_two_is_two_batches_of_one_and_the_seed_decides(method):
 
 
 @pytest.mark.parametrize("weights", ["uniform", "confidence"])
-def test_one_euler_step_answers_the_weighted_mean_endpoint(weights):
+def test_inference_answers_the_weighted_mean_endpoint_at_the_noise(weights):
     model = make_classifier("MODEL.CLASSIFIER.SAMPLER.WEIGHTS", weights).eval()
     inputs, temperature = class_inputs(2), model.criterion.temperature
     x_0 = model.sampler.noise(["0", "1"], model.label_space)
