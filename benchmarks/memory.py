@@ -21,11 +21,8 @@ classifier: a ViT against its layers, each a block, by local flow and by backpro
 
 cpu, cuda: each point in a process of its own. "saved activations" is the peak of what autograd holds for the
 backward, counted by saved-tensor hooks; "process peak" is the operating system's, "allocated" torch.cuda's.
-simulate: a step of the detector on meta tensors under torch.distributed's MemTracker: every tensor's bytes
-over time and nothing else (no rounding, of the CUDA allocator to 512 bytes a tensor; no workspace of cuDNN),
-at the peak of their total. "activations" are all but the other kinds, temporaries too; "feature gradients" is
-what the predictors add up in the features. ASSIGNMENT is "path", since dynamic_k looks at values; AdamW is
-not fused. Of accumulation two micro-batches, since the others repeat the second.
+simulate: a step of the detector on tensors without data, see simulated_step.py. ASSIGNMENT is "path", since
+dynamic_k looks at values.
 
 Rows "<mode>/cascade" are ratios to "cascade", where that is among the modes. Times to compare are those of
 steps taken in turns in one process: ratios to "cascade" for the demo, to "joint" at D = 6 for the detector.
@@ -33,12 +30,10 @@ steps taken in turns in one process: ratios to "cascade" for the demo, to "joint
 
 import argparse
 import contextlib
-import itertools
 import multiprocessing
 import resource
 import statistics
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -46,6 +41,7 @@ from functools import partial
 import harness
 import torch
 from harness import MIB, ROOT, Row
+from simulated_step import mib_of, simulate
 from torch.utils.checkpoint import checkpoint
 
 from dfm_d2.classification.task import CLASSIFICATION
@@ -54,7 +50,7 @@ from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.setup import load_config
 from dfm_d2.errors import exit_status
 from dfm_d2.framework import Boxes, Instances
-from dfm_d2.local_update import block_optimizer, updates
+from dfm_d2.local_update import updates
 from dfm_d2.local_update.activations import SavedActivations
 
 _CASCADE = ["MODEL.META_ARCHITECTURE", "CascadeDetector", "MODEL.DFM.UPDATE", "joint"]
@@ -104,16 +100,15 @@ def detector_setting(subject: str, device: str) -> tuple[str, int, int, int, int
 def detector(subject: str, device: str, mode: str, count: int) -> tuple:
     """Config, model and a batch of random images."""
     name, number, proposals, height, width = detector_setting(subject, device)
-    opts = [
-        *DETECTOR[mode],
-        "MODEL.DEVICE",
-        "cpu",
-        "MODEL.BACKBONE.FREEZE_AT",
-        0,
+    opts = [*DETECTOR[mode], "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0]
+    opts += [
         "MODEL.DFM.NUM_CLASSES",
         20,
+        "MODEL.DFM.NUM_PREDICTORS",
+        count,
+        "MODEL.DFM.NUM_PROPOSALS",
+        proposals,
     ]
-    opts += ["MODEL.DFM.NUM_PREDICTORS", count, "MODEL.DFM.NUM_PROPOSALS", proposals]
     if subject == "detector":
         opts += ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"]
     if device == "simulate":
@@ -216,7 +211,8 @@ def point(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[flo
     """Measurements of one mode at one number of blocks, MiB and ms, each a list of repetitions."""
     training = Training(args, mode, count)
     if args.device == "simulate":
-        return {name: [value] for name, value in simulate(training).items()}
+        simulated = simulate(training.model, training.update, training.prepared(), training.accumulates)
+        return {name: [value] for name, value in simulated.items()}
     parameters = list(training.model.parameters())
     with SavedActivations(parameters) as saved:
         training()
@@ -236,86 +232,10 @@ def point(args: argparse.Namespace, mode: str, count: int) -> dict[str, list[flo
     return found | {"process peak": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]}
 
 
-def mib_of(tensors: Sequence[torch.Tensor | None]) -> float:
-    """MiB of those that are there."""
-    return sum(x.numel() * x.element_size() for x in tensors if x is not None) / MIB
-
-
 def times_in_turns(args: argparse.Namespace, modes: Sequence[str], count: int) -> dict[str, list[float]]:
     """Milliseconds of a step of each mode, taken in turns in one process."""
     trainings = {name: Training(args, name, count) for name in modes}
     return harness.in_turns(trainings, args.device, args.repeats)
-
-
-def simulate(training: Training) -> dict[str, float]:
-    """MiB by kind at the peak of a step of the detector on tensors without data."""
-    from unittest.mock import MagicMock
-
-    from torch.distributed._tools.mem_tracker import MemTracker
-    from torch.utils._pytree import tree_map_only
-
-    def without_data(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-    prepared = training.prepared()
-    if training.accumulates:
-        prepared = list(itertools.islice(prepared, 2))
-    prepared = tree_map_only(torch.Tensor, without_data, prepared)
-    model = training.model.to("meta")
-    optimizer = block_optimizer.BlockOptimizer(
-        model.blocks(), lambda named: torch.optim.AdamW(named, lr=1e-4, foreach=False)
-    )
-    # Meta tensors have no values that could fail these.
-    updates.check_finite = block_optimizer.check_finite = lambda *_: None
-
-    def step() -> None:
-        training.update.step(model, prepared, optimizer, contextlib.nullcontext)
-
-    step()  # makes the optimizer's state
-    optimizer.zero_grad(set_to_none=True)
-    meta, features = torch.device("meta"), []
-    parameters = list(model.parameters())
-    at_peak = dict.fromkeys(("total", "features", "parameters"), 0)
-
-    def notice(_module, inputs: tuple) -> None:
-        # To hold them would be a part of the memory. Where all predictors are batched, they get none.
-        features[:] = map(weakref.ref, inputs[0] or ())
-
-    for predictor in model.predictors:
-        predictor.register_forward_pre_hook(notice)
-
-    class Tracker(MemTracker):
-        """Notices how much of the peak is gradients: those that predictors add up in the features, and those
-        of the parameters."""
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            answer = super().__torch_dispatch__(func, types, args, kwargs)
-            total = self.get_tracker_snapshot("peak")[meta]["Total"]
-            if total > at_peak["total"]:
-                leaves = [x for x in (feature() for feature in features) if x is not None and x.is_leaf]
-                gradients = {"features": leaves, "parameters": parameters}
-                mib = {name: mib_of([x.grad for x in tensors]) for name, tensors in gradients.items()}
-                at_peak.update(mib, total=total)
-            return answer
-
-    tracker = Tracker()
-    # What follows the modules fails where a backward runs within a forward, as that of a stage does; who
-    # allocates a tensor is not asked here.
-    tracker._mod_tracker = MagicMock(parents=frozenset(), is_bw=False)
-    tracker.track_external(model, optimizer)
-    with tracker:
-        step()
-    peak = tracker.get_tracker_snapshot("peak")[meta]
-    kinds = {str(getattr(kind, "value", kind)): size / MIB for kind, size in peak.items()}
-    gradients = at_peak["features"] + at_peak["parameters"]
-    return {
-        "activations": kinds["Activation"] + kinds["Temp"] - gradients,
-        "feature gradients": at_peak["features"],
-        "gradients": at_peak["parameters"],
-        "parameters": kinds["Parameter"],
-        "optimizer state": kinds["Optstate"],
-        "total": kinds["Total"],
-    }
 
 
 def usual_of(args: argparse.Namespace) -> dict[str, object]:

@@ -199,10 +199,8 @@ def test_a_corruption_is_of_the_image_s_id_and_of_the_colours_that_the_config_na
         turned = [{"image_id": "a", "image": pixels.flip(0)}]
         ((bgr,),) = corruptions.corrupted_batches(cfg, [turned], kind, severity)
         assert kind == "noise" or torch.equal(bgr["image"].flip(0), found[0]["image"])
-    black = corruptions.corrupted(
-        np.full((20, 40, 3), 9, np.uint8), "occlusion", 0.5, np.random.default_rng(0)
-    )
-    assert int((black == 0).sum()) == 10 * 10 * 3
+    grey, rng = np.full((20, 40, 3), 9, np.uint8), np.random.default_rng(0)
+    assert (corruptions.corrupted(grey, "occlusion", 0.5, rng) == 0).sum() == 10 * 10 * 3
 
 
 TINY = (
@@ -244,23 +242,11 @@ def test_detectors_are_evaluated_on_corrupted_images_and_again_only_by_what_is_m
         return evaluate(task, cfg, model)
 
     monkeypatch.setattr(robustness_detection, "evaluate", watched)
-    words = [
-        "--config",
-        config,
-        "--seeds",
-        "1",
-        "--name",
-        "tiny",
-        "--save",
-        "--samplers",
-        "steps_1",
-        "steps_4",
-    ]
+    words = f"--config {config} --seeds 1 --name tiny --save --samplers steps_1 steps_4".split()
     monkeypatch.setattr(sys, "argv", ["benchmark", *words, "--opts", *opts])
     robustness_detection.main()
-    assert [(local, steps) for local, steps, _ in evaluated] == [
-        (local, steps) for local in (True, False) for steps in (1, 4) for _ in range(3)
-    ]
+    asked = [(local, steps) for local in (True, False) for steps in (1, 4)]
+    assert [(local, steps) for local, steps, _ in evaluated] == [one for one in asked for _ in range(3)]
     deviations = [deviation for *_, deviation in evaluated]
     assert len(set(deviations[:3])) == 3 and deviations == deviations[:3] * 4
     rows = [r for r in load_rows("robustness_tiny") if r.metric == "AP50"]

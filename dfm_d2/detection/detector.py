@@ -20,7 +20,7 @@ from dfm_d2.detection.loss import BlockLoss
 from dfm_d2.detection.rollout import Prepared, Rollout, State, Told
 from dfm_d2.detection.training import disagreement, member_iou, of_common_size, pad_ground_truth
 from dfm_d2.flow import CondOTPath, keyed_normal, keyed_uniform, stream_key
-from dfm_d2.flow.noise import STREAM_POLICY, STREAM_STAGE_TIME
+from dfm_d2.flow.noise import STREAM_STAGE_TIME, STREAM_STATE
 from dfm_d2.framework import META_ARCH_REGISTRY, configurable, get_event_storage
 from dfm_d2.local_update import SHARED_BLOCK, BlockLosses, HandOver, attached_losses, predictor_block
 
@@ -151,7 +151,7 @@ class FlowDetector(BoxFlowModel):
         steps = torch.arange(S * R, device=self.device).view(S, R)
         # One solver step of S R an entry, as at inference: interval i begins with step i R.
         u = (steps + within) / (S * R)
-        stop = (keyed_uniform(keys, S, STREAM_POLICY, self.device) * R).long()
+        stop = (keyed_uniform(keys, S, STREAM_STATE, self.device) * R).long()
         path = [self._on_path(x_0, slots.x_1, first) for first in u[..., 0].unbind(1)]
         stage_u = keyed_uniform(keys, len(self.stage_predictors), STREAM_STAGE_TIME, self.device).unbind(1)
         stage_states = [self._on_path(x_0, slots.x_1, own) for own in stage_u]

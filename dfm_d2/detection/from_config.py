@@ -53,7 +53,7 @@ def detector_arguments(cfg) -> dict:
         "assigner": DynamicK(criterion),
         "num_proposals": dfm.NUM_PROPOSALS,
         "gt_repeat": dfm.GT_REPEAT,
-        "rollout": 0 if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector" else dfm.ROLLOUT,
+        "rollout": 0 if _is_cascade(cfg) else dfm.ROLLOUT,
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
@@ -78,10 +78,14 @@ def sampler_settings(cfg) -> SamplerSettings:
     return SamplerSettings(**given, detections_per_image=kept, time_rate=dfm.TIME_RATE)
 
 
+def _is_cascade(cfg) -> bool:
+    """Its heads have one time, from all of [0, 1], not warped, and no rollout."""
+    return cfg.MODEL.META_ARCHITECTURE == "CascadeDetector"
+
+
 def _intervals(cfg) -> int:
-    """S. The heads of a cascade have one time, from all of [0, 1]."""
-    is_cascade = cfg.MODEL.META_ARCHITECTURE == "CascadeDetector"
-    return 1 if is_cascade else cfg.MODEL.DFM.INTERVALS or cfg.MODEL.DFM.NUM_PREDICTORS
+    """S."""
+    return 1 if _is_cascade(cfg) else cfg.MODEL.DFM.INTERVALS or cfg.MODEL.DFM.NUM_PREDICTORS
 
 
 def _predictors(cfg, backbone) -> PredictorStack:
@@ -102,7 +106,7 @@ def _predictors(cfg, backbone) -> PredictorStack:
             f"MODEL.DFM.HEAD.HIDDEN_DIM is {head.HIDDEN_DIM}, but the features {list(head.IN_FEATURES)} have "
             f"{sorted(channels)} channels: set it equal to MODEL.FPN.OUT_CHANNELS"
         )
-    rate = 0.0 if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector" else dfm.TIME_RATE
+    rate = 0.0 if _is_cascade(cfg) else dfm.TIME_RATE
     numbers = dfm.NUM_PREDICTORS, _intervals(cfg), rate, dfm.ROLLOUT > 0
     return PredictorStack(_head_maker(cfg, strides), *numbers)
 

@@ -98,6 +98,11 @@ class Rollout:
         self._like = Told(logits, x_t, queries, torch.empty(shape, dtype=torch.int64, device=x_t.device))
 
     @property
+    def _leads_on(self) -> bool:
+        """Whether the next interval begins where the answers of this one lead."""
+        return self._leads and self._interval + 1 < self._model.predictors.intervals
+
+    @property
     def first(self) -> Told | None:
         """What the first member of the interval told; None: nobody told anything yet."""
         return self._answers[0] if self._answers else None
@@ -140,15 +145,13 @@ class Rollout:
 
     def tell(self, d: int, told: Told | None) -> None:
         """Keep what predictor `d` told where it is needed; None: another process has it."""
-        stack = self._model.predictors
-        assigns = stack.num_members > 1 and not self._answers
-        if assigns or self._leads and self._interval + 1 < stack.intervals:
+        assigns = self._model.predictors.num_members > 1 and not self._answers
+        if assigns or self._leads_on:
             self._answers.append(self._hand_over.tell(d, told, self._like))
 
-    @torch.no_grad()
     def ask(self) -> None:
         """Keep what all members answer, if anybody needs it."""
-        if self._leads and self._interval + 1 < self._model.predictors.intervals:
+        if self._leads_on:
             self._ask()
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from dfm_kernels.flow_loss import paired_giou
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -61,8 +62,5 @@ def disagreement(own: Tensor, common: Tensor) -> Tensor:
 
 def member_iou(boxes_xyxy: Tensor, first_xyxy: Tensor, gt_index: Tensor) -> Tensor:
     """Mean IoU between the boxes `(B, N, 4)` of two members for the queries that have an object."""
-    low, high = torch.maximum(boxes_xyxy, first_xyxy), torch.minimum(boxes_xyxy, first_xyxy)
-    common = (high[..., 2:] - low[..., :2]).clamp(min=0).prod(-1)
-    areas = ((boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (boxes_xyxy, first_xyxy))
-    iou, has = common / (sum(areas) - common).clamp(min=1e-6), gt_index >= 0
-    return (iou * has).sum() / has.sum().clamp(min=1)
+    has = gt_index >= 0
+    return (paired_giou(boxes_xyxy, first_xyxy)[0] * has).sum() / has.sum().clamp(min=1)

@@ -101,44 +101,44 @@ def test_a_rollout_is_the_solver_s_with_as_many_steps(make_model, make_input):
         torch.testing.assert_close(seen[i], x_t[i], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("members", [(), (1,)])
-def test_queries_cross_once_an_interval_to_the_member_of_the_same_place(make_model, make_input, members):
-    model = make_model(NUM_PREDICTORS=4, INTERVALS=2, SAMPLER__STEPS=4, SAMPLER__MEMBERS=list(members)).eval()
-    given, made = {d: [] for d in range(4)}, {d: [] for d in range(4)}
-    for d, head in enumerate(model.predictors):
+def _queries_of_predictors(model, run):
+    """Those that each predictor is given in a run, and those that it makes."""
+    given, made = ([[] for _ in model.predictors] for _ in range(2))
+    for head, own_given, own_made in zip(model.predictors, given, made):
 
-        def hook(_, arguments, answer, d=d):
-            given[d].append(arguments[4])
-            made[d].append(answer.queries)
+        def hook(_, arguments, answer, own_given=own_given, own_made=own_made):
+            own_given.append(arguments[4])
+            own_made.append(answer.queries)
 
         head.register_forward_hook(hook)
-    with torch.no_grad():
-        model([make_input()])
+    run()
+    return given, made
+
+
+@pytest.mark.parametrize("members", [(), (1,)])
+def test_queries_cross_once_an_interval_to_the_member_of_the_same_place(make_model, make_input, members):
+    model = make_model(NUM_PREDICTORS=4, INTERVALS=2, SAMPLER__STEPS=4, SAMPLER__MEMBERS=list(members))
+    given, made = _queries_of_predictors(model, lambda: _detections(model, [make_input()]))
     for place in members or (0, 1):
         assert given[place] == [None, None] and len(given[2 + place]) == 2
         assert all(torch.equal(queries, made[place][1]) for queries in given[2 + place])
     assert bool(members) == (not made[0])
 
 
+@pytest.mark.parametrize("run", [_losses, _detections])
 @pytest.mark.parametrize("rollout", [0, 1])
-def test_in_training_queries_cross_as_they_do_at_inference(make_model, make_input, rollout):
+def test_in_training_queries_cross_as_they_do_at_inference(make_model, make_input, rollout, run):
     """To the member of the same place; where predictors train on the path to nobody."""
-    model = make_model(NUM_PREDICTORS=4, INTERVALS=2, ROLLOUT=rollout).eval()
-    given, made = {}, {}
-    for d, head in enumerate(model.predictors):
-
-        def hook(_, arguments, answer, d=d):
-            given[d], made[d] = arguments[4], answer.queries
-
-        head.register_forward_hook(hook)
-    for run in (lambda: _losses(model, [make_input()]), lambda: _detections(model, [make_input()])):
-        run()
-        assert given[0] is None and given[1] is None
-        for place in (0, 1):
-            if rollout:
-                assert torch.equal(given[2 + place], made[place]) and not given[2 + place].requires_grad
-            else:
-                assert given[2 + place] is None
+    model = make_model(NUM_PREDICTORS=4, INTERVALS=2, ROLLOUT=rollout)
+    given, made = _queries_of_predictors(model, lambda: run(model, [make_input()]))
+    assert given[:2] == [[None], [None]]
+    for place in (0, 1):
+        (crossed,) = given[2 + place]
+        assert (
+            (torch.equal(crossed, made[place][0]) and not crossed.requires_grad)
+            if rollout
+            else crossed is None
+        )
 
 
 def test_members_have_the_assignment_of_the_first(make_model, make_input):
