@@ -36,9 +36,8 @@ VARIANTS: dict[str, list[str]] = {
     # Both without the loss of the shared block's own.
     "no_dense": _NO_DENSE,
     "cascade_no_dense": [*_CASCADE, *_NO_DENSE],
-    # Every stage of the backbone a block, too; the shared block without the predictors' gradients.
+    # Every stage of the backbone a block, too.
     "local_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "local"],
-    "dense_backbone": ["MODEL.DFM.BACKBONE_UPDATE", "dense"],
     # From chain to ensemble: twice the predictors in a row, two in each interval, all in one; wider ones.
     "chain_8": ["MODEL.DFM.NUM_PREDICTORS", "8"],
     "members_4x2": ["MODEL.DFM.NUM_PREDICTORS", "8", "MODEL.DFM.INTERVALS", "4"],

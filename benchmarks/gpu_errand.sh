@@ -34,7 +34,7 @@ run() {
     python3 benchmarks/kernels.py --device cuda --save
     python3 benchmarks/latency.py sampler --device cuda --save
     python3 benchmarks/latency.py --device cuda --save
-    python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local_backbone dense_backbone cascade cascade_checkpoint parallel \
+    python3 benchmarks/memory.py --device cuda --save --modes joint sequential sequential_step local_backbone cascade cascade_checkpoint parallel \
         cascade_checkpoint_all cascade_accumulate cascade_checkpoint_all_accumulate sequential_accumulate local_backbone_accumulate
     python3 benchmarks/memory.py demo --device cuda --save
     python3 tools/make_shapes.py --out data/shapes --train 2000 --val 300 --size 128

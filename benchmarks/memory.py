@@ -9,8 +9,7 @@ detector: R50-FPN against its predictors. Weights random, GroupNorm, nothing fro
 random; batch 1 of 224 x 320 and 100 proposals on a CPU, else the paper's 8 of 800 x 1088 and 300 proposals.
 Modes: "joint" (one backward of all local losses), "sequential" (block by block), "sequential_step" (besides
 STEP_IN_BACKWARD), "local_backbone" (besides every backbone stage a block, with a predictor of its own),
-"dense_backbone" (besides the shared block by its dense loss alone), "cascade" (end-to-end backprop),
-"cascade_checkpoint" (each of its heads recomputed in the backward).
+"cascade" (end-to-end backprop), "cascade_checkpoint" (each of its heads recomputed in the backward).
 Modes that run only when they are named: "parallel" (all predictors as one batched computation, on a CPU too,
 where training would take them one by one), "cascade_checkpoint_all" (the residual blocks of the backbone
 recomputed, too), and with "_accumulate" behind "sequential", "local_backbone", "cascade" and
@@ -63,7 +62,6 @@ DETECTOR = {
     "sequential": _SEQUENTIAL,
     "sequential_step": _STEP,
     "local_backbone": [*_STEP, *_LOCAL_BACKBONE],
-    "dense_backbone": [*_STEP, "MODEL.DFM.BACKBONE_UPDATE", "dense"],
     "cascade": _CASCADE,
     "cascade_checkpoint": _CASCADE,
     "parallel": ["MODEL.DFM.UPDATE", "parallel"],
@@ -79,7 +77,7 @@ CLASSIFIER = {
     "backprop": ["UPDATE.METHOD", "backprop", "MODEL.DFM.UPDATE", "joint"],
 }
 # Those that run where none is named.
-USUAL = list(DETECTOR)[:7]
+USUAL = list(DETECTOR)[:6]
 # Which steps are timed in turns, those of them that are asked for; the others are compared with the first.
 IN_TURNS = {
     "detector": ("joint", "sequential", "parallel"),

@@ -151,11 +151,8 @@ def problems(cfg) -> Iterator[str]:
     if cfg.MODEL.META_ARCHITECTURE == "CascadeDetector":
         if dfm.UPDATE != "joint":
             yield f"MODEL.DFM.UPDATE is {dfm.UPDATE!r}, but gradients cross a CascadeDetector: set joint."
-        if dfm.BACKBONE_UPDATE in ("local", "dense"):
-            yield (
-                f"MODEL.DFM.BACKBONE_UPDATE {dfm.BACKBONE_UPDATE} is for FlowDetector, not CascadeDetector: "
-                "set accumulate."
-            )
+        if dfm.BACKBONE_UPDATE == "local":
+            yield "MODEL.DFM.BACKBONE_UPDATE local is for FlowDetector, not CascadeDetector: set accumulate."
         if dfm.INTERVALS or members:
             yield "CascadeDetector asks all its heads: leave MODEL.DFM.INTERVALS and SAMPLER.MEMBERS alone."
     elif count % intervals:
@@ -163,8 +160,6 @@ def problems(cfg) -> Iterator[str]:
     elif any(e >= count // intervals for e in members):
         most = count // intervals - 1
         yield f"MODEL.DFM.SAMPLER.MEMBERS is {members}; an interval's predictors go from 0 to {most}."
-    if dfm.BACKBONE_UPDATE == "dense" and not dfm.DENSE_WEIGHT:
-        yield "MODEL.DFM.BACKBONE_UPDATE dense learns from the dense loss: set DENSE_WEIGHT, 2.0 for one."
     if dfm.PREDICTOR_RANKS > dfm.NUM_PREDICTORS:
         yield f"MODEL.DFM.PREDICTOR_RANKS is above NUM_PREDICTORS {dfm.NUM_PREDICTORS}: give each rank one."
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:

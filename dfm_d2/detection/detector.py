@@ -40,7 +40,7 @@ class FlowDetector(BoxFlowModel):
         rollout: R, the states of an interval that its predictors train at; 0: on the path.
         coupling, assignment: see the config keys of those names.
         seed: of noise and t in training.
-        backbone_update: see the config key; "frozen": nor do the running statistics move.
+        freeze_backbone: the backbone neither learns nor moves its running statistics.
     """
 
     # Whether predictors are independent, so that they may be updated one by one.
@@ -63,7 +63,7 @@ class FlowDetector(BoxFlowModel):
         coupling: str,
         assignment: str,
         seed: int,
-        backbone_update: str,
+        freeze_backbone: bool,
         **inference,
     ):
         super().__init__(**inference)
@@ -77,9 +77,8 @@ class FlowDetector(BoxFlowModel):
         self.coupling = coupling
         self.assignment = assignment
         self.seed = seed
-        self.backbone_update = backbone_update
-        self.freeze_backbone = backbone_update == "frozen"
-        if self.freeze_backbone:
+        self.freeze_backbone = freeze_backbone
+        if freeze_backbone:
             self.backbone.requires_grad_(False)
         self.path = CondOTPath()
         self._steps = 0  # of forward in training mode where no event storage counts them
@@ -179,16 +178,12 @@ class FlowDetector(BoxFlowModel):
         else:
             with torch.set_grad_enabled(not self.freeze_backbone and torch.is_grad_enabled()):
                 features = self._features(own.images)
-        losses = None
-        if self.dense_predictor is not None:
-            losses = partial(self.dense_predictor.losses, cells=own.cells, ground_truth=own.ground_truth)
-        if self.backbone_update == "dense":
-            # Nothing comes back from the predictors: the shared block's activations go before they begin.
-            yield BlockLosses((SHARED_BLOCK,), losses(features))
-            features, losses = [feature.detach() for feature in features], None
         features = hand_over.open(features)
         yield from self._predictor_losses(features, prepared, hand_over)
         del features
+        losses = None
+        if self.dense_predictor is not None:
+            losses = partial(self.dense_predictor.losses, cells=own.cells, ground_truth=own.ground_truth)
         yield from hand_over.close(losses)
 
     def _stage_losses(self, prepared: Prepared) -> Iterator[BlockLosses]:

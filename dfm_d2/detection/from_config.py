@@ -57,7 +57,7 @@ def detector_arguments(cfg) -> dict:
         "coupling": dfm.COUPLING,
         "assignment": dfm.ASSIGNMENT,
         "seed": dfm.SEED,
-        "backbone_update": dfm.BACKBONE_UPDATE,
+        "freeze_backbone": dfm.BACKBONE_UPDATE == "frozen",
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
     }

@@ -32,11 +32,10 @@ KEYS = (
     # Who is updated when (docs/math.md, section 5). "parallel": on a GPU all predictors at once, batched,
     # with the memory of "joint"; if they train on-policy, after a pass without gradients.
     Key("MODEL.DFM.UPDATE", "sequential", choices=("joint", "sequential", "parallel")),
-    # "dense": the backbone learns from its dense loss alone (MODEL.DFM.DENSE_WEIGHT of detectors).
     # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
     # "local": each stage of the ResNet is a block with a predictor of its own (in training only) and detached
     # input, the FPN the shared block. docs/results.md has what that costs.
-    Key("MODEL.DFM.BACKBONE_UPDATE", "accumulate", choices=("accumulate", "dense", "frozen", "local")),
+    Key("MODEL.DFM.BACKBONE_UPDATE", "accumulate", choices=("accumulate", "frozen", "local")),
     # With UPDATE "parallel": processes that share out the predictors of the same images (docs/scaling.md). It
     # divides their number; 1: each process has all predictors.
     Key("MODEL.DFM.PREDICTOR_RANKS", 1, least=1),

@@ -42,7 +42,6 @@ BAD_DETECTORS = {
     "D.ROLLOUT -1": "ROLLOUT is -1; it must be at least 0.",
     "D.TIME shared": "MODEL.DFM.INTERVALS is 0 for 'partitioned' and 1 for 'shared'",
     "D.INTERVALS 3": "NUM_PREDICTORS is 4; it must be a multiple of INTERVALS 3.",
-    "D.DENSE_WEIGHT 0.0 D.BACKBONE_UPDATE dense": "set DENSE_WEIGHT",
     "D.SAMPLER.NMS_THRESH 60": "NMS_THRESH is 60.0; it must be at least 0 and at most 1.",
     "D.LOSS.FOCAL_ALPHA -3": "FOCAL_ALPHA is -3.0; it must be greater than 0",
     "D.LOSS.GIOU_WEIGHT -1": "GIOU_WEIGHT is -1.0; it must be at least 0.",

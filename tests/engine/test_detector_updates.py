@@ -11,12 +11,11 @@ from dfm_d2.local_update import SavedActivations, attached_losses
 
 # Two intervals of two members each, which roll out within them.
 MEMBERS = {"NUM_PREDICTORS": 4, "INTERVALS": 2, "ROLLOUT": 2}
-DENSE = {"BACKBONE_UPDATE": "dense", "DENSE_WEIGHT": 2.0}
 OPTIONS = [{"ROLLOUT": 1}, {"ROLLOUT": 0}, {"INTERVALS": 1}, {"NUM_PREDICTORS": 1}, MEMBERS]
 FROZEN = [("FlowDetector", "in backward"), ("FlowDetector", "joint"), ("CascadeDetector", "joint")]
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"BACKBONE_UPDATE": "local"}, DENSE], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"BACKBONE_UPDATE": "local"}], ids=str)
 @pytest.mark.parametrize("update", ["sequential", "in backward"])
 def test_sequential_equals_joint_in_float64(make_model, inputs, options, update):
     """The directions of all gradients by the weights after AdamW, their sizes by the norms of the blocks."""

@@ -29,7 +29,6 @@ SCENARIOS: dict[str, tuple[dict, list[tuple[int, int]]]] = {
     "ensemble": ({"INTERVALS": 1, "ROLLOUT": 2}, [(2, 2)]),
     "local": ({"BACKBONE_UPDATE": "local", "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
     "dense": ({"DENSE_WEIGHT": 2.0, "STEP_IN_BACKWARD": True}, [(2, 2), (4, 2), (2, 1)]),
-    "backbone_dense": ({"DENSE_WEIGHT": 2.0, "BACKBONE_UPDATE": "dense"}, [(2, 2)]),
     "members": ({"NUM_PREDICTORS": 4, "INTERVALS": 2, "ROLLOUT": 2}, [(2, 2), (3, 3)]),
     "frozen": ({"BACKBONE_UPDATE": "frozen", "ROLLOUT": 0}, [(2, 2)]),
 }
