@@ -53,7 +53,7 @@ VARIANTS: dict[str, list[str]] = {
     "path": ["MODEL.DFM.ASSIGNMENT", "path"],
     "independent": ["MODEL.DFM.COUPLING", "independent"],
     "velocity_loss": ["MODEL.DFM.LOSS.VELOCITY_WEIGHT", "0.1"],
-    "quality_focal": ["MODEL.DFM.LOSS.CLS", "quality_focal"],
+    "focal": ["MODEL.DFM.LOSS.CLS", "focal"],
     "dynamic_conv": ["MODEL.DFM.HEAD.INTERACTION", "dynamic_conv"],
 }
 

@@ -82,7 +82,7 @@ KEYS = (
     # (w_x, w_y, w_w, w_h) by which box deltas are divided.
     Key("MODEL.DFM.HEAD.BOX_WEIGHTS", (2.0, 2.0, 1.0, 1.0), above=0, lengths=(4,)),
     # ---- the loss
-    Key("MODEL.DFM.LOSS.CLS", "focal", choices=("focal", "quality_focal")),
+    Key("MODEL.DFM.LOSS.CLS", "quality_focal", choices=("focal", "quality_focal")),
     Key("MODEL.DFM.LOSS.FOCAL_ALPHA", 0.25, above=0, below=1),
     Key("MODEL.DFM.LOSS.FOCAL_GAMMA", 2.0, least=0),
     Key("MODEL.DFM.LOSS.CLS_WEIGHT", 2.0, least=0),

@@ -23,7 +23,7 @@ class BlockLoss:
     """
 
     signal_scale: float
-    cls: str = "focal"
+    cls: str = "quality_focal"
     cls_weight: float = 2.0
     l1_weight: float = 5.0
     giou_weight: float = 2.0
