@@ -53,7 +53,6 @@ VARIANTS: dict[str, list[str]] = {
     "path": ["MODEL.DFM.ASSIGNMENT", "path"],
     "independent": ["MODEL.DFM.COUPLING", "independent"],
     "velocity_loss": ["MODEL.DFM.LOSS.VELOCITY_WEIGHT", "0.1"],
-    "focal": ["MODEL.DFM.LOSS.CLS", "focal"],
     "dynamic_conv": ["MODEL.DFM.HEAD.INTERACTION", "dynamic_conv"],
 }
 

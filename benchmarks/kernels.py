@@ -54,7 +54,7 @@ def flow_loss(b: int, n: int, d: int, k: int, device: str) -> Case:
     target = torch.randn(b, n, 4, device=device)
     classes = torch.randint(0, k + 1, (b, n), device=device)
     t, normalizer = torch.rand(b, device=device), torch.tensor(float(b * n), device=device)
-    options = {"signal_scale": 2.0, "kind": "focal", "alpha": 0.25, "gamma": 2.0, "velocity_max": 25.0}
+    options = {"signal_scale": 2.0, "gamma": 2.0, "velocity_max": 25.0}
 
     def gradients(loss: Callable) -> tuple[Tensor, ...]:
         terms = loss(logits, x_1_hat, classes, target, t, normalizer, **options)

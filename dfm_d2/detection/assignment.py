@@ -30,7 +30,7 @@ class DynamicK:
     """SimOTA's assignment.
 
     Args:
-        loss: the matching cost has its signal scale and its weights, and the class loss its focal form.
+        loss: the matching cost has its signal scale, its weights, and focal_alpha and focal_gamma.
         max_k: the greatest number of IoUs that are summed to k.
     """
 

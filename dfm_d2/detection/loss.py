@@ -17,13 +17,12 @@ class BlockLoss:
 
     Args:
         signal_scale: s of the box space.
-        cls: "focal" or "quality_focal". focal_alpha, focal_gamma: of the class loss.
+        focal_gamma: of the class loss, and with focal_alpha of the matching cost.
         cls_weight, l1_weight, giou_weight, velocity_weight: weights; a term of weight 0 is left out.
         velocity_max: w_max, bound of `(1 - t)^-2`.
     """
 
     signal_scale: float
-    cls: str = "quality_focal"
     cls_weight: float = 2.0
     l1_weight: float = 5.0
     giou_weight: float = 2.0
@@ -44,8 +43,8 @@ class BlockLoss:
         # Of all processes together: W of them with B / W images give the loss of one with B.
         foreground = (target_classes < class_logits.shape[-1]).sum().to(x_1_hat.dtype)
         normalizer = mean_over_processes(foreground).clamp(min=1 / world_size())
-        options = {"alpha": self.focal_alpha, "gamma": self.focal_gamma, "velocity_max": self.velocity_max}
+        options = {"gamma": self.focal_gamma, "velocity_max": self.velocity_max}
         tensors = (class_logits, x_1_hat, target_classes, target_x_1, t, normalizer)
-        terms = flow_loss(*tensors, signal_scale=self.signal_scale, kind=self.cls, **options)
+        terms = flow_loss(*tensors, signal_scale=self.signal_scale, **options)
         weights = (self.cls_weight, self.l1_weight, self.giou_weight, self.velocity_weight)
         return {name: w * term for name, w, term in zip(terms._fields, weights, terms) if w != 0}

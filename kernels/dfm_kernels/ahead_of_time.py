@@ -18,7 +18,6 @@ from triton.compiler import ASTSource
 
 from dfm_kernels.box_flow_update.triton import box_flow_update
 from dfm_kernels.dynamic_interaction.triton import dynamic_interaction
-from dfm_kernels.flow_loss.reference import KINDS
 from dfm_kernels.flow_loss.triton import flow_loss
 from dfm_kernels.multilevel_roi_align.triton import multilevel_roi_align
 
@@ -63,14 +62,11 @@ def configurations() -> Iterator[Configuration]:
         name = f"box_flow_update K={num_classes} {aggregation} {_TYPES[dtype]}"
         yield from _launched([name], box_flow_update, tensors, [1.0] * 5, aggregation == "confidence")
     # Beyond K = 80 the tile is the same.
-    for num_classes, kind, gradients, dtype in product((20, 80), KINDS, ("without", "with"), both):
+    for num_classes, gradients, dtype in product((20, 80), ("without", "with"), both):
         logits, classes = torch.zeros(1, 1, num_classes, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64)
-        tensors, options = (
-            [logits, boxes, classes, boxes, t, t],
-            (kind == "quality_focal", gradients == "with"),
-        )
-        name = f"flow_loss K={num_classes} {kind} {gradients} gradients {_TYPES[dtype]}"
-        yield from _launched([name], flow_loss, tensors, [1.0] * 4, *options)
+        name = f"flow_loss K={num_classes} {gradients} gradients {_TYPES[dtype]}"
+        tensors = [logits, boxes, classes, boxes, t, t]
+        yield from _launched([name], flow_loss, tensors, [1.0] * 3, gradients == "with")
     # Four levels, fixed and adaptive samples.
     for (channels, cells, samples), dtype in product(((128, 5, 1), (256, 7, 2), (256, 7, 0)), both):
         name = f"multilevel_roi_align C={channels} P={cells} S={samples} {_TYPES[dtype]}"

@@ -8,12 +8,10 @@ import pytest
 import torch
 from dfm_kernels import BackendError, kernels, set_backend, use_triton
 from dfm_kernels.dispatch import is_interpreted
-from dfm_kernels.flow_loss import flow_loss
-from dfm_kernels.flow_loss.reference import KINDS
 from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import LOSS, compare, flow_case, interaction_case, loss_case, pool_case, run
+from kernel_cases import compare, flow_case, interaction_case, loss_case, pool_case, run
 from tool_loader import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +25,7 @@ CASES = {
 }
 ONE = {"b": 1, "n": 1, "k": 1}
 HALF = [{"dtype": torch.float16}, {"dtype": torch.bfloat16}]
-# One query, several programs of which the last is not full, both kinds of everything, half precision.
+# One query, several programs of which the last is not full, every option, half precision.
 VARIANTS = {
     "box_flow_update": [
         ONE | {"d": 1},
@@ -38,10 +36,9 @@ VARIANTS = {
         *({"n": 0}, *HALF),
     ],
     "flow_loss": [
-        *(ONE | {"kind": kind} for kind in KINDS),
-        *({"b": 3, "n": 7, "k": classes, "kind": kind} for classes in (20, 131) for kind in KINDS),
-        *({"gamma": gamma, "kind": kind} for gamma in (0.0, 1.0, 1.5, 3.0) for kind in KINDS),
-        *(half | {"kind": kind} for half in ({"n": 0}, *HALF) for kind in KINDS),
+        *(ONE, {"n": 0}, *HALF),
+        *({"b": 3, "n": 7, "k": classes} for classes in (20, 131)),
+        *({"gamma": gamma} for gamma in (0.0, 1.0, 1.5, 3.0)),
     ],
     "multilevel_roi_align": [
         *({"levels": 1}, {"levels": 6, "n": 1}, {"samples": 0}, {"n": 0}, *HALF),
@@ -83,7 +80,6 @@ REFUSED = {
         ("triton", lambda op, *x: op(*x[:3], x[3].repeat(2), *x[4:]), "t must have shape"),
     ],
     "flow_loss": [
-        ("torch", lambda op, *x: flow_loss(*x, **LOSS | {"kind": "hinge"}), "quality_focal', got 'hinge'"),
         ("triton", lambda op, z, x_1, *rest: op(z, x_1.double(), *rest), "but boxes are torch.float64"),
         ("triton", lambda op, z, *rest: op(z[..., :0], *rest), "but there is no class"),
         ("torch", lambda op, z, x_1, *rest: op(z, x_1[:1], *rest), "must be .B, N, K."),
@@ -136,8 +132,7 @@ def test_the_kernel_equals_the_reference(kernel_device, poisoned_memory, name, o
 @given(b=st.integers(1, 3), n=st.integers(1, 9), d=st.integers(1, 4), k=st.integers(1, 9), data=st.data())
 def test_box_flow_update_and_flow_loss_of_any_size(kernel_device, b, n, d, k, data):
     seed, s = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0.5, 2.0, 4.0]))
-    kind = data.draw(st.sampled_from(["focal", "quality_focal"]))
-    compare(loss_case(kernel_device, b, n, k, seed=seed, kind=kind, signal_scale=s))
+    compare(loss_case(kernel_device, b, n, k, seed=seed, signal_scale=s))
     case = flow_case(kernel_device, b, n, d, k, seed=seed, signal_scale=s)
     found = compare(case)
     limit = case.tensors[5][:, None, [1, 0, 1, 0]]
@@ -195,9 +190,8 @@ def test_box_flow_update_of_infinities_and_of_one_predictor_without_confidence(k
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered")  # of the interpreter
-@pytest.mark.parametrize("kind", KINDS)
-def test_flow_loss_at_its_limits(kernel_device, kind):
-    case = loss_case(kernel_device, b=1, n=6, k=3, kind=kind)
+def test_flow_loss_at_its_limits(kernel_device):
+    case = loss_case(kernel_device, b=1, n=6, k=3)
     logits, x_1_hat, classes, _, t, _ = (x.detach() for x in case.tensors)
     classes[:] = torch.tensor([[0, 1, 2, 3, 3, 0]])
     logits[0, :2] = torch.tensor([80.0, -80.0, 0.0])  # saturated, right and wrong

@@ -22,12 +22,14 @@ from torchvision.ops import generalized_box_iou, roi_align
 DECODE = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.0)}
 POOL = {"c": 2, "levels": 2, "size": (32, 32)}
 POOL["at"] = torch.tensor([[[1.0, 2.0, 9.0, 8.0], [-4.0, 3.0, 40.0, 30.0]]]).expand(2, 2, 4)
+BOX_LOSSES = loss_case(n=4, k=3)
+BOX_LOSSES = BOX_LOSSES._replace(function=lambda *x, f=BOX_LOSSES.function: f(*x)[1:])
 # A case and which of its tensors learn.
 GRADCHECKS = {
     "box_flow_update": (flow_case(n=2), [1, 2]),
-    "focal": (loss_case(n=4, k=3), [0, 1]),
-    # The quality target is a constant of the loss: finite differences must not see it move.
-    "quality_focal": (loss_case(n=4, k=3, kind="quality_focal"), [0]),
+    # The quality target is a constant of the class loss: finite differences must not see it move.
+    "class loss": (loss_case(n=4, k=3), [0]),
+    "box losses": (BOX_LOSSES, [1]),
     "adaptive roi_align": (pool_case(samples=0, **POOL), [0, 1]),
     "roi_align": (pool_case(samples=2, **POOL), [0, 1]),
     "dynamic_interaction": (interaction_case(m=2, cells=4, c=3, h=5), range(7)),
@@ -109,17 +111,15 @@ def test_giou_against_torchvision():
     torch.testing.assert_close(paired_giou(a[:5], b)[1], generalized_box_iou(a[:5], b).diagonal())
 
 
-@pytest.mark.parametrize(
-    ("kind", "cls"), [("focal", 0.25 * (0.25 + 0.75)), ("quality_focal", (1 / 3 - 0.5) ** 2 + 0.5**2)]
-)
-def test_flow_loss_by_hand_and_its_bounds(kind, cls):
+def test_flow_loss_by_hand_and_its_bounds():
     x_1 = boxes_to_signal(torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]]), 2.0)
     x_1_hat = boxes_to_signal(torch.tensor([[[0.6, 0.5, 0.2, 0.2], [9.0, 9.0, 9.0, 9.0]]]), 2.0)
     classes = torch.tensor([[0, 1]])  # the second query is background: its box must not count
     arguments = torch.zeros(1, 2, 1), x_1_hat, classes, x_1, torch.ones(()), torch.tensor(1.0)
-    loss = flow_loss(*arguments, **LOSS | {"kind": kind})
+    loss = flow_loss(*arguments, **LOSS)
     # Intersection 0.1 x 0.2, union 0.06, hull equal to the union.
-    expected = (cls * math.log(2), 0.1, 1 - 1 / 3, 25 * 0.4**2)
+    cls = ((1 / 3 - 0.5) ** 2 + 0.5**2) * math.log(2)
+    expected = (cls, 0.1, 1 - 1 / 3, 25 * 0.4**2)
     torch.testing.assert_close(torch.stack(loss), torch.tensor(expected))
 
 

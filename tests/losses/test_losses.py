@@ -163,8 +163,8 @@ def test_block_loss_is_a_mean_over_the_queries_with_an_object(num_objects):
     loss = BlockLoss(SCALE)(torch.zeros(1, 3, 1), x_1_hat, classes, target, torch.zeros(()))
     assert float(loss["l1"]) == pytest.approx(5 * 0.1, rel=1e-4)
     assert float(loss["giou"]) == pytest.approx(2 * (1 - 1 / 3), rel=1e-4)
-    focal = 0.25 * math.log(2) * (0.25 * num_objects + 0.75 * (3 - num_objects))
-    assert float(loss["cls"]) == pytest.approx(2 * focal / num_objects, rel=1e-4)
+    quality_focal = math.log(2) * ((1 / 3 - 0.5) ** 2 * num_objects + 0.5**2 * (3 - num_objects))
+    assert float(loss["cls"]) == pytest.approx(2 * quality_focal / num_objects, rel=1e-4)
 
 
 def test_background_boxes_lie_around_the_middle():

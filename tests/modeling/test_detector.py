@@ -176,7 +176,7 @@ def test_the_cascade_lets_gradients_cross_and_is_one_item(make_model, make_input
     [
         {"COUPLING": "independent", "LOSS__VELOCITY_WEIGHT": 0.5, "NUM_PROPOSALS": 1},
         {"INTERVALS": 1, "AGGREGATION": "confidence", "HEAD__INTERACTION": "grid_linear"},
-        {"LOSS__CLS": "quality_focal", "NUM_PREDICTORS": 1},
+        {"NUM_PREDICTORS": 1},
     ],
     ids=lambda o: ",".join(o),
 )

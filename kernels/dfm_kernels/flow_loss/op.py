@@ -28,7 +28,7 @@ def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, 
     Args:
         class_logits: `(B, N, K)`. x_1_hat, target_x_1: `(B, N, 4)` signal.
         target_classes: `(B, N)` int64, K for background. t: `()` or `(B,)`. normalizer: `()`.
-        signal_scale: s. kind: "focal" or "quality_focal", with its alpha and gamma. velocity_max: w_max.
+        signal_scale: s. gamma: of the class loss. velocity_max: w_max.
 
     Returns:
         FlowLoss of scalars in the dtype of `x_1_hat`. Where the Triton kernel ran, gradients reach
@@ -36,10 +36,8 @@ def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, 
 
     Raises:
         BackendError: "triton" was asked for where it cannot run.
-        ValueError: shapes that do not belong together, or an unknown `kind`.
+        ValueError: shapes that do not belong together.
     """
-    if options["kind"] not in reference.KINDS:
-        raise ValueError(f"class loss must be 'focal' or 'quality_focal', got {options['kind']!r}")
     batch = class_logits.shape[:2]
     if x_1_hat.shape != (*batch, 4) or target_x_1.shape != (*batch, 4) or target_classes.shape != batch:
         raise ValueError(
@@ -53,7 +51,7 @@ def flow_loss(class_logits, x_1_hat, target_classes, target_x_1, t, normalizer, 
     from dfm_kernels.flow_loss.triton import flow_loss as on_triton
 
     tensors = [class_logits, x_1_hat, target_classes, target_x_1, expand_t(t, x_1_hat), normalizer]
-    numbers = [options[name] for name in ("signal_scale", "alpha", "gamma", "velocity_max")]
+    numbers = [options[name] for name in ("signal_scale", "gamma", "velocity_max")]
     wanted = torch.is_grad_enabled() and (class_logits.requires_grad or x_1_hat.requires_grad)
-    terms, *_ = on_triton(tensors, numbers, options["kind"] == "quality_focal", wanted)
+    terms, *_ = on_triton(tensors, numbers, wanted)
     return FlowLoss(*terms.unbind())

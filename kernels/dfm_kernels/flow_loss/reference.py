@@ -11,7 +11,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dfm_kernels.box_flow_update.reference import cxcywh_to_xyxy, expand_t, signal_to_cxcywh
 
-KINDS = ("focal", "quality_focal")
 _AREA_EPS = 1e-7
 
 
@@ -51,15 +50,12 @@ def flow_loss(
     normalizer: Tensor,
     *,
     signal_scale: float,
-    kind: str,
-    alpha: float,
     gamma: float,
     velocity_max: float,
 ) -> FlowLoss:
     """Class loss over all queries, box losses over foreground queries.
 
-    focal (arXiv 1708.02002, eq. 5): `-alpha_y (1 - p_y)^gamma log p_y`;
-    quality focal (arXiv 2006.04388, eq. 5): `|q - p|^gamma BCE(p, q)`, q the IoU with the target;
+    cls, quality focal (arXiv 2006.04388, eq. 5): `|q - p|^gamma BCE(p, q)`, q the IoU with the target;
     l1: `|b_hat - b|` of normalised cxcywh; giou: `1 - GIoU`;
     velocity: `min((1 - t)^-2, w_max) |x_1_hat - x_1|^2`, the velocity error of the endpoint, bounded.
 
@@ -75,12 +71,8 @@ def flow_loss(
     iou, giou = paired_giou(cxcywh_to_xyxy(box_hat), cxcywh_to_xyxy(box))
 
     probs = logits.sigmoid()
-    if kind == "focal":
-        wanted, p_y = one_hot, probs * one_hot + (1 - probs) * (1 - one_hot)
-        weight = (alpha * one_hot + (1 - alpha) * (1 - one_hot)) * (1 - p_y) ** gamma
-    else:
-        wanted = one_hot * iou.detach().clamp(0, 1)[..., None]
-        weight = (wanted - probs).abs() ** gamma
+    wanted = one_hot * iou.detach().clamp(0, 1)[..., None]
+    weight = (wanted - probs).abs() ** gamma
     cls = weight * binary_cross_entropy_with_logits(logits, wanted, reduction="none")
 
     # Multiplying background rows by zero would turn their infinities into NaN; select instead.

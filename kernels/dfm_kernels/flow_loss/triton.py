@@ -65,7 +65,6 @@ def _flow_loss_kernel(
     gradients,
     counts,
     numbers,
-    QUALITY: tl.constexpr,
     GRADIENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -73,7 +72,7 @@ def _flow_loss_kernel(
     logit_ptr, x_ptr, class_ptr, target_ptr, t_ptr, normalizer_ptr = inputs
     d_cls_ptr, d_l1_ptr, d_giou_ptr, d_velocity_ptr = gradients
     num_queries, num_proposals, num_classes, t_stride = counts
-    s, alpha, gamma, velocity_max, area_eps = numbers
+    s, gamma, velocity_max, area_eps = numbers
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     axis = tl.arange(0, 2)
     inside = m < num_queries
@@ -133,31 +132,18 @@ def _flow_loss_kernel(
         where = m[:, None] * num_classes + k[None, :]
         z = tl.load(logit_ptr + where, mask=tile, other=0.0).to(tl.float32)
         is_target = target_class[:, None] == k[None, :]
-        if QUALITY:
-            p = tl.sigmoid(z)
-            q = tl.where(is_target, quality[:, None], 0.0)
-            entropy = _softplus(z) - q * z
-            distance = tl.abs(p - q)
-            power = tl.where(distance > 0, tl.exp(gamma * tl.log(distance)), 0.0)
-            if gamma == 0:
-                power = tl.full([BLOCK_M, BLOCK_K], 1.0, tl.float32)
-            loss = power * entropy
-            if GRADIENTS:
-                # d|p - q|^gamma / dz = gamma |p - q|^gamma / (p - q) p (1 - p)
-                d_power = tl.where(distance > 0, gamma * power / tl.where(distance > 0, p - q, 1.0), 0.0)
-                d = d_power * p * (1 - p) * entropy + power * (p - q)
-        else:
-            sign = tl.where(is_target, 1.0, -1.0)
-            share = tl.where(is_target, alpha, 1 - alpha)
-            # With z_y = +-z: p_y = sigmoid(z_y) and 1 - p_y = exp(-softplus(z_y)).
-            wrong = tl.sigmoid(-sign * z)
-            entropy = _softplus(-sign * z)
-            power = share * tl.exp(-gamma * _softplus(sign * z))
-            loss = power * entropy
-            if GRADIENTS:
-                d = -sign * power * (gamma * (1 - wrong) * entropy + wrong)
-        cls += tl.sum(tl.where(tile, loss, 0.0), axis=1)
+        p = tl.sigmoid(z)
+        q = tl.where(is_target, quality[:, None], 0.0)
+        entropy = _softplus(z) - q * z
+        distance = tl.abs(p - q)
+        power = tl.where(distance > 0, tl.exp(gamma * tl.log(distance)), 0.0)
+        if gamma == 0:
+            power = tl.full([BLOCK_M, BLOCK_K], 1.0, tl.float32)
+        cls += tl.sum(tl.where(tile, power * entropy, 0.0), axis=1)
         if GRADIENTS:
+            # d|p - q|^gamma / dz = gamma |p - q|^gamma / (p - q) p (1 - p)
+            d_power = tl.where(distance > 0, gamma * power / tl.where(distance > 0, p - q, 1.0), 0.0)
+            d = d_power * p * (1 - p) * entropy + power * (p - q)
             tl.store(d_cls_ptr + where, d / normalizer, mask=tile)
 
     # Sums of this program's queries; the host adds them up in a fixed order.
@@ -169,7 +155,7 @@ def _flow_loss_kernel(
 
 
 @torch.library.custom_op("dfm::flow_loss", mutates_args=())
-def flow_loss(tensors: list[Tensor], numbers: list[float], quality: bool, gradients: bool) -> list[Tensor]:
+def flow_loss(tensors: list[Tensor], numbers: list[float], gradients: bool) -> list[Tensor]:
     """The four terms `(4,)` and, where asked for, their gradients, all of them float32.
 
     The gradients are those of cls by the logits `(B, N, K)`, of l1, giou and velocity by `x_1_hat`
@@ -177,7 +163,7 @@ def flow_loss(tensors: list[Tensor], numbers: list[float], quality: bool, gradie
 
     Args:
         tensors: the reference's; `x_1_hat` and `target_x_1` float32, K at least 1.
-        numbers: signal scale, alpha, gamma, velocity_max. quality: whether the kind is "quality_focal".
+        numbers: signal scale, gamma, velocity_max.
     """
     num_images, num_proposals, num_classes = tensors[0].shape
     num_queries = num_images * num_proposals
@@ -191,7 +177,6 @@ def flow_loss(tensors: list[Tensor], numbers: list[float], quality: bool, gradie
             tuple(found),
             (num_queries, num_proposals, num_classes, stride_of(tensors[4])),
             (*numbers, _AREA_EPS),
-            QUALITY=quality,
             GRADIENTS=gradients,
             BLOCK_M=_BLOCK_M,
             BLOCK_K=min(max(triton.next_power_of_2(num_classes), 2), 128),
@@ -206,7 +191,7 @@ def _empty_gradients(tensors: list[Tensor], gradients: bool) -> list[Tensor]:
 
 
 @flow_loss.register_fake
-def _(tensors, numbers, quality, gradients):
+def _(tensors, numbers, gradients):
     return [tensors[1].new_empty(4), *_empty_gradients(tensors, gradients)]
 
 
@@ -226,7 +211,7 @@ def _scaled(ctx, d_terms):
 
 
 def _gradients(ctx, d_outputs):
-    return [*_scaled(ctx, d_outputs[0]), *[None] * 4], None, None, None
+    return [*_scaled(ctx, d_outputs[0]), *[None] * 4], None, None
 
 
 flow_loss.register_autograd(_gradients, setup_context=_setup_context)
