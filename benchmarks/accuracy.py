@@ -64,7 +64,6 @@ SAMPLERS: dict[str, dict] = {
     "steps_4": {"steps": 4},
     "steps_8": {"steps": 8},
     "steps_16": {"steps": 16},
-    "heun_4": {"steps": 4, "method": "heun"},
     "fresh_noise_2x1": {"steps": 1, "noise_passes": 2},
     "fresh_noise_4x1": {"steps": 1, "noise_passes": 4},
     "fresh_noise_2x4": {"steps": 4, "noise_passes": 2},

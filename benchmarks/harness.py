@@ -99,11 +99,15 @@ def load_rows(name: str) -> list[Row]:
 def save_rows(name: str, rows: Iterable[Row]) -> Path:
     """Write benchmarks/results/<name>.csv. Returns the path.
 
-    Rows of pairs of op and provider that are not among `rows` are kept: another call measured them.
+    Rows of other things than `rows` are kept: another call measured them.
     """
+
+    def measured_thing(row: Row) -> tuple:
+        return row.op, row.provider, row.mode, row.metric, row.x_name, str(row.x_value)
+
     path, rows = RESULTS / f"{name}.csv", list(rows)
-    again = {(row.op, row.provider) for row in rows}
-    kept = [old for old in load_rows(name) if (old.op, old.provider) not in again]
+    again = set(map(measured_thing, rows))
+    kept = [old for old in load_rows(name) if measured_thing(old) not in again]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([Row._fields, *kept, *rows])

@@ -32,11 +32,11 @@ METRICS = ("AP50", "AP")
 
 
 def evaluations_of(model: BoxFlowModel) -> int:
-    """How often the Euler sampler of a detector asks a head for an image."""
+    """How often the sampler of a detector asks a head for an image."""
     settings, heads = model.sampler.settings, model.predictors
     if not model.is_local:  # the twin
         return settings.noise_passes * settings.steps * len(heads)
-    asked = [len(heads.answering(t, settings.members)) for t in settings.grid[:-1]]
+    asked = [len(heads.answering(t, settings.members)) for t in model.time_grid[:-1]]
     return settings.noise_passes * sum(asked)
 
 

@@ -18,6 +18,7 @@ import torch
 from harness import MIB, ROOT, Row, commit, device_name, measured, raw_parser
 
 import dfm_d2.registry  # noqa: F401  (registers the meta-architectures)
+from dfm_d2.engine.keys import get_key
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.run import load_for_inference
 from dfm_d2.engine.setup import check_run, load_config, resolve_classes
@@ -85,10 +86,13 @@ class Study:
     def same_training(self, config: str, opts: list[str], out: Path, any_rate: bool = False) -> bool:
         """Whether the config of the training in `out` is what `config` with `opts` gives.
 
-        How it evaluates, where its files lie, the classes that it found, and the device unless one is asked
-        for, may differ.
+        How it evaluates, where its files lie, the classes that it found, and the device may differ; the
+        sampler and the device not where `opts` ask for one.
         """
         both = load_config(self.task, config, opts), load_config(self.task, str(out / "config.yaml"), [])
+        asked = [key for key in opts[::2] if ".SAMPLER." in key]
+        if any(get_key(both[0], key) != get_key(both[1], key) for key in asked):
+            return False
         for cfg in both:
             cfg.OUTPUT_DIR = cfg.VERSION = ""
             cfg.MODEL.DFM.NUM_CLASSES = 0

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     for cfg in configs:
         model = DETECTION.build_model(cfg).eval()
         settings = model.sampler.settings
-        print(f"\n{cfg.MODEL.META_ARCHITECTURE}, {len(settings.grid) - 1} steps, ", end="")
+        print(f"\n{cfg.MODEL.META_ARCHITECTURE}, {settings.steps} steps, ", end="")
         print(f"N = {settings.num_proposals}, one image of {height} x {width}")
         rows = [
             (part, f"{parameters / 1e6:.2f}", f"{multiply_adds / 1e9:.2f}", f"{activations / 1e6:.2f}")

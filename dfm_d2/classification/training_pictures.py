@@ -65,7 +65,7 @@ def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str],
     x_0 = model.sampler.noise([item["image_id"] for item in items], model.label_space)[:, :1]
     pooled = model.backbone.block_outputs(model.normalised(items))
     step_function = endpoint_step_function(partial(model.mean_endpoint, pooled))
-    trajectory = ODESolver().sample(step_function, x_0, warped_grid(_STEPS), return_intermediates=True)
+    trajectory = ODESolver.sample(step_function, x_0, warped_grid(_STEPS), return_intermediates=True)
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()
     embeddings = model.label_space.embeddings.detach().cpu().numpy()
     labels = [item["label"] for item in items]

@@ -8,7 +8,7 @@ Shapes: B images, N proposals, D heads, K classes.
 
 from collections.abc import Iterator, Sequence
 
-from dfm_kernels.box_flow_update import BoxFlowUpdate, euler_step, velocity_from_endpoint
+from dfm_kernels.box_flow_update import BoxFlowUpdate, euler_step
 from torch import Tensor
 
 from dfm_d2.detection.config import MEANING
@@ -60,10 +60,6 @@ class CascadeDetector(FlowDetector):
             last = self.solver_step(x, answer.boxes[None], answer.class_logits[None], *times, image_sizes)
             # The last head's answer is relative to its own boxes, the step starts from x_t.
             x_next = euler_step(x_t, last.x_1_hat, *times)
-            return last._replace(
-                x_next=x_next,
-                velocity=velocity_from_endpoint(x_t, last.x_1_hat, times[0]),
-                boxes_xyxy=self.space.proposals(x_next, image_sizes),
-            )
+            return last._replace(x_next=x_next, boxes_xyxy=self.space.proposals(x_next, image_sizes))
 
         return step

@@ -1,8 +1,9 @@
 """The detector's config keys, besides those of any training, and what its values must be together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from dfm_d2.engine.keys import Key
+from dfm_d2.engine.keys import Key, lookup
 from dfm_d2.errors import UserError
 
 KEYS = (
@@ -96,8 +97,6 @@ KEYS = (
     # as with a frozen backbone.
     Key("MODEL.DFM.DENSE_WEIGHT", 0.0, least=0),
     # ---- the sampler, all of it changeable at test time without retraining
-    # Heun's correction divides by 1 - t_next: a small TIME_RATE suits it best.
-    Key("MODEL.DFM.SAMPLER.METHOD", "euler", choices=("euler", "heun")),
     # K, the number of steps; 0: one an interval.
     Key("MODEL.DFM.SAMPLER.STEPS", 0, least=0),
     Key("MODEL.DFM.SAMPLER.NUM_PROPOSALS", 0, least=0),  # 0: as in training
@@ -119,12 +118,24 @@ MEANING = (
     *(f"MODEL.DFM.HEAD.{name}" for name in _OF_HEADS.split()),
 )
 
+
+def meant(config: Mapping[str, Any], key: str) -> Any:
+    """What a key of a config says about the weights; None: nothing."""
+    value = lookup(config, key)
+    if key == "MODEL.DFM.INTERVALS" and value == 0:
+        return lookup(config, "MODEL.DFM.NUM_PREDICTORS")
+    if key == "MODEL.DFM.ROLLOUT" and value is not None:
+        return min(value, 1)  # above 0 queries cross
+    return value
+
+
 _ROLLOUT = "MODEL.DFM.ROLLOUT trains at the states of inference"
 _OF_CLASSIFIERS = (..., "classifiers have it")
 # What config files of earlier versions have, as `merge_config_file` takes it.
 REMOVED = {
     "MODEL.DFM.TIME": ("partitioned", "MODEL.DFM.INTERVALS is 0 for 'partitioned' and 1 for 'shared'"),
     "MODEL.DFM.SAMPLER.PREDICTORS": ([], "MODEL.DFM.SAMPLER.MEMBERS chooses predictors of every interval"),
+    "MODEL.DFM.SAMPLER.METHOD": ("euler", "Heun's steps lost, at nearly twice the evaluations"),
     "MODEL.DFM.ON_POLICY": (1.0, "MODEL.DFM.ROLLOUT 0 trains on the path"),
     "MODEL.DFM.LOSS.CLS": (..., "the class loss is the quality focal loss, which was better by 3 AP50"),
     "MODEL.DFM.ENDPOINT_NOISE": (0.0, _ROLLOUT),

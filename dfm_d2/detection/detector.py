@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_d2.detection.assignment import DynamicK, assigned_targets
-from dfm_d2.detection.config import MEANING
+from dfm_d2.detection.config import MEANING, meant
 from dfm_d2.detection.coupling import build_slots, couple
 from dfm_d2.detection.dense import DensePredictor
 from dfm_d2.detection.from_config import detector_arguments, owners_in_bottom_up
@@ -46,7 +46,8 @@ class FlowDetector(BoxFlowModel):
     # Whether predictors are independent, so that they may be updated one by one.
     is_local = True
     # What the engine asks of a model, see Task.
-    meaning, backbone_prefix = (*MEANING, "MODEL.DFM.TIME"), "backbone.bottom_up"
+    meaning = (*MEANING, "MODEL.DFM.TIME", "MODEL.DFM.ROLLOUT")
+    meant, backbone_prefix = staticmethod(meant), "backbone.bottom_up"
     training_only = ("stage_predictors.", "dense_predictor.")
 
     @configurable

@@ -96,7 +96,7 @@ def _metadata(
         "noise": "constant" if constant_noise else "input",
         "noise_passes": sampler.noise_passes,
         "num_noise_boxes": sampler.num_proposals * sampler.noise_passes,
-        "time_grid": list(sampler.grid),
+        "time_grid": list(model.time_grid),
         "members": list(sampler.members) or list(range(model.predictors.num_members)),
     }
 

@@ -75,7 +75,7 @@ def sampler_settings(cfg) -> SamplerSettings:
     given["steps"] = given["steps"] or _intervals(cfg)
     given["members"] = tuple(given["members"])
     kept = cfg.TEST.DETECTIONS_PER_IMAGE
-    return SamplerSettings(**given, detections_per_image=kept, time_rate=dfm.TIME_RATE)
+    return SamplerSettings(**given, detections_per_image=kept)
 
 
 def _is_cascade(cfg) -> bool:
@@ -135,7 +135,8 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
 
 def _dense_predictor(cfg, backbone, space: BoxSpace, criterion: BlockLoss) -> DensePredictor | None:
     dfm, head = cfg.MODEL.DFM, cfg.MODEL.DFM.HEAD
-    if dfm.DENSE_WEIGHT == 0 or dfm.BACKBONE_UPDATE == "frozen":
+    learns = dfm.BACKBONE_UPDATE != "frozen" and any(p.requires_grad for p in backbone.parameters())
+    if dfm.DENSE_WEIGHT == 0 or not learns:
         return None
     weights = {"cls_weight": dfm.DENSE_WEIGHT, "giou_weight": dfm.DENSE_WEIGHT}
     shapes = backbone.output_shape()

@@ -23,6 +23,7 @@ from dfm_d2.flow import (
     at_least_float32,
     time_like,
     unwarped_time,
+    warped_grid,
 )
 from dfm_d2.framework import Backbone, ImageList
 
@@ -76,6 +77,11 @@ class BoxFlowModel(nn.Module):
         """D."""
         return len(self.predictors)
 
+    @property
+    def time_grid(self) -> tuple[float, ...]:
+        """Of the sampler: its steps, even in the predictors' intervals."""
+        return warped_grid(self.sampler.settings.steps, self.predictors.rate)
+
     @torch.no_grad()
     def inference(self, batched_inputs: Sequence[dict], x_0: Tensor | None = None) -> list[dict]:
         """Detections `[{"instances": Instances}]`, in original image coordinates.
@@ -98,7 +104,8 @@ class BoxFlowModel(nn.Module):
             x_0: `(B, P N, 4)` noise of P = SAMPLER.NOISE_PASSES passes.
         """
         features = self._features(pixels)
-        return self.sampler.sample(self._step_function, features, image_sizes, x_0, self._graph_owner())
+        ways = self.time_grid, self._graph_owner()
+        return self.sampler.sample(self._step_function, features, image_sizes, x_0, *ways)
 
     def _graph_owner(self) -> Hashable | None:
         """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""
@@ -122,8 +129,7 @@ class BoxFlowModel(nn.Module):
         pixels, image_sizes = self._images(batched_inputs)
         step_function = self._step_function(self._features(pixels), image_sizes)
         x_0 = self.sampler.noise(self.image_ids(batched_inputs), self.device)[:, : settings.num_proposals]
-        solver = ODESolver(settings.method)
-        trajectory = solver.sample(step_function, x_0, settings.grid, return_intermediates=True)
+        trajectory = ODESolver.sample(step_function, x_0, self.time_grid, return_intermediates=True)
         return trajectory, image_sizes, step_function
 
     def _step_function(self, features: Sequence[Tensor], image_sizes: Tensor) -> StepFunction:

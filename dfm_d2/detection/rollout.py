@@ -108,7 +108,10 @@ class Rollout:
         return self._answers[0] if self._answers else None
 
     def enter(self, interval: int) -> None:
-        """Go to the state that each image trains at in an interval, by what was told in the one before."""
+        """Go to the state that each image trains at in an interval.
+
+        With answers that lead, all members of the interval before have told theirs since it was entered.
+        """
         u, state = self._prepared.u[:, interval], self._prepared.path[interval]
         if interval > 0 and self._leads:
             queries = [told.queries for told in self._answers]

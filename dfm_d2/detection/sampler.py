@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfm_d2.detection.captured import GraphCache
-from dfm_d2.flow import ODESolver, StepFunction, keyed_normal, stream_key, warped_grid
+from dfm_d2.flow import ODESolver, StepFunction, keyed_normal, stream_key
 
 
 @dataclass
@@ -23,23 +23,16 @@ class SamplerSettings:
 
     num_proposals: int
     steps: int
-    method: str = "euler"
     members: Sequence[int] = ()
     seed: int = 0
     noise_passes: int = 1
     score_thresh: float = 0.0
     nms_thresh: float = 0.6
     detections_per_image: int = 100
-    time_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.num_proposals, self.steps, self.noise_passes, self.detections_per_image) < 1:
             raise ValueError(f"proposals, steps, passes and detections must be at least 1, got {self}")
-
-    @property
-    def grid(self) -> tuple[float, ...]:
-        """The time grid: `steps` steps even in the predictors' intervals."""
-        return warped_grid(self.steps, self.time_rate)
 
 
 class Candidates(NamedTuple):
@@ -66,20 +59,21 @@ class BoxSampler:
         features: Sequence[Tensor],
         image_sizes: Tensor,
         x_0: Tensor,
+        time_grid: Sequence[float],
         owner: Hashable | None = None,
     ) -> Candidates:
         """Candidates of all noise passes, concatenated.
 
         Args:
             make_step_function: of features (L maps) and image sizes `(B, 2)`; steps are BoxFlowUpdates.
-            x_0: the noise of all passes, as `noise` makes it.
+            x_0: the noise of all passes, as `noise` makes it. time_grid: of every pass.
             owner: what the steps depend on besides, see GraphCache; None: not to be captured.
         """
         settings = self.settings
 
         def run(x_0: Tensor, image_sizes: Tensor, *features: Tensor) -> Candidates:
             step_function = make_step_function(features, image_sizes)
-            last = ODESolver(settings.method).sample(step_function, x_0, settings.grid).last
+            last = ODESolver.sample(step_function, x_0, time_grid).last
             return Candidates(last.x_1_hat, last.class_probs)
 
         found = []

@@ -12,6 +12,7 @@ from torch import nn
 
 from dfm_d2 import __version__
 from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
+from dfm_d2.engine.keys import lookup
 from dfm_d2.engine.setup import check_weights
 from dfm_d2.engine.weights import check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
@@ -146,8 +147,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         texts = about.get("config"), self.cfg and self.cfg.dump()
         configs = [yaml.safe_load(text or "{}") for text in texts]
+        meant = getattr(self.model, "meant", lookup)
         for key in (*MEANING, *getattr(self.model, "meaning", ())):
-            then, now = (_lookup(config, key) for config in configs)
+            then, now = (meant(config, key) for config in configs)
             now = FORMER.get(key) if now is None else now
             if then is not None and now is not None and then != now:
                 remedy = "version of dfm_d2" if key in FORMER else "config"
@@ -214,13 +216,6 @@ def class_names_of(path: str) -> list[str]:
     local = _fetch(path)
     content = {} if local.endswith(".pkl") else load_tensors(local)
     return list(content.get(ABOUT, {}).get("class_names", [])) if isinstance(content, dict) else []
-
-
-def _lookup(config: Any, key: str) -> Any:
-    """The value of a dotted key in nested dicts, None where it is missing."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
 
 
 def _fetch(path: str) -> str:

@@ -84,3 +84,10 @@ def problems_of(cfg, keys: Iterable[Key]) -> Iterator[str]:
         value = get_key(cfg, key.name)
         if problem := key.problem(value):
             yield f"{key.name} is {value!r}; {problem}."
+
+
+def lookup(config: Any, key: str) -> Any:
+    """The value of a dotted key in nested dicts, None where it is missing."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config

@@ -41,8 +41,9 @@ class Task:
     keys: config keys besides those of any training.
     problems: one error message for each value of a config that cannot work together with others.
     models: modules that register the meta-architectures. Models may say: ``meaning``, keys that decide what
-        weights mean; ``training_only``, prefixes of what a checkpoint may lack or have; ``backbone_prefix``,
-        of what has SOLVER.BACKBONE_MULTIPLIER; ``set_by_config``, buffers that starting weights leave.
+        weights mean, and ``meant(config, key)``, what one says; ``training_only``, prefixes of what a
+        checkpoint may lack or have; ``backbone_prefix``, of what has SOLVER.BACKBONE_MULTIPLIER;
+        ``set_by_config``, buffers that starting weights leave.
     find_data: UserError for a data set that is not known or whose files are not there; reads none of them.
     register: read and register the data sets of a config.
     train_loader: of a config and a position. test_loader: of a config and the name of a set.

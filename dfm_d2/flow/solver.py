@@ -1,4 +1,4 @@
-"""Explicit solvers of the flow's ordinary differential equation `dx/dt = v(x, t)` over a time grid.
+"""Euler's solver of the flow's ordinary differential equation `dx/dt = v(x, t)` over a time grid.
 
 Shapes: B samples; any trailing dimensions. Static shapes, no host synchronisation.
 """
@@ -8,19 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from dfm_kernels.box_flow_update import euler_step, velocity_from_endpoint
+from dfm_kernels.box_flow_update import euler_step
 from torch import Tensor
 
 
 class SolverStep(NamedTuple):
     """The answer at `(x_t, t)` for a step to `t_next`; another type may have more than these.
 
-    x_next: the Euler step's end. x_1_hat: the endpoint. velocity: `(x_1_hat - x_t) / (1 - t)`.
+    x_next: the step's end. x_1_hat: the endpoint.
     """
 
     x_next: Tensor
     x_1_hat: Tensor
-    velocity: Tensor
 
 
 # (x_t, t, t_next) -> SolverStep; times are Python numbers, so that it may choose by them who answers
@@ -81,29 +80,16 @@ def endpoint_step_function(endpoint: Callable[[Tensor, Tensor], Tensor]) -> Step
     def step(x_t: Tensor, t: float, t_next: float) -> SolverStep:
         times, times_next = time_like(x_t, t), time_like(x_t, t_next)
         x_1_hat = endpoint(x_t, times)
-        x_next = euler_step(x_t, x_1_hat, times, times_next)
-        return SolverStep(x_next, x_1_hat, velocity_from_endpoint(x_t, x_1_hat, times))
+        return SolverStep(euler_step(x_t, x_1_hat, times, times_next), x_1_hat)
 
     return step
 
 
 class ODESolver:
-    """Euler or Heun from the first to the last time of a grid.
+    """Euler from the first to the last time of a grid: `x += (t_next - t) / (1 - t) (x_1_hat - x)`."""
 
-    euler: `x += (t_next - t) / (1 - t) (x_1_hat - x)`.
-    heun: `x += (t_next - t) / 2 (v(x, t) + v(x_euler, t_next))`; its step to t = 1 is Euler, as there is no
-    velocity at t = 1.
-    """
-
-    METHODS = ("euler", "heun")
-
-    def __init__(self, method: str = "euler"):
-        if method not in self.METHODS:
-            raise ValueError(f"solver method must be one of {self.METHODS}, got {method!r}")
-        self.method = method
-
+    @staticmethod
     def sample(
-        self,
         step_function: StepFunction,
         x_0: Tensor,
         time_grid: Sequence[float],
@@ -128,11 +114,7 @@ class ODESolver:
         x, states, steps = x_0, [x_0], []
         for t, t_next in pairs:
             step = step_function(x, t, t_next)
-            if self.method == "heun" and t_next < 1:
-                correction = step_function(step.x_next, t_next, t_next)
-                x = x + (t_next - t) / 2 * (step.velocity + correction.velocity)
-            else:
-                x = step.x_next
+            x = step.x_next
             if return_intermediates:
                 states.append(x)
                 steps.append(step)

@@ -119,7 +119,7 @@ def test_the_graph_of_nms_may_keep_one_box():
     ("architecture", "options"),
     [
         ("FlowDetector", {}),
-        ("FlowDetector", {"INTERVALS": 1, "SAMPLER__METHOD": "heun", "SAMPLER__STEPS": 2}),
+        ("FlowDetector", {"INTERVALS": 1, "SAMPLER__STEPS": 2}),
         ("CascadeDetector", {}),
     ],
 )

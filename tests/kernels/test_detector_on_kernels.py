@@ -86,10 +86,10 @@ def test_a_sampler_on_kernels_never_waits_for_the_device(make_model, make_input,
     images, sizes = model._images([make_input("a")])
     features = model._features(images)
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
-    step_function, settings = model._step_function(features, sizes), model.sampler.settings
+    step_function = model._step_function(features, sizes)
     x_0 = torch.randn(1, 5, 4, device=kernel_device)
     with NoSynchronisation():
-        ODESolver(settings.method).sample(step_function, x_0, settings.grid)
+        ODESolver.sample(step_function, x_0, model.time_grid)
 
 
 def double(x):

@@ -212,10 +212,9 @@ def test_noise_depends_on_iteration_and_image_not_on_batch(make_model, make_inpu
 
 
 @pytest.mark.parametrize("meta_architecture", ["FlowDetector", "CascadeDetector"])
-@pytest.mark.parametrize("settings", [{}, {"method": "heun", "steps": 5}])
+@pytest.mark.parametrize("settings", [{}, {"steps": 5}])
 def test_a_batch_of_two_is_two_batches_of_one(make_model, make_input, meta_architecture, settings):
-    # Heun's correction divides by 1 - t_next: with late times rounding would be what is compared.
-    model = make_model(meta_architecture, TIME_RATE=2.0)
+    model = make_model(meta_architecture)
     a, b = make_input("a"), make_input("b")
     both = _detections(model, [a, b], **settings)
     for item, found in zip((a, b), both):
@@ -268,16 +267,17 @@ def test_the_trajectory_ends_where_the_detections_are(make_model, make_input):
 
 def test_the_default_grid_asks_each_predictor_at_the_beginning_of_its_interval(make_model, make_input):
     settings = SamplerSettings(num_proposals=1, steps=4)
-    assert settings.grid == (0.0, 0.25, 0.5, 0.75, 1.0)
     for name in ("num_proposals", "steps", "noise_passes", "detections_per_image"):
         with pytest.raises(ValueError, match=f"must be at least 1, got .*{name}=0"):
             dataclasses.replace(settings, **{name: 0})
     model = make_model(TIME_RATE=2.0).eval()
-    grid = model.sampler.settings.grid
+    grid = model.time_grid
     assert grid == (0.0, pytest.approx(0.5627, abs=1e-4), pytest.approx(0.8516, abs=1e-4), 1.0)
     assert [model.predictors.answering(t) for t in grid[:-1]] == [[0], [1], [2]]
     t = [model.predictors.t(state.u) for state in model.prepare([make_input()], 0).path]
     assert all(grid[d] <= t[d] <= grid[d + 1] for d in range(3))
+    # The twin's time is not warped.
+    assert make_model("CascadeDetector", TIME_RATE=2.0, SAMPLER__STEPS=4).time_grid == (0, 0.25, 0.5, 0.75, 1)
 
 
 @pytest.mark.parametrize(

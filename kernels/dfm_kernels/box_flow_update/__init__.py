@@ -11,11 +11,10 @@ from dfm_kernels.box_flow_update.reference import (
     expand_t,
     signal_to_boxes_xyxy,
     signal_to_cxcywh,
-    velocity_from_endpoint,
     xyxy_to_cxcywh,
 )
 
 __all__ = ["BoxFlowUpdate", "box_flow_update"]
-__all__ += ["aggregate", "decode_endpoint", "euler_step", "expand_t", "velocity_from_endpoint"]
+__all__ += ["aggregate", "decode_endpoint", "euler_step", "expand_t"]
 __all__ += ["boxes_to_signal", "signal_to_boxes_xyxy", "signal_to_cxcywh"]
 __all__ += ["cxcywh_to_xyxy", "xyxy_to_cxcywh"]

@@ -23,13 +23,12 @@ class BoxFlowUpdate(NamedTuple):
     """What one step yields.
 
     x_next: `(B, N, 4)` signal. x_1_hat: `(B, N, 4)` signal, the aggregated endpoint, clamped to [-s, s].
-    velocity: `(B, N, 4)` signal per unit of t. boxes_xyxy: `(B, N, 4)` pixels, of `x_next`, inside the image.
+    boxes_xyxy: `(B, N, 4)` pixels, of `x_next`, inside the image.
     class_probs: `(B, N, K)`.
     """
 
     x_next: Tensor
     x_1_hat: Tensor
-    velocity: Tensor
     boxes_xyxy: Tensor
     class_probs: Tensor
 
@@ -112,13 +111,6 @@ def decode_endpoint(
     return boxes_to_signal(torch.cat([center, size], dim=-1), signal_scale)
 
 
-def velocity_from_endpoint(x_t: Tensor, x_1_hat: Tensor, t: Tensor) -> Tensor:
-    """`v = (x_1_hat - x_t) / (1 - t)`; zero at t = 1, where no time is left."""
-    remaining = 1 - expand_t(t, x_t)
-    velocity = (x_1_hat - x_t) / remaining.clamp(min=_TIME_EPS)
-    return torch.where(remaining > _TIME_EPS, velocity, torch.zeros_like(velocity))
-
-
 def euler_step(x_t: Tensor, x_1_hat: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     """`x_t + (t_next - t) / (1 - t) (x_1_hat - x_t)`; exactly `x_1_hat` at `t_next = 1`.
 
@@ -173,6 +165,5 @@ def box_flow_update(
     endpoints = torch.stack(endpoints).clamp(-signal_scale, signal_scale)
     x_1_hat, class_probs = aggregate(endpoints, class_logits, aggregation)
     x_next = euler_step(x_t, x_1_hat, t, t_next)
-    velocity = velocity_from_endpoint(x_t, x_1_hat, t)
     boxes_xyxy = signal_to_boxes_xyxy(x_next, image_sizes, signal_scale)
-    return BoxFlowUpdate(x_next, x_1_hat, velocity, boxes_xyxy, class_probs)
+    return BoxFlowUpdate(x_next, x_1_hat, boxes_xyxy, class_probs)

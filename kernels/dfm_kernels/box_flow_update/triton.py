@@ -47,11 +47,9 @@ def _share(x, s, least):
 
 @triton.jit
 def _step(x, x_1, t, t_next, remaining, eps):
-    """Euler: `x + (t_next - t) / (1 - t) (x_1 - x)`, exactly `x_1` at t_next = 1; and the velocity."""
+    """Euler: `x + (t_next - t) / (1 - t) (x_1 - x)`, exactly `x_1` at t_next = 1."""
     share = _clamp((t_next - t) / tl.maximum(remaining, eps), 0.0, 1.0)
-    x_next = tl.where(t_next >= 1, x_1, x + share * (x_1 - x))
-    velocity = tl.where(remaining > eps, (x_1 - x) / tl.maximum(remaining, eps), 0.0)
-    return x_next, velocity
+    return tl.where(t_next >= 1, x_1, x + share * (x_1 - x))
 
 
 @triton.jit
@@ -59,7 +57,7 @@ def _box_flow_update_fwd_kernel(
     inputs, outputs, counts, numbers, CONFIDENCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     x_ptr, answer_ptr, logit_ptr, t_ptr, t_next_ptr, size_ptr = inputs
-    x_next_ptr, x_1_ptr, velocity_ptr, box_ptr, prob_ptr = outputs
+    x_next_ptr, x_1_ptr, box_ptr, prob_ptr = outputs
     num_queries, num_proposals, num_predictors, num_classes, t_stride, t_next_stride = counts
     s, w_x, w_y, w_w, w_h, min_side, max_log, eps = numbers
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -99,11 +97,10 @@ def _box_flow_update_fwd_kernel(
 
     tl.store(prob_ptr + m[:, None] * num_classes + k[None, :], sum_p / total, mask=tile)
     end_centre, end_size = sum_centre / total, sum_size / total
-    next_centre, velocity_centre = _step(x_centre, end_centre, t, t_next, remaining, eps)
-    next_size, velocity_size = _step(x_size, end_size, t, t_next, remaining, eps)
+    next_centre = _step(x_centre, end_centre, t, t_next, remaining, eps)
+    next_size = _step(x_size, end_size, t, t_next, remaining, eps)
     store_boxes(x_1_ptr, end_centre, end_size, m, axis, inside)
     store_boxes(x_next_ptr, next_centre, next_size, m, axis, inside)
-    store_boxes(velocity_ptr, velocity_centre, velocity_size, m, axis, inside)
 
     # Pixels of a copy clamped to signal space, clipped to the image. Sizes are height, width.
     extent = tl.load(size_ptr + image[:, None] * 2 + 1 - axis[None, :], mask=inside[:, None], other=1.0)
@@ -147,7 +144,7 @@ def stride_of(t: Tensor) -> int:
 
 def _empty_outputs(tensors: list[Tensor]) -> list[Tensor]:
     x_t, _, class_logits, *_ = tensors
-    boxes = [x_t.new_empty(x_t.shape) for _ in range(4)]
+    boxes = [x_t.new_empty(x_t.shape) for _ in range(3)]
     return [*boxes, x_t.new_empty(*x_t.shape[:2], class_logits.shape[-1])]
 
 
