@@ -15,59 +15,54 @@ from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, MetadataCatalog
 
 SIZE, NAMES = (64, 32), ["cat", "dog"]
-# Of each split, the boxes (class, x0, y0, x1, y1) of each image, in order of its name.
+# {split: {name of an image: its boxes (class, x0, y0, x1, y1)}}
 BOXES = {
     "train": {"1": [(1, 4, 8, 20, 24), (0, 0, 0, 64, 32)], "2": [], "3": [(0, 8, 2, 24, 18)]},
     "val": {"4": [(1, 32, 16, 64, 32)]},
 }
-DATA_YAML = "names: [cat, dog]\ntrain: ../train/images\nval: ../val/images\n"
 
 
-def save(folder, name, seed=0):
+def save(folder, name):
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels_of(int(name) + seed, SIZE)).save(folder / f"{name}.jpg")
+    Image.fromarray(pixels_of(int(name), SIZE)).save(folder / f"{name}.jpg")
 
 
 def write_voc(root):
     voc = VocFolder(root)
     for split, images in BOXES.items():
-        written = {n: [(NAMES[k], x0 + 1, y0 + 1, x1, y1) for k, x0, y0, x1, y1 in images[n]] for n in images}
-        voc.split(split, images)
-        for name in images:
-            voc.add(name, written[name], SIZE)
+        voc.split(split, [*images])
+        for name, boxes in images.items():
+            voc.add(name, [(NAMES[k], x0 + 1, y0 + 1, x1, y1) for k, x0, y0, x1, y1 in boxes], SIZE)
 
 
 def write_coco(root, json_of, images_of, categories=()):
     """json_of, images_of: paths below root, for a split."""
-    content = {"categories": [*categories, *({"id": k + 1, "name": n} for k, n in enumerate(NAMES))]}
+    categories = [*categories, *({"id": k + 1, "name": name} for k, name in enumerate(NAMES))]
     for split, images in BOXES.items():
-        for name in images:
+        content = {"categories": categories, "images": [], "annotations": []}
+        for name, boxes in images.items():
             save(root / images_of.format(split), name)
-        content["images"] = [{"id": int(name), "file_name": f"{name}.jpg"} for name in images]
-        content["annotations"] = [
-            {"image_id": int(name), "category_id": k + 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-            for name in images
-            for k, x0, y0, x1, y1 in images[name]
-        ]
-        path = root / json_of.format(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+            content["images"].append({"id": int(name), "file_name": f"{name}.jpg"})
+            for k, x0, y0, x1, y1 in boxes:
+                found = {"image_id": int(name), "category_id": k + 1, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                content["annotations"].append(found)
+        (root / json_of.format(split)).parent.mkdir(parents=True, exist_ok=True)
+        (root / json_of.format(split)).write_text(json.dumps(content))
 
 
-def write_yolo(root, folder="{1}/{0}", data_yaml=DATA_YAML, boxes=BOXES):
+def yolo_line(k, x0, y0, x1, y1):
+    return f"{k} {(x0 + x1) / 128} {(y0 + y1) / 64} {(x1 - x0) / 64} {(y1 - y0) / 32}\n"
+
+
+def write_yolo(root, folder="{1}/{0}", data_yaml="names: [cat, dog]\nval: ../val/images", sets=BOXES):
     """folder: path below root of {0} "images" or "labels" and {1} a split."""
-    for split, images in boxes.items():
+    for split, images in sets.items():
         labels = root / folder.format("labels", split)
         labels.mkdir(parents=True)
-        for name, found in images.items():
+        for name, boxes in images.items():
             save(root / folder.format("images", split), name)
-            shares = [
-                ((x0 + x1) / 128, (y0 + y1) / 64, (x1 - x0) / 64, (y1 - y0) / 32)
-                for _, x0, y0, x1, y1 in found
-            ]
-            if found:  # no file is no object
-                lines = [" ".join(map(str, (box[0], *share))) for box, share in zip(found, shares)]
-                (labels / f"{name}.txt").write_text("\n".join(lines))
+            if boxes:  # no file is no object
+                (labels / f"{name}.txt").write_text("".join(yolo_line(*box) for box in boxes))
     (root / "data.yaml").write_text(data_yaml)
 
 
@@ -105,40 +100,40 @@ def test_a_set_is_the_same_in_every_layout(tmp_path, layout):
 
 
 def test_polygons_and_a_set_without_splits_that_a_resume_divides_as_before(tmp_path):
-    images = {str(n): [(0, 1, 1, 9, 9)] for n in range(10)}
+    images, out = {str(n): [(0, 1, 1, 9, 9)] for n in range(10)}, tmp_path / "out"
     write_yolo(tmp_path / "flat", "{0}", "names: [cat]", {"train": images})
     (tmp_path / "flat/labels/1.txt").write_text("0 .25 .5 .5 .25 .75 1\n")
-    (tmp_path / "flat/images/1.jpg").rename(tmp_path / "flat/images/11.JPG")
-    (tmp_path / "flat/labels/1.txt").rename(tmp_path / "flat/labels/11.txt")
-    (first, _), (again, _) = (read(tmp_path / "flat", tmp_path / "out") for _ in range(2))
+    rename(tmp_path / "flat/images", ("1.jpg", "1.JPG"))
+    (first, _), (again, _) = (read(tmp_path / "flat", out) for _ in range(2))
     assert first == again and (len(first["root_train"]), len(first["root_test"])) == (8, 2)
     both = first["root_train"] | first["root_test"]
-    assert len(both) == 10 and both["11"]["annotations"][0]["bbox"] == [16, 8, 48, 32]
-    record = json.loads((tmp_path / "out/split.json").read_text())
+    assert len(both) == 10 and both["1"]["annotations"][0]["bbox"] == [16, 8, 48, 32]
+    record = json.loads((out / "split.json").read_text())
     assert {Path(name).stem for name in record["held_out"]} == set(first["root_test"])
-    record["held_out"] = ["5.jpg"]
-    (tmp_path / "out/split.json").write_text(json.dumps(record))
-    assert set(read(tmp_path / "flat", tmp_path / "out")[0]["root_test"]) == {"5"}
+    (out / "split.json").write_text(json.dumps({**record, "held_out": ["5.jpg"]}))
+    assert set(read(tmp_path / "flat", out)[0]["root_test"]) == {"5"}
+    (out / "split.json").write_text("[")
+    with pytest.raises(UserError, match="split.json is damaged: remove it"):
+        read(tmp_path / "flat", out)
 
 
-@pytest.mark.parametrize(
-    "label, says",
-    [
-        ("2 .5 .5 .1 .1", "the line '2 .5 .5 .1 .1' has a class beyond the 2 names of data.yaml"),
-        ("0 40 20 9 9", "the line '0 40 20 9 9' goes beyond 0 to 1: it must be 'class cx cy width height'"),
-        ("0 -.5 .5 .1 .1", "goes beyond 0 to 1"),
-        ("cat .5 .5 .1 .1", "is not numbers"),
-        ("0 .5 nan .1 .1", "is not numbers"),
-        ("0 .5 .5 .1", "has 4 numbers"),
-        ("0 .5 .5 0 .1", "zero area"),
-    ],
-)
+BAD_LINES = {
+    "2 .5 .5 .1 .1": "the line '2 .5 .5 .1 .1' has a class beyond the 2 names of data.yaml",
+    "0 40 20 9 9": "the line '0 40 20 9 9' goes beyond 0 to 1: it must be 'class cx cy width height'",
+    "0 -.5 .5 .1 .1": "goes beyond 0 to 1",
+    "cat .5 .5 .1 .1": "is not numbers",
+    "0 .5 nan .1 .1": "is not numbers",
+    "0 .5 .5 .1": "has 4 numbers",
+    "0 .5 .5 0 .1": "zero area",
+}
+
+
+@pytest.mark.parametrize("label, says", BAD_LINES.items())
 def test_a_bad_line_is_reported_and_fatal_where_nothing_is_left(tmp_path, caplog, label, says):
     write_yolo(tmp_path / "set")
     (tmp_path / "set/train/labels/1.txt").write_text(f"0 .5 .5 .1 .1\n\n{label}\n")
-    with caplog.at_level(logging.WARNING):
-        train = read(tmp_path / "set", tmp_path / "out")[0]["root_train"]
-    assert len(train["1"]["annotations"]) == 1 and says in caplog.text and "1.txt" in caplog.text
+    train = read(tmp_path / "set", tmp_path / "out")[0]["root_train"]
+    assert len(train["1"]["annotations"]) == 1 and says in caplog.text
     for name in "13":
         (tmp_path / f"set/train/labels/{name}.txt").write_text(label)
     with pytest.raises(UserError, match="root_train has no usable box. First: 1.txt: ") as caught:
@@ -173,8 +168,9 @@ def test_a_bad_folder_is_one_message(tmp_path, says, spoil):
     assert "\n" not in str(caught.value)
 
 
-def test_labels_without_images_and_broken_images_are_counted_and_the_sheet_is_drawn(tmp_path, caplog):
-    write_yolo(tmp_path / "set", boxes={**BOXES, "train": {**BOXES["train"], "7": [(1, 0, 0, 4, 4)] * 30}})
+def test_what_was_found_is_said_and_shown_and_the_rest_is_chosen(tmp_path, caplog):
+    full = {**BOXES["train"], "7": [(1, 0, 0, 4, 4)] * 30}
+    write_yolo(tmp_path / "set", sets={**BOXES, "train": full})
     (tmp_path / "set/train/labels/gone.txt").write_text("")
     (tmp_path / "set/train/images/2.jpg").write_text("no image")
     cfg = make_cfg(tmp_path / "set", ("root_train",), ("root_test",))

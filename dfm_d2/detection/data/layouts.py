@@ -149,9 +149,12 @@ def _held_out(ids: list, root: str, seed: int, record: Path) -> set:
     """The ids of the images that are not trained on."""
     from dfm_d2.framework import comm  # torch, which a missing file should not wait for
 
-    saved = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if saved.get("root") == root and {*saved["held_out"]} & {*ids}:
-        return set(saved["held_out"])
+    try:
+        saved = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"root": None}
+        if saved["root"] == root and {*saved["held_out"]} & {*ids}:
+            return set(saved["held_out"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is damaged: remove it, and the images are divided anew.") from error
     order = np.random.default_rng([seed, _HOLD_OUT_KEY]).permutation(len(ids)).tolist()
     held = [ids[place] for place in sorted(order[: max(round(_HELD_OUT * len(ids)), 1)])]
     if comm.is_main_process():

@@ -1,5 +1,6 @@
 """What a run is about to train on: its numbers and nine pictures, and what the config leaves to be chosen."""
 
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfm_d2.data.images import read_image
+from dfm_d2.data.images import ImageError, read_image
 from dfm_d2.detection.data.loader import resize_shortest_edge
 from dfm_d2.detection.data.registration import ROOT_PREFIX, register_datasets
 from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog, comm
@@ -79,9 +80,10 @@ def _write_sheet(cfg: CfgNode, name: str) -> Path:
     from dfm_d2.visualize.boxes import draw_sheet
 
     shown, pictures = [entry for entry in DatasetCatalog.get(name) if entry["annotations"]], []
-    for entry in shown[:: -(-len(shown) // 9) or 1]:
+    for entry in (shown[place] for place in sorted({k * len(shown) // 9 for k in range(9 if shown else 0)})):
         boxes = np.array([a["bbox"] for a in entry["annotations"]])
-        image, boxes = resize_shortest_edge(read_image(entry["file_name"]), boxes, 320, 640)
-        pictures.append((image, [(box, a["category_id"]) for box, a in zip(boxes, entry["annotations"])]))
+        with contextlib.suppress(ImageError):  # the loader reports it
+            image, boxes = resize_shortest_edge(read_image(entry["file_name"]), boxes, 320, 640)
+            pictures.append((image, [(box, a["category_id"]) for box, a in zip(boxes, entry["annotations"])]))
     classes = MetadataCatalog.get(name).thing_classes
     return draw_sheet(Path(cfg.OUTPUT_DIR) / "dataset.png", pictures, classes)
