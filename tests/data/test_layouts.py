@@ -8,7 +8,7 @@ import pytest
 from data_helpers import VocFolder, make_cfg, pixels_of
 from PIL import Image
 
-from dfm_d2.detection.data.overview import register_and_show
+from dfm_d2.detection.data.overview import choose, register_and_show
 from dfm_d2.detection.data.registration import register_datasets
 from dfm_d2.detection.from_config import detector_arguments
 from dfm_d2.errors import UserError
@@ -148,7 +148,7 @@ def rename(root, *pairs):
 
 CODE = "a: !!python/object/apply:os.system ['false']"
 WRONG = {
-    "has none of the layouts that are read, VOC .*, but data.yam, train, val.": lambda r: rename(
+    "has none of the layouts that are read: VOC .* It holds data.yam, train, val.": lambda r: rename(
         r, ("data.yaml", "data.yam"), ("train/labels", "train/x"), ("val/labels", "val/x")
     ),
     "names: write one with, say, 'names": lambda r: (r / "data.yaml").write_text("nc: 2"),
@@ -190,3 +190,21 @@ def test_what_was_found_is_said_and_shown_and_the_rest_is_chosen(tmp_path, caplo
         assert said in caplog.text
     with Image.open(tmp_path / "out/dataset.png") as sheet:
         assert min(sheet.size) > 100
+
+
+def test_sizes_suit_the_smallest_boxes_and_a_rare_class():
+    def entry(sides, classes):
+        boxes = [{"bbox": [0, 0, side, side], "category_id": k} for side, k in zip(sides, classes)]
+        return {"height": 480, "width": 640, "annotations": boxes}
+
+    cases = [
+        ([100], [0], 192),
+        ([100] * 8 + [20] * 2, [0] * 10, 480),
+        ([100] * 30 + [40], [0] * 30 + [1], 288),
+    ]
+    for sides, classes, wanted in cases:
+        cfg = make_cfg()
+        cfg.INPUT.MIN_SIZE_TRAIN, before = (), cfg.MODEL.DFM.NUM_PROPOSALS
+        choose(cfg, [entry(sides, classes)])
+        assert cfg.INPUT.MIN_SIZE_TEST == wanted and cfg.INPUT.MIN_SIZE_TRAIN[1] == wanted
+        assert cfg.MODEL.DFM.NUM_PROPOSALS == before

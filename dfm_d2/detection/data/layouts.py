@@ -107,8 +107,8 @@ def locate_root(root: Path, wanted: Sequence[str], seed: int, record: Path) -> S
     if not splits:
         there = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         raise UserError(
-            f"{root} has none of the layouts that are read, VOC (Annotations/, JPEGImages/), COCO "
-            f"(annotations/*.json, <split>/{_ROBOFLOW}) and YOLO (data.yaml, images/, labels/), but {there}."
+            f"{root} has none of the layouts that are read: VOC (Annotations/, JPEGImages/), COCO "
+            f"(annotations/, <split>/{_ROBOFLOW}), YOLO (data.yaml, images/, labels/). It holds {there}."
         )
     source = _named(splits, "train") or (next(iter(splits)) if len(splits) == 1 else None)
     if source is not None and _named(splits, "test") in (None, source):

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 # N is so many times the most boxes in an image, within bounds.
 _PROPOSALS_A_BOX, _LEAST_PROPOSALS, _MOST_PROPOSALS = 4, 40, 300
-# The short side of images is the multiple of _STEP at which nine boxes in ten have at least the root of the
-# area _SMALL_BOX, in pixels, within bounds. The finest level has a stride of 4.
+# The short side of images is the multiple of _STEP at which nine boxes in ten, and half of every class, have
+# at least the root of the area _SMALL_BOX, in pixels, within bounds. The finest level has a stride of 4.
 _SMALL_BOX, _STEP, _LEAST_SIDE, _MOST_SIDE = 24, 32, 192, 480
 
 
@@ -65,9 +65,12 @@ def choose(cfg: CfgNode, entries: list[dict]) -> str:
         chosen.append(f"MODEL.DFM.NUM_PROPOSALS {dfm.NUM_PROPOSALS}")
     if not inputs.MIN_SIZE_TRAIN:
         shorts = [min(e["height"], e["width"]) for e in entries] or [_LEAST_SIDE]
-        boxes = [(*_sides(a), short) for e, short in zip(entries, shorts) for a in e["annotations"]]
-        shares = [math.sqrt(width * height) / short for width, height, short in boxes] or [1.0]
-        wanted = np.clip(_SMALL_BOX / np.quantile(shares, 0.1), _LEAST_SIDE, _MOST_SIDE)
+        shares = defaultdict(list)  # of the short side, for each class
+        for annotation, short in [(a, short) for e, short in zip(entries, shorts) for a in e["annotations"]]:
+            shares[annotation["category_id"]].append(math.sqrt(math.prod(_sides(annotation))) / short)
+        shares = shares or {0: [1.0]}
+        small = min(np.quantile(sum(shares.values(), []), 0.1), *map(np.median, shares.values()))
+        wanted = np.clip(_SMALL_BOX / small, _LEAST_SIDE, _MOST_SIDE)
         side = int(-(-min(wanted, np.median(shorts)) // _STEP)) * _STEP  # images are not enlarged
         inputs.MIN_SIZE_TRAIN = (max(side - _STEP, _STEP), side, side + _STEP)
         inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TRAIN, inputs.MAX_SIZE_TEST = side, 2 * side, 2 * side
