@@ -18,9 +18,6 @@ KEYS = (
     Key("UPDATE.METHOD", "flow", choices=tuple(METHODS), gone={"stochastic_forward_forward": _STOCHASTIC}),
     Key("MODEL.PIXEL_MEAN", lengths=(1, 3)),
     # ---- data
-    # What the names `root_<split>` read: a folder or a tar of <split>/<class>/<image>, or a folder of idx
-    # files (gzip or not). Where torchvision's CIFAR lies or is downloaded to.
-    Key("DATASETS.ROOT", ""),
     # Share of the training images that is not trained on, as the set "held_out", to choose values by.
     Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
     # Side in pixels to which images are resized; 0: they are taken as they are, all of one size.

@@ -16,15 +16,15 @@ KEYS = (
     Key("MODEL.RESNETS.STEM_OUT_CHANNELS", least=1),
     Key("MODEL.RESNETS.WIDTH_PER_GROUP", least=1),
     # ---- data
-    # A folder in VOC layout (Annotations/, ImageSets/Main/, JPEGImages/). The dataset names
-    # `voc_root_<split>` in DATASETS.TRAIN / DATASETS.TEST read ImageSets/Main/<split>.txt of it.
+    # An alias of DATASETS.ROOT. The names `voc_root_<split>` read exactly ImageSets/Main/<split>.txt of it.
     Key("DATASETS.VOC_ROOT", ""),
     # COCO json by path: the names `coco_json_train` and `coco_json_val` read these.
     Key("DATASETS.COCO_TRAIN_JSON", ""),
     Key("DATASETS.COCO_TRAIN_IMAGES", ""),
     Key("DATASETS.COCO_VAL_JSON", ""),
     Key("DATASETS.COCO_VAL_IMAGES", ""),
-    Key("INPUT.MIN_SIZE_TRAIN", least=0, filled=True),  # 0: no resize
+    # 0: no resize. Empty: it, MIN_SIZE_TEST and the two MAX_SIZE are chosen from the training set.
+    Key("INPUT.MIN_SIZE_TRAIN", least=0),
     Key("INPUT.MIN_SIZE_TRAIN_SAMPLING", choices=("choice", "range")),
     Key("INPUT.MAX_SIZE_TRAIN", least=1),
     Key("INPUT.MIN_SIZE_TEST", least=0),
@@ -38,8 +38,8 @@ KEYS = (
     # ---- the flow
     # D, the number of predictors, each a block of local update.
     Key("MODEL.DFM.NUM_PREDICTORS", 4, least=1),
-    # N, the number of proposals, in training.
-    Key("MODEL.DFM.NUM_PROPOSALS", 100, least=1),
+    # N, the number of proposals, in training; 0: chosen from the training set.
+    Key("MODEL.DFM.NUM_PROPOSALS", 100, least=0),
     # s of x = (2 b - 1) s (docs/math.md, equation 4).
     Key("MODEL.DFM.SIGNAL_SCALE", 2.0, above=0),
     # Slots of x_1 that each ground-truth box fills at most; the others are background.
@@ -146,7 +146,6 @@ REMOVED = {
     "MODEL.DFM.SAMPLER.TIME_GRID": ([], "MODEL.DFM.SAMPLER.STEPS are even in the warped time"),
     "TEST.AP": (..., "every AP is computed"),
     "DATASETS.HOLD_OUT": _OF_CLASSIFIERS,
-    "DATASETS.ROOT": _OF_CLASSIFIERS,
     "INPUT.IMAGE_SIZE": _OF_CLASSIFIERS,
     "INPUT.RANDOM_SHIFT": _OF_CLASSIFIERS,
     "MODEL.CLASSIFIER": _OF_CLASSIFIERS,

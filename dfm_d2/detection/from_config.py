@@ -29,6 +29,11 @@ def detector_arguments(cfg) -> dict:
             f"MODEL.DFM.NUM_CLASSES must be at least 1, got {dfm.NUM_CLASSES} "
             "(0 is filled in from the data set by tools/train_net.py)"
         )
+    if not dfm.NUM_PROPOSALS or not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise UserError(
+            "MODEL.DFM.NUM_PROPOSALS 0 and an empty INPUT.MIN_SIZE_TRAIN are chosen from the data by "
+            "tools/train_net.py: take the config.yaml that it wrote into OUTPUT_DIR."
+        )
     try:
         backbone = build_backbone(cfg)
     except (AssertionError, KeyError, ValueError) as error:  # Detectron2 asserts

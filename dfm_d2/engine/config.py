@@ -10,6 +10,9 @@ KEYS = (
     Key("DATALOADER.NUM_WORKERS", least=0),
     # Class names in the order of their indices; empty: found in the data, sorted.
     Key("DATASETS.CLASSES", [], of=str),
+    # The user's own data, which the names `root_<split>` read: a folder, or a tar of a classifier, in one of
+    # the layouts of docs/data.md. Where torchvision's CIFAR lies or is downloaded to.
+    Key("DATASETS.ROOT", ""),
     Key("DATASETS.TRAIN", of=str),
     Key("DATASETS.TEST", of=str),
     # A broken annotation, a missing or truncated image, a box of zero area: "skip" counts and reports them

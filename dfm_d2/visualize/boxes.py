@@ -84,6 +84,23 @@ def draw_predictions(
     return save_figure(figure, path)
 
 
+def draw_sheet(
+    path: str | Path,
+    pictures: Sequence[tuple[np.ndarray, Sequence[tuple[Sequence[float], int]]]],
+    class_names: Sequence[str],
+) -> Path:
+    """Images in three columns, each with its ground truth, as in draw_predictions. Returns the path."""
+    figure, axes = _panels(max(-(-len(pictures) // 3), 1), 3)
+    for panel in axes.flat:
+        panel.axis("off")
+    for panel, (image, truth) in zip(axes.flat, pictures):
+        _show(panel, image)
+        for box, label in truth:
+            draw_box(panel, box, class_color(label), class_names[label])
+    place_labels(figure)
+    return save_figure(figure, path)
+
+
 def draw_flow(
     path: str | Path, record: FlowRecord, image: np.ndarray, class_names: Sequence[str], score_thresh: float
 ) -> Path:

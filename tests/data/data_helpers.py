@@ -15,10 +15,10 @@ from dfm_d2.framework import get_cfg
 
 
 def make_cfg(root="", train=("voc_root_train",), test=(), **keys):
-    """root: of VOC_ROOT and ROOT; keys: others of DATASETS."""
+    """root: of ROOT; keys: others of DATASETS."""
     cfg = get_cfg()
     add_dfm_config(cfg)
-    keys = {"VOC_ROOT": str(root), "ROOT": str(root), "TRAIN": tuple(train), "TEST": tuple(test), **keys}
+    keys = {"ROOT": str(root), "TRAIN": tuple(train), "TEST": tuple(test), **keys}
     cfg.DATASETS.update(keys)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (24, 32), 0
     cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED = 0, 2, 5

@@ -87,8 +87,16 @@ def test_what_is_not_coco_json_says_so(coco, text, says):
     [
         ("nonsense", {}, "Unknown data set 'nonsense'.*voc_root_<split>"),
         ("voc_2007_nonsense", {}, "Unknown data set"),
-        ("voc_root_train", {"VOC_ROOT": ""}, "DATASETS.VOC_ROOT"),
-        ("voc_root_train", {"VOC_ROOT": "/nowhere/at/all"}, "/nowhere/at/all, which is missing"),
+        ("voc_root_train", {"ROOT": ""}, "needs DATASETS.ROOT"),
+        ("root_train", {"ROOT": ""}, "needs DATASETS.ROOT"),
+        ("voc_root_train", {"ROOT": "", "VOC_ROOT": "/nowhere/at/all"}, "/nowhere/at/all, which is missing"),
+        ("root_train", {"ROOT": "/nowhere/at/all"}, "/nowhere/at/all, which is missing"),
+        (
+            "root_train",
+            {"VOC_ROOT": "/nowhere"},
+            "and its alias DATASETS.VOC_ROOT /nowhere differ: set one",
+        ),
+        ("root_nosuch", {}, "has no split nosuch but broken, train, test: name one"),
         ("voc_root_nosuch", {}, "nosuch.txt, which is missing.*train"),
         ("voc_root_broken", {}, "no usable image"),
         ("voc_root_train", {"CLASSES": ["dog", "dog"]}, "twice"),

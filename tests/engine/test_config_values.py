@@ -58,7 +58,7 @@ BAD_DETECTORS = {
     "D.SAMPLER.PREDICTORS [0]": "MODEL.DFM.SAMPLER.MEMBERS chooses",
     "D.INTERVALS 1 D.SAMPLER.MEMBERS [1,1]": "name each predictor once",
     "D.INTERVALS 2 D.SAMPLER.MEMBERS [2]": "predictors go from 0 to 1",
-    "INPUT.MIN_SIZE_TRAIN ()": "INPUT.MIN_SIZE_TRAIN is (); it must not be empty.",
+    "INPUT.MIN_SIZE_TRAIN () INPUT.MIN_SIZE_TRAIN_SAMPLING range": "range wants (low, high).",
     "INPUT.DETR_CROP 1.0 INPUT.CROP_SIZE (600,384)": "CROP_SIZE is (600, 384); it must be (least, greatest).",
     "INPUT.MIN_SIZE_TRAIN_SAMPLING range": "MIN_SIZE_TRAIN_SAMPLING range wants (low, high).",
     "MODEL.PIXEL_MEAN [1.0]": "PIXEL_MEAN is [1.0]; it must have 3 numbers.",

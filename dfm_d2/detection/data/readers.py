@@ -1,6 +1,6 @@
-"""Readers of images with boxes: the PASCAL VOC layout and COCO detection json.
+"""Readers of images with boxes: the PASCAL VOC layout and COCO detection json (yolo.py has the third).
 
-Both return Detectron2's data set dicts, except that an annotation has the name of its class, "category",
+They return Detectron2's data set dicts, except that an annotation has the name of its class, "category",
 instead of "category_id" and "bbox_mode". What is broken goes to a ProblemReport and is left out.
 
 Boxes are xyxy in pixels, counted from 0, half-open. A VOC file counts pixels from 1 and its xmax, ymax are
@@ -12,6 +12,7 @@ would make a box of one pixel of it. A COCO file has x0, y0, width, height.
 import json
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -25,7 +26,7 @@ from dfm_d2.data.problems import Problem, ProblemReport
 from dfm_d2.errors import UserError
 
 CLIP_TOLERANCE = 1.0  # pixels by which a box may pass the border without being a problem (rounding of tools)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".bmp")
 _MEMBER_LINE = re.compile(r"(\S+)\s+(?:-1|0|1)")  # "<name> <flag>" of the per-class split files
 _LISTED = "is listed in the split but missing in"
 # The lists of a COCO json, and the fields that we index by.
@@ -52,19 +53,21 @@ def read_voc_split(root: str | Path, split: str, report: ProblemReport, decode_u
         if not path.is_file():
             raise Problem(f"{image_id}.xml", "missing_annotation", f"{_LISTED} Annotations/")
         stated, objects = parse_voc_xml(path.read_bytes(), path.name, report)
-        images = (root / "JPEGImages" / f"{image_id}{suffix}" for suffix in _IMAGE_SUFFIXES)
+        images = (root / "JPEGImages" / f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES)
         image = next((image for image in images if image.is_file()), None)
         if image is None:
             raise Problem(f"{image_id}.jpg", "missing_image", f"{_LISTED} JPEGImages/")
-        entry = _image_entry(image, image_id, stated, path.name, verify=len(members) <= decode_up_to)
-        add = partial(_clipped, entry=entry, source=path.name, report=report)
+        entry = image_entry(image, image_id, stated, path.name, verify=len(members) <= decode_up_to)
+        add = partial(clipped_object, entry=entry, source=path.name, report=report)
         return {**entry, "annotations": report.keep(add, objects)}
 
     return report.keep(entry_of, members)
 
 
 def split_members(root: str | Path, split: str) -> list[str]:
-    """Image names listed in ImageSets/Main/<split>.txt, in its order."""
+    """Image names listed in ImageSets/Main/<split>.txt, in its order; of the split "" all there are."""
+    if not split:
+        return sorted(path.stem for path in Path(root).glob("Annotations/*.xml"))
     path = Path(root) / "ImageSets" / "Main" / f"{split}.txt"
     lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
     return [match[1] if (match := _MEMBER_LINE.fullmatch(line)) else line for line in lines if line]
@@ -115,9 +118,11 @@ def _number(node: Element, path: str) -> float | None:
 
 
 def read_coco(
-    json_path: str | Path, image_root: str | Path, report: ProblemReport, decode_up_to: int
+    json_path: str | Path, folders: Sequence[Path], report: ProblemReport, decode_up_to: int
 ) -> tuple[list[dict], dict[int, str]]:
-    """Read a COCO json; decode_up_to as for read_voc_split.
+    """Read a COCO json whose images are in the first of these folders that has them.
+
+    decode_up_to: as for read_voc_split.
 
     Returns (entries in the order of their image ids, {category id: name} in the order of the ids).
     Raises UserError if it is not COCO detection json.
@@ -130,14 +135,15 @@ def read_coco(
     verify, seen = len(images) <= decode_up_to, set()
 
     def entry_of(image: dict) -> dict:
-        path, name = Path(image_root) / image["file_name"], image["file_name"]
+        name = image["file_name"]
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if image["id"] in seen:
             raise Problem(name, "duplicate", f"has the image id {image['id']} of another image")
         seen.add(image["id"])
-        if not path.is_file():
+        if path is None:
             raise Problem(name, "missing_image", f"is listed in {json_path.name} but missing")
         stated = image.get("width"), image.get("height")
-        return _image_entry(path, image["id"], stated, json_path.name, verify)
+        return image_entry(path, image["id"], stated, json_path.name, verify)
 
     entries = {e["image_id"]: e for e in report.keep(entry_of, sorted(images, key=itemgetter("id")))}
 
@@ -150,7 +156,7 @@ def read_coco(
             entry = entries[image_id]
             source = Path(entry["file_name"]).name
             found = _coco_object(annotation, f"annotation {label}", source, names)
-            entry["annotations"].append(_clipped(found, entry, source, report))
+            entry["annotations"].append(clipped_object(found, entry, source, report))
 
     report.keep(add_object, annotations)
     return list(entries.values()), names
@@ -196,7 +202,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _image_entry(
+def image_entry(
     path: Path, image_id: str | int, stated: tuple[int | None, int | None], source: str, verify: bool
 ) -> dict:
     """The entry of an image without annotations; not `verify`: only its header is read.
@@ -215,7 +221,7 @@ def _image_entry(
     return {**image, "annotations": []}
 
 
-def _clipped(annotation: dict, entry: dict, source: str, report: ProblemReport) -> dict:
+def clipped_object(annotation: dict, entry: dict, source: str, report: ProblemReport) -> dict:
     """With the box clipped to the image. One that is cut is reported; Problem where nothing is left of it."""
     box, name, size = annotation["bbox"], annotation["category"], (entry["width"], entry["height"])
     (x0, y0, x1, y1), (width, height) = box, size

@@ -1,18 +1,17 @@
 """The data sets that a config names, read, checked and registered in DatasetCatalog and MetadataCatalog.
 
-Names: voc_root_<split>, voc_2007_*, voc_2012_*, coco_json_train|val, coco_2017_train|val. They are ours on
-both providers: Detectron2 registers some of them by itself, and its dicts lack our checks and `difficult`.
+Names: root_<split> (a folder in any layout), voc_root_<split>, voc_2007_*, voc_2012_*, coco_json_train|val,
+coco_2017_train|val. They are ours on both providers: Detectron2 registers some of them by itself, and its
+dicts lack our checks and `difficult`.
 """
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from dfm_d2.data.catalog import distinct, register
 from dfm_d2.data.problems import DECODE_UP_TO, Problem, ProblemReport
-from dfm_d2.detection.data.readers import read_coco, read_voc_split
+from dfm_d2.detection.data.layouts import Found, Reader, coco_reader, locate_root, voc_reader
 from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode
 
@@ -22,38 +21,25 @@ VOC_CLASSES = (
     "pottedplant sheep sofa train tvmonitor"
 ).split()
 
+ROOT_PREFIX = "root_"
 _VOC_NAME = re.compile(r"voc_(2007)_(train|val|trainval|test)|voc_(2012)_(train|val|trainval)")
 _KNOWN_FORMS = (
-    "voc_root_<split> (with DATASETS.VOC_ROOT), voc_2007_{train,val,trainval,test}, "
+    "root_<split> and voc_root_<split> (with DATASETS.ROOT), voc_2007_{train,val,trainval,test}, "
     "voc_2012_{train,val,trainval}, coco_json_{train,val} (with DATASETS.COCO_*), coco_2017_{train,val}"
 )
-
-
-class _Found(NamedTuple):
-    """What was read of one data set. classes: in the order of its format, None where it gives none. ids:
-    COCO's own, {id: class}. metadata: what Detectron2's evaluators look for.
-    """
-
-    entries: list[dict]
-    classes: list[str] | None
-    ids: dict[int, str] | None
-    metadata: dict
-
-    def class_names(self) -> list[str]:
-        names = {target["category"] for entry in self.entries for target in entry["annotations"]}
-        return sorted(names) if self.classes is None else self.classes
 
 
 def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     """Read and register every data set in cfg.DATASETS.TRAIN and TEST, replacing earlier ones of that name.
 
     Classes are cfg.DATASETS.CLASSES if given, else those of the training sets (of the test sets if there are
-    no training sets): VOC's 20 for voc_20xx, the categories of a COCO json by id, the sorted names found in
-    the annotations for voc_root_*. The metadata of a name holds thing_classes and what
+    no training sets): VOC's 20 for voc_20xx, the categories of a COCO json by id, the names of data.yaml for
+    YOLO, else the sorted names found in the annotations. The metadata of a name holds thing_classes and what
     Detectron2's own evaluators look for.
 
     Returns {name: its ProblemReport}. Raises UserError for a missing folder, split or json, an unknown name,
-    training sets whose classes differ, a set without any usable image, and, under DATASETS.ON_ERROR "fatal",
+    training sets whose classes differ, a set without any usable image or a training set without any usable
+    box, and, under DATASETS.ON_ERROR "fatal",
     any problem.
     """
     readers = locate_datasets(cfg)
@@ -65,6 +51,8 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     for name, (entries, _, ids, metadata) in found.items():
         dicts = [dataset_dict(entry, classes, reports[name]) for entry in entries]
         reports[name].conclude(len(dicts), cfg.DATASETS.ON_ERROR)
+        if name in cfg.DATASETS.TRAIN and reports[name].problems and not any(e["annotations"] for e in dicts):
+            raise UserError(f"The data set {name} has no usable box. First: {reports[name].problems[0]}.")
         if ids is not None:
             contiguous = {key: classes.index(label) for key, label in ids.items() if label in classes}
             metadata = {**metadata, "thing_dataset_id_to_contiguous_id": contiguous}
@@ -72,9 +60,21 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     return reports
 
 
-def locate_datasets(cfg: CfgNode) -> dict[str, Callable[[ProblemReport, int], _Found]]:
+def locate_datasets(cfg: CfgNode) -> dict[str, Reader]:
     """What reads each data set of a config. Raises UserError for one that is not known or not there."""
-    return {name: _locate(name, cfg) for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]}
+    keys, names = cfg.DATASETS, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    root = keys.ROOT or keys.VOC_ROOT
+    if keys.VOC_ROOT not in ("", root):
+        raise UserError(
+            f"DATASETS.ROOT {root} and its alias DATASETS.VOC_ROOT {keys.VOC_ROOT} differ: set one."
+        )
+    splits = [name.removeprefix(ROOT_PREFIX) for name in names if name.startswith(ROOT_PREFIX)]
+    if not root and (needs := [name for name in names if re.match("(voc_)?root_", name)]):
+        raise UserError(f"The data set {needs[0]} needs DATASETS.ROOT: set it to the folder of your images.")
+    record = Path(cfg.OUTPUT_DIR) / "split.json"
+    found = locate_root(Path(root), splits, max(cfg.SEED, 0), record) if splits else {}
+    of_root = {ROOT_PREFIX + split: reader for split, reader in found.items()}
+    return {name: of_root.get(name) or _locate(name, cfg, root) for name in names}
 
 
 def dataset_dict(entry: dict, classes: list[str], report: ProblemReport) -> dict:
@@ -92,7 +92,7 @@ def dataset_dict(entry: dict, classes: list[str], report: ProblemReport) -> dict
     return {**entry, "annotations": report.keep(with_index, entry["annotations"])}
 
 
-def _shared_classes(found: dict[str, _Found]) -> list[str]:
+def _shared_classes(found: dict[str, Found]) -> list[str]:
     """The classes that these data sets have in common; of those that give none, all that occur."""
     if all(item.classes is None for item in found.values()):
         return sorted({name for item in found.values() for name in item.class_names()})
@@ -106,14 +106,12 @@ def _shared_classes(found: dict[str, _Found]) -> list[str]:
     return classes
 
 
-def _locate(name: str, cfg: CfgNode) -> Callable[[ProblemReport, int], _Found]:
+def _locate(name: str, cfg: CfgNode, root: str) -> Reader:
     keys = cfg.DATASETS
     base = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     variable = "the environment variable DETECTRON2_DATASETS"
     if match := re.fullmatch("voc_root_(.+)", name):
-        if not keys.VOC_ROOT:
-            raise UserError(f"The data set {name} needs DATASETS.VOC_ROOT: set it to a folder in VOC layout.")
-        return _locate_voc(name, Path(keys.VOC_ROOT), match[1], "DATASETS.VOC_ROOT")
+        return _locate_voc(name, Path(root), match[1], "DATASETS.ROOT")
     if match := _VOC_NAME.fullmatch(name):
         year, split = filter(None, match.groups())
         return _locate_voc(name, base / f"VOC{year}", split, variable, int(year))
@@ -130,8 +128,8 @@ def _locate(name: str, cfg: CfgNode) -> Callable[[ProblemReport, int], _Found]:
     raise UserError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN_FORMS}.")
 
 
-def _locate_voc(name: str, root: Path, split: str, setting: str, year: int | None = None):
-    """year: of an official set, which has the 20 classes; AP differs by it in Detectron2's evaluator."""
+def _locate_voc(name: str, root: Path, split: str, setting: str, year: int | None = None) -> Reader:
+    """year: of an official set, which has the 20 classes."""
     splits = root / "ImageSets" / "Main"
     for path in (root, root / "Annotations", root / "JPEGImages", splits):
         _require(path.is_dir(), name, f"the folder {path}", f"point {setting} to the data")
@@ -139,21 +137,13 @@ def _locate_voc(name: str, root: Path, split: str, setting: str, year: int | Non
     there = ", ".join(sorted(path.stem for path in splits.glob("*.txt"))) or "none"
     remedy = f"name a split that is there ({there}) or point {setting} to other data"
     _require(path.is_file(), name, str(path), remedy)
-    metadata = {"dirname": str(root), "split": split, "year": year or 2012, "evaluator_type": "pascal_voc"}
-    classes = None if year is None else VOC_CLASSES
-    return lambda report, up_to: _Found(read_voc_split(root, split, report, up_to), classes, None, metadata)
+    return voc_reader(root, split) if year is None else voc_reader(root, split, year, VOC_CLASSES)
 
 
-def _locate_coco(name: str, json_file: Path, images: Path, json_setting: str, images_setting: str):
+def _locate_coco(name: str, json_file: Path, images: Path, json_setting: str, images_setting: str) -> Reader:
     _require(json_file.is_file(), name, str(json_file), f"set {json_setting} to the right place")
     _require(images.is_dir(), name, f"the folder {images}", f"set {images_setting} to the right place")
-    metadata = {"json_file": str(json_file), "image_root": str(images), "evaluator_type": "coco"}
-
-    def read(report: ProblemReport, decode_up_to: int) -> _Found:
-        entries, ids = read_coco(json_file, images, report, decode_up_to)
-        return _Found(entries, list(ids.values()), ids, metadata)
-
-    return read
+    return coco_reader(json_file, [images])
 
 
 def _require(is_there: bool, name: str, needed: str, remedy: str) -> None:
