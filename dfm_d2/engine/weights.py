@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def load_tensors(path: str) -> Any:
     Raises UnsafeFileError, having run nothing, if it holds anything else; CheckpointError if it is damaged.
     """
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\S+)|Unsupported \w+ (\S+)|global[: ]+(\S+)", str(error))
@@ -138,10 +140,21 @@ def load_tensors(path: str) -> Any:
             f"{path} is not a plain file of tensors{named}: it was not loaded and nothing in it was run; "
             "save it again as a state dict of tensors, or get it from a source that you trust."
         ) from error
-    except (EOFError, RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (EOFError, RuntimeError, ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = "cannot be read" if isinstance(error, PermissionError) else "is damaged or not of torch.save"
         raise CheckpointError(f"{path} {what} ({first_line}): take another file.") from error
+
+
+def _check_archive(path: str) -> None:
+    """ValueError naming the part of a file of torch.save whose checksum is wrong: torch does not check it."""
+    if zipfile.is_zipfile(path):  # not before torch 1.6, whose files have none
+        with zipfile.ZipFile(path) as archive:
+            parts = [part for part in archive.infolist() if part.CRC]  # 0: set_crc32_options(False)
+            # What is marked as a folder, torch would take for memory as it happens to be.
+            folders = [part.filename for part in parts if part.external_attr & 0x10]
+            if damaged := (*folders, parts and archive.testzip())[0]:
+                raise ValueError(f"the checksum of its {damaged} is wrong")
 
 
 # Names of a torchvision ResNet, and what Detectron2 calls them; applied one after the other.
