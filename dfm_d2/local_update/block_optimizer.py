@@ -77,7 +77,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         only: these blocks; None: all, at the end of an iteration, where the fp16 scale is updated.
         Raises NonFiniteLossError, with nothing stepped, for a norm that is not finite; under fp16 the step of
-        its block is skipped instead.
+        its block is skipped instead. Raises it, too, where a step made parameters that are not finite.
         """
         with_gradient = [b for b in self._inner if any(p.grad is not None for p in self.blocks[b])]
         blocks = with_gradient if only is None else only
@@ -100,6 +100,9 @@ class BlockOptimizer(torch.optim.Optimizer):
             else:
                 self.scaler.step(self._inner[block])
         self.norms.update(norms)
+        with torch.no_grad():
+            weights = {f"weights of block {b}": nn.utils.get_total_norm(self.blocks[b]) for b in blocks}
+        check_finite(weights)
         if self.scaler is not None and only is None:
             self.scaler.update()
 

@@ -47,6 +47,7 @@ BAD_DETECTORS = {
     "D.LOSS.GIOU_WEIGHT -1": "GIOU_WEIGHT is -1.0; it must be at least 0.",
     "D.HEAD.NUM_HEADS 0": "NUM_HEADS is 0; it must be at least 1.",
     "D.SIGNAL_SCALE nan": "SIGNAL_SCALE to 'nan': it must be a finite number.",
+    "SOLVER.BASE_LR .inf": "BASE_LR to '.inf': it must be a finite number.",
     "D.SAMPLER.SCORE_THRESH 1e999": "SCORE_THRESH to '1e999': it must be a finite number.",
     "D.HEAD.IN_FEATURES []": "IN_FEATURES is []; it must not be empty.",
     "D.HEAD.NUM_HEADS 3": "NUM_HEADS is 3; it must divide HIDDEN_DIM 128.",

@@ -2,12 +2,34 @@
 
 import random
 
+import pytest
 import torch
-from toy_model import ToyModel
+from toy_model import UPDATES, ToyModel, make_toy, make_trainer, toy_loader
 
-from dfm_d2.engine.checkpoint import SafeCheckpointer
+from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.weights import load_tensors
 from dfm_d2.errors import CheckpointError
+from dfm_d2.local_update import NonFiniteLossError
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, update):
+    def loader(start: int):
+        for number, batch in enumerate(toy_loader(start)):
+            for group in trainer.optimizer.param_groups if number == 3 else ():
+                group["lr"] = 1e38
+            yield batch
+
+    model = make_toy()
+    trainer = make_trainer(model, loader, update)
+    checkpointer = SafeCheckpointer(model, str(tmp_path), trainer=trainer)
+    trainer.register_hooks([CheckpointHook(checkpointer, 1, 0)])
+    said = "at iteration 3, .*: weights of block .* = (inf|nan).*The last checkpoint is intact"
+    with pytest.raises(NonFiniteLossError, match=said):
+        trainer.train(0, 5)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    saved = load_tensors(str(tmp_path / "model_0000002.pth"))
+    assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 def test_a_flipped_bit_is_seen_or_changes_nothing(tmp_path):
