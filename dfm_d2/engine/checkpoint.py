@@ -1,7 +1,9 @@
 """Checkpoints that survive a kill at any moment, run no code, and say what is wrong with them."""
 
 import logging
-import os
+import re
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,22 @@ import yaml
 from torch import nn
 
 from dfm_d2 import __version__
-from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
+from dfm_d2.data.files import write_atomically, write_text_atomically
+from dfm_d2.engine.folder import LAST
+from dfm_d2.engine.hooks import gather_state
 from dfm_d2.engine.keys import lookup
 from dfm_d2.engine.setup import check_weights
+from dfm_d2.engine.stop import Stopped, StopSignals
 from dfm_d2.engine.weights import check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
-from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManager, PeriodicCheckpointer
+from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, HookBase, PathManager, comm
+from dfm_d2.local_update.processes import all_processes, gather_objects
 
 # The entry of a checkpoint that says what made it: version, provider, class names, config.
 ABOUT = "dfm_d2"
-LAST = "last_checkpoint"
+# The checkpoint of the end, and the one that stands in for the periodic ones until the next of them.
+FINAL, LATEST = "model_final", "model_latest"
+MINUTES = 5.0  # so long after the last checkpoint another one follows
 
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +71,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.cfg = cfg
         self.class_names = list(class_names)
+        self.made: list[str] = []  # the periodic checkpoints that the run has written and not removed
         self._whole = False
         self._path = ""
 
@@ -86,6 +95,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
         _logger.info("Saved %s", path)
 
+    def finish(self, path: str) -> None:
+        """Make the checkpoint ``path`` of a training at its end the final one, where a kill left none."""
+        final = Path(self.save_dir) / f"{FINAL}.pth"
+        with open(path, "rb") as made:
+            write_atomically(final, lambda file: shutil.copyfileobj(made, file))
+        self.tag_last_checkpoint(final.name)
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Make --resume take this file of ``save_dir``."""
         write_text_atomically(Path(self.save_dir) / LAST, last_filename_basename)
@@ -98,7 +114,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         local = _fetch(path) if path else ""
         self._whole, self._path = checkpointables is None, path
         try:
-            return super().load(local, checkpointables)
+            extra = super().load(local, checkpointables)
+            if self._whole and isinstance(made := extra.get("checkpoints"), list):
+                self.made = [name for name in made if re.fullmatch(r"model_\d{7}", str(name))]
+            return extra
         except UserError:
             raise
         except ValueError as error:  # what a part of the run says of a state that is not its own
@@ -179,36 +198,60 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"{self._path} has {problem}: use the config that it was trained with.")
 
 
-class CheckpointHook(PeriodicCheckpointer):
-    """Saves every ``period`` iterations and after the last one; keeps the newest few, also over a resume."""
+class CheckpointHook(HookBase):
+    """Saves every ``period`` iterations, MINUTES after the last time, when asked to stop, and after the last
+    iteration; keeps the newest few, also over a resume, and removes no file but those that the run has made.
 
-    def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int, writers: Sequence = ()):
+    All processes have it, the main one writes. Within ``signals`` it ends a training that is asked to stop.
+    """
+
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int, writers=(), log_period=1):
         """
         keep: how many periodic checkpoints stay; 0: all.
         writers: event writers flushed before each save, so that metrics.json is never behind a checkpoint.
+        log_period: when they write anyway; a save that the clock asks for waits for it, and adds no line.
         """
-        super().__init__(checkpointer, period, max_to_keep=keep or None)
-        self.writers = list(writers)
+        self.checkpointer, self.period, self.keep, self.writers = checkpointer, period, keep, list(writers)
+        self.log_period, self.signals = log_period, StopSignals()
 
     def before_train(self) -> None:
-        """Take over the periodic checkpoints that this run has made before it was resumed."""
-        super().before_train()
-        folder = Path(self.checkpointer.save_dir)
-        remove_partial_files(folder)
-        found = sorted(folder.glob("model_" + "[0-9]" * 7 + ".pth"))
-        # A later one, which a kill left without its last_checkpoint, is about to be written again.
-        made = [str(path) for path in found if int(path.stem[-7:]) < self.trainer.start_iter]
-        while self.max_to_keep and len(made) > self.max_to_keep:
-            os.unlink(made.pop(0))
-        self.recent_checkpoints = made
+        self._saved = time.monotonic()
+        self._remove_old()  # a kill may have left some
 
     def after_step(self) -> None:
-        """Save when it is time to."""
-        iteration = self.trainer.iter
-        if (iteration + 1) % self.period == 0 or iteration >= self.max_iter - 1:
-            for writer in self.writers:
-                writer.write()
-        super().after_step()
+        """Save when it is time to; raises Stopped in all processes where one was asked to stop."""
+        iteration, done, made = self.trainer.iter, self.trainer.iter + 1, self.checkpointer.made
+        late = done % self.log_period == 0 and time.monotonic() - self._saved >= 60 * MINUTES
+        asked = gather_objects((self.signals.caught, late), all_processes())
+        stop, is_last = max(signum for signum, _ in asked), done >= self.trainer.max_iter
+        names = [f"model_{iteration:07d}"] if done % self.period == 0 else []
+        made += names
+        names += [FINAL] if is_last else []
+        names = names or ([LATEST] if stop or asked[0][1] else [])
+        if not names:
+            return
+        gather_state(self.trainer)
+        for writer in self.writers:
+            writer.write()
+        for name in names:
+            self.checkpointer.save(name, iteration=iteration, checkpoints=list(made))
+        self._remove_old(*{LATEST} - {*names})
+        self._saved = time.monotonic()
+        if is_last:
+            self.signals.__exit__()  # nothing is left to be saved
+        if stop:
+            comm.synchronize()  # the main process is still writing
+            if self.checkpointer.save_to_disk:
+                said = "Asked to stop: iteration %d is saved (%s.pth), the same command with --resume goes on"
+                _logger.warning(said, iteration, names[-1])
+            self.trainer.failed = True
+            raise Stopped(stop)
+
+    def _remove_old(self, *others: str) -> None:
+        made = self.checkpointer.made
+        old = [made.pop(0) for _ in made[: -self.keep]] if self.keep else []
+        for name in (*old, *others) if self.checkpointer.save_to_disk else ():
+            (Path(self.checkpointer.save_dir) / f"{name}.pth").unlink(missing_ok=True)
 
 
 def class_names_of(path: str) -> list[str]:
