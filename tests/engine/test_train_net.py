@@ -66,7 +66,7 @@ CASES = {
     "MODEL.RESNETS.NORM=FrozenBN": "would stay frozen: set MODEL.RESNETS.NORM",
     "MODEL.RESNETS.NORM=BatchNorm": "BatchNorm' is not",
     "MODEL.BACKBONE.FREEZE_AT=2": "would stay frozen: set MODEL.BACKBONE.FREEZE_AT 0",
-    "MODEL.BACKBONE.NAME=build_resnet": "'build_resnet' is not known: see MODEL.BACKBONE.NAME",
+    "MODEL.BACKBONE.NAME=build_resnet": "MODEL.BACKBONE.NAME is 'build_resnet'; choose one of",
     "MODEL.DFM.HEAD.IN_FEATURES=['p2','p4']": "strides [4, 16]",
     "MODEL.DFM.HEAD.IN_FEATURES=['p9']": "names ['p9']",
     "MODEL.DFM.UPDATE=parallel MODEL.DFM.PREDICTOR_RANKS=2": "divide the number of processes, 1 (--num-gpus)",
