@@ -9,6 +9,7 @@ from itertools import chain
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from dfm_d2.engine.timm_models import build_timm_model, rows_of_modules
 from dfm_d2.errors import UserError
@@ -60,6 +61,23 @@ class StagedNetwork(Backbone):
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return dict(self._shapes)
+
+
+class SameConv(nn.Conv2d):
+    """timm's Conv2dSame on sides that its stride divides, as padded images have: a padding that is constant.
+
+    timm computes it from the sides, with which torch.export takes many minutes.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        sizes, more = (conv.kernel_size, conv.stride), {"dilation": conv.dilation, "groups": conv.groups}
+        super().__init__(conv.in_channels, conv.out_channels, *sizes, **more, bias=conv.bias is not None)
+        self.weight, self.bias = conv.weight, conv.bias
+        totals = [max(d * (k - 1) + 1 - s, 0) for k, s, d in zip(*sizes, conv.dilation)]
+        self.pads = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad(x, self.pads))
 
 
 class PatchEmbedding(nn.Module):
@@ -135,7 +153,7 @@ def _level(channels: int, patch: int, stride: int, out_channels: int) -> nn.Sequ
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The FPN of ``MODEL.FPN``, on all levels of strides 4 to 32 of the CNN (or Swin) of ``MODEL.TIMM``."""
-    from timm.layers import Format
+    from timm.layers import Conv2dSame, Format
     from timm.models import FeatureListNet
     from torchvision.ops import Permute
 
@@ -147,6 +165,10 @@ def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
             "strides 4, 8, 16, 32: take a CNN such as a ResNet, EfficientNet or ConvNeXt, or for a vision "
             "transformer MODEL.BACKBONE.NAME build_timm_vit_pyramid_backbone."
         )
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Conv2dSame):
+                setattr(parent, name, SameConv(child))
     # The stem is all before the module that ends the first level.
     *early, first, second, third, fourth = rows_of_modules(model)
     rows = [first[-1:], second, third, fourth]

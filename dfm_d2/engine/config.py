@@ -23,8 +23,8 @@ KEYS = (
     Key("MODEL.PIXEL_STD", above=0),
     Key("SEED", below=2**31),  # negative: a random one
     # ---- the model
-    # A model of timm, where MODEL.BACKBONE.NAME is build_timm_fpn_backbone or build_timm_vit_pyramid_backbone,
-    # or a classifier's BACKBONE timm.
+    # Of timm, for MODEL.BACKBONE.NAME build_timm_fpn_backbone or build_timm_vit_pyramid_backbone, or for a
+    # classifier's BACKBONE timm.
     Key("MODEL.TIMM.NAME", "vit_tiny_patch16_224"),
     # Options of timm's constructor, such as ["img_size=32", "patch_size=4", "depth=6"].
     Key("MODEL.TIMM.OPTIONS", [], of=str),
