@@ -43,7 +43,7 @@ KEYS = (
     # with the memory of "joint"; if they train on-policy, after a pass without gradients.
     Key("MODEL.DFM.UPDATE", "sequential", choices=("joint", "sequential", "parallel")),
     # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
-    # "local": each stage of the ResNet is a block with a predictor of its own (in training only) and detached
+    # "local": each stage of the backbone is a block with its own predictor (in training only) and detached
     # input, the FPN the shared block. docs/results.md has what that costs.
     Key("MODEL.DFM.BACKBONE_UPDATE", "accumulate", choices=("accumulate", "frozen", "local")),
     # With UPDATE "parallel": processes that share out the predictors of the same images (docs/scaling.md). It

@@ -6,6 +6,7 @@ import sys
 from unittest import mock
 
 import pytest
+import timm
 import tiny_training
 import torch
 from test_checkpoints import Made
@@ -50,6 +51,19 @@ def test_train_resume_and_evaluate(run, tmp_path, capsys):
     lines = read_metrics(out / "metrics.json")
     assert [line["iteration"] for line in lines if "total_loss" in line] == [0, 1, 2]
     assert "bbox/AP50" in lines[-1]
+
+
+def test_a_checkpoint_needs_the_pretrained_file_of_timm_no_more(run, tmp_path, capsys):
+    weights, out = tmp_path / "timm.pth", tmp_path / "out"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+    options = ["MODEL.BACKBONE.NAME=build_timm_fpn_backbone", "MODEL.TIMM.NAME=test_efficientnet"]
+    options.append(f"MODEL.TIMM.WEIGHTS={weights}")
+    assert run(*options) == 0
+    weights.unlink()
+    assert run(*options, "--eval-only", f"MODEL.WEIGHTS={out}/model_final.pth") == 0
+    assert run(*options, "--resume", "SOLVER.MAX_ITER=2") == 0
+    assert run(*options) == 2
+    assert "timm.pth is missing" in capsys.readouterr().err
 
 
 # Arguments, and a part of what is said about them.
