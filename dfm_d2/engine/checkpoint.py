@@ -31,6 +31,7 @@ MEANING = (
     "MODEL.PIXEL_STD",
     "INPUT.FORMAT",
     "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.TIMM.NAME",
 )
 # Keys of models' `meaning` that are no keys any more: what all configs mean now.
 FORMER = {

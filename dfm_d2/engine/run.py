@@ -44,7 +44,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     folder, solver, start = Path(cfg.OUTPUT_DIR), cfg.SOLVER, 0
     continues = resume and (folder / LAST).exists()
     with input_errors():
-        model = task.build_model(task.without_pretrained(cfg) if continues else cfg)
+        model = task.build_model(cfg, pretrained=not continues)
     trainer = build_trainer(task, cfg, model)
     gather = GatherHook((cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD))
     trainer.register_hooks([IterationTimer(), LRScheduler(), gather if comm.get_world_size() > 1 else None])
@@ -177,7 +177,7 @@ def _set_aside(folder: Path) -> None:
 def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> tuple[nn.Module, int]:
     """The model, and the iterations that it has seen."""
     with input_errors():
-        model = task.build_model(task.without_pretrained(cfg))
+        model = task.build_model(cfg, pretrained=False)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names)
     continues = resume and checkpointer.has_checkpoint()
     path = checkpointer.get_checkpoint_file() if continues else cfg.MODEL.WEIGHTS
