@@ -8,6 +8,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from any folder, installed or not
 
 
+def number_or_auto(word: str) -> float | str:
+    """The type of an argument that is a score threshold."""
+    return word if word == "auto" else float(word)
+
+
 def argument_parser(description: str | None, **config_file) -> argparse.ArgumentParser:
     """With options of --config-file: that file of a config, and KEY VALUE overrides."""
     raw = argparse.RawDescriptionHelpFormatter

@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     status = (
         make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *NUMBERS])
         or train_net.run_command(command)
-        or visualize_flow.main([*command, "MODEL.WEIGHTS", str(output / "model_final.pth")])
+        or visualize_flow.main(
+            ["--score", "auto", *command, "MODEL.WEIGHTS", str(output / "model_final.pth")]
+        )
     )
     if status == 0:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")
