@@ -9,8 +9,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run from a checkout, from a
 
 
 def number_or_auto(word: str) -> float | str:
-    """The type of an argument that is a score threshold."""
     return word if word == "auto" else float(word)
+
+
+# A score threshold. "auto" is the checkpoint's own, of greatest F1.
+SCORE = {"type": number_or_auto, "default": 0.3, "help": "least score that is drawn, or auto"}
 
 
 def argument_parser(description: str | None, **config_file) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import argument_parser, number_or_auto
+from command_line import SCORE, argument_parser
 
 from dfm_d2.config import split_overrides
 from dfm_d2.errors import UserError, exit_status
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argument_parser(__doc__, required=True)
     parser.add_argument("--image", nargs="+", default=[], help="image files; else the first of DATASETS.TEST")
     parser.add_argument("--number", type=int, default=6, help="images of predictions.png")
-    parser.add_argument("--score", type=number_or_auto, default=0.3, help="least that is drawn, or auto")
+    parser.add_argument("--score", **SCORE)
     parser.add_argument("--out", default="", help="folder of the pictures; else OUTPUT_DIR")
     words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(words)

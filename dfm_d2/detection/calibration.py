@@ -1,10 +1,8 @@
-"""Scores one can use: the temperature of a detector's scores, and the threshold from which they are shown.
-
-Both are found on images at the end of a training, and lie beside the weights.
-"""
+"""The temperature of a detector's scores, and the threshold from which they are shown."""
 
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +12,7 @@ from dfm_d2.detection.evaluation.evaluator import DetectionEvaluator, Matches
 from dfm_d2.detection.inference import BoxFlowModel
 from dfm_d2.engine.precision import inference_autocast
 from dfm_d2.errors import UserError
-from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog, comm
+from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog, comm, inference_on_dataset
 
 _MOST_IMAGES = 100  # so that it takes seconds
 _SET = "calibration"  # the data set of these images
@@ -28,35 +26,25 @@ def calibrate(cfg: CfgNode, model: BoxFlowModel) -> None:
     On images that DATASETS.HOLD_OUT set aside. Where it is 0, the threshold is that of training images, and
     the temperature stays 1: scores on images that were trained on are too good.
     """
-    is_held_out = cfg.DATASETS.HOLD_OUT > 0
-    names = [HELD_OUT] if is_held_out else cfg.DATASETS.TRAIN
+    held_out = cfg.DATASETS.HOLD_OUT > 0
+    names = [HELD_OUT] if held_out else cfg.DATASETS.TRAIN
     entries = [entry for name in names for entry in DatasetCatalog.get(name)]
     chosen = entries[:: math.ceil(len(entries) / _MOST_IMAGES)]
-    # Of several sets, two images may have one id.
+    # Numbered anew: images of several sets may have one id.
     chosen = [entry | {"image_id": number} for number, entry in enumerate(chosen)]
-    register(_SET, chosen, MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
+    register(_SET, chosen, MetadataCatalog.get(names[0]).thing_classes)
+    evaluator = DetectionEvaluator(_SET, Path(cfg.OUTPUT_DIR) / "inference" / _SET)
     model.temperature.fill_(1.0)
-    found = _matches(cfg, model)
-    values = (0.0, 0.0)
+    with inference_autocast(cfg):
+        inference_on_dataset(model, build_test_loader(cfg, _SET), evaluator)
+    values, found = None, evaluator.matches
     if found is not None:
-        values = fitted_temperature(found) if is_held_out else 1.0, best_threshold(found)
+        values = fitted_temperature(found) if held_out else 1.0, best_threshold(found)
     temperature, threshold = comm.all_gather(values)[0]
     model.temperature.fill_(temperature)
     model.threshold.copy_(model.calibrated(model.temperature.new_tensor(threshold)))
     said = "temperature %.3f and score threshold %.3f, found on %d %s images"
-    kind = "held-out" if is_held_out else "training"
-    _logger.info(said, temperature, model.threshold, len(chosen), kind)
-
-
-def _matches(cfg: CfgNode, model: BoxFlowModel) -> Matches | None:
-    """Of the model's detections on the images of _SET; on the main process."""
-    evaluator, was_training = DetectionEvaluator(_SET), model.training
-    model.eval()
-    with inference_autocast(cfg):
-        for batch in build_test_loader(cfg, _SET):
-            evaluator.process(batch, model(batch))
-    model.train(was_training)
-    return evaluator.matches()
+    _logger.info(said, temperature, model.threshold, len(chosen), "held-out" if held_out else "training")
 
 
 def fitted_temperature(found: Matches) -> float:

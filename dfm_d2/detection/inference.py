@@ -37,8 +37,8 @@ class BoxFlowModel(nn.Module):
         space: meaning of raw answers. aggregation: "uniform" or "confidence". sampler: of inference.
         pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
 
-    Buffers, which dfm_d2.detection.calibration fits: temperature of the scores; threshold, the score from
-    which a detection is worth showing, 0 where it is not known.
+    Buffers, which dfm_d2.detection.calibration sets: temperature of the scores; threshold of those that are
+    worth showing, 0 where it is not known.
     """
 
     def __init__(

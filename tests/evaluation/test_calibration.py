@@ -20,10 +20,10 @@ def test_matches_and_d_ece_by_hand(tmp_path):
     evaluator = DetectionEvaluator("by_hand", tmp_path)
     rows = [(0, 0.875, 0, 0, 10, 9), (0, 0.5, 0, 0, 10, 10), (0, 0.75, 50, 50, 70, 70), (1, 0.25, 0, 0, 9, 9)]
     evaluator.process([{"image_id": "a"}], [{"instances": instances_of(rows)}])
-    found = evaluator.matches()
+    metrics, found = evaluator.evaluate()["bbox"], evaluator.matches
     assert dict(zip(found.scores, found.right)) == {0.875: True, 0.5: False, 0.25: False}
     assert found.objects == 1
-    assert evaluator.evaluate()["bbox"]["D-ECE"] == pytest.approx(100 * (0.125 + 0.5 + 0.25) / 3)
+    assert metrics["D-ECE"] == pytest.approx(100 * (0.125 + 0.5 + 0.25) / 3)
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])

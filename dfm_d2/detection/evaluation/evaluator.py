@@ -38,12 +38,17 @@ class Matches(NamedTuple):
 
 
 class DetectionEvaluator(DatasetEvaluator):
-    """Collects detections and computes their AP; an evaluator for Detectron2's inference_on_dataset."""
+    """Collects detections and computes their AP; an evaluator for Detectron2's inference_on_dataset.
 
-    def __init__(self, dataset_name: str, output_dir: Path | None = None) -> None:
+    matches: of the last evaluation, on the main process.
+    """
+
+    matches: Matches | None = None
+
+    def __init__(self, dataset_name: str, output_dir: Path) -> None:
         """
         dataset_name: a registered data set. output_dir: folder for coco_instances_results.json (detections)
-        and instances_gt.json (ground truth), both in COCO's format; not needed for `matches`.
+        and instances_gt.json (ground truth), both in COCO's format.
         """
         self._name = dataset_name
         self._output_dir = output_dir
@@ -96,15 +101,19 @@ class DetectionEvaluator(DatasetEvaluator):
         points), VOC_AP50 (area), and both of each class; D-ECE (Kueppers et al. 2020, arXiv 2004.13546), the
         calibration error of all detections. NaN for what has no ground truth.
         """
-        detections = self._gathered()
-        if detections is None:
+        comm.synchronize()
+        gathered = comm.gather(self._detections, dst=0)
+        if not comm.is_main_process():
             return OrderedDict()
+        detections = [item for share in gathered for item in share]
         ground_truth = coco_ground_truth(self._dicts, self._categories)
         write_text_atomically(self._output_dir / "coco_instances_results.json", json.dumps(detections))
         write_text_atomically(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
         if not detections:
             logger.warning("data set %s: the model made no detection at all", self._name)
-        results = coco_average_precisions(ground_truth, detections)
+        results, found = coco_average_precisions(ground_truth, detections)
+        self.matches = found
+        results["D-ECE"] = calibration_error(found.scores, found.right) if found.objects else float("nan")
         precisions = _voc_precisions(self._dicts, self._categories, detections)
         for index, key in enumerate(_VOC_KEYS):
             column = {name: 100 * values[index] for name, values in precisions.items()}
@@ -112,19 +121,6 @@ class DetectionEvaluator(DatasetEvaluator):
             results[key] = float(np.mean(known)) if known else float("nan")
             results.update({f"{key}-{name}": value for name, value in column.items()})
         return OrderedDict(bbox=results)
-
-    def matches(self) -> Matches | None:
-        """Which detections are right; on the main process."""
-        detections = self._gathered()
-        if detections is None:
-            return None
-        return matches_of(coco_evaluation(coco_ground_truth(self._dicts, self._categories), detections))
-
-    def _gathered(self) -> list[dict] | None:
-        """The detections of all processes; on the main one."""
-        comm.synchronize()
-        gathered = comm.gather(self._detections, dst=0)
-        return [item for share in gathered for item in share] if comm.is_main_process() else None
 
 
 def coco_ground_truth(dicts: list[dict], categories: list[dict]) -> dict:
@@ -152,31 +148,11 @@ def coco_ground_truth(dicts: list[dict], categories: list[dict]) -> dict:
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
-    """AP, AP50, AP75, APs, APm, APl, AP-<class>, AP50-<class> and D-ECE, in percent, by pycocotools.
-
-    Arguments: as `coco_evaluation` takes them. NaN where there is no ground truth; AP is 0 everywhere else if
-    there are no detections, and D-ECE NaN.
-    """
-    evaluation = coco_evaluation(ground_truth, detections)
-    results = {key: _percent(value) for key, value in zip(_COCO_KEYS, evaluation.stats)}
-    found = matches_of(evaluation)
-    results["D-ECE"] = calibration_error(found.scores, found.right) if found.objects else float("nan")
-    # precision: (IoU thresholds, recalls, classes, areas, detection limits); area 0 is "all", limit -1 is 100
-    precision = evaluation.eval["precision"]
-    for category in ground_truth["categories"]:
-        # COCOeval keeps classes in the order of their ids, which need not be ours.
-        of_class = precision[:, :, evaluation.params.catIds.index(category["id"]), 0, -1]
-        for key, part in (("AP", of_class), ("AP50", of_class[:1])):
-            measured = part[part > -1]
-            results[f"{key}-{category['name']}"] = _percent(measured.mean() if measured.size else -1.0)
-    return results
-
-
-def coco_evaluation(ground_truth: dict, detections: list[dict]) -> COCOeval:
-    """pycocotools' evaluation, done.
+def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> tuple[dict[str, float], Matches]:
+    """AP, AP50, AP75, APs, APm, APl and AP-<class>, AP50-<class>, in percent, by pycocotools; its matches.
 
     ground_truth: COCO json. detections: COCO results, [{"image_id", "category_id", "bbox" XYWH, "score"}].
+    NaN where there is no ground truth; 0 everywhere else if there are no detections.
     """
 
     def indexed(annotations: list[dict]) -> COCO:
@@ -195,14 +171,22 @@ def coco_evaluation(ground_truth: dict, detections: list[dict]) -> COCOeval:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return evaluation
+    results = {key: _percent(value) for key, value in zip(_COCO_KEYS, evaluation.stats)}
+    # precision: (IoU thresholds, recalls, classes, areas, detection limits); area 0 is "all", limit -1 is 100
+    precision = evaluation.eval["precision"]
+    for category in ground_truth["categories"]:
+        # COCOeval keeps classes in the order of their ids, which need not be ours.
+        of_class = precision[:, :, evaluation.params.catIds.index(category["id"]), 0, -1]
+        for key, part in (("AP", of_class), ("AP50", of_class[:1])):
+            measured = part[part > -1]
+            results[f"{key}-{category['name']}"] = _percent(measured.mean() if measured.size else -1.0)
+    return results, _matches(evaluation)
 
 
-def matches_of(evaluation: COCOeval) -> Matches:
-    """The matches of objects of all sizes."""
-    area = evaluation.params.areaRng[0]
+def _matches(evaluation: COCOeval) -> Matches:
+    area = evaluation.params.areaRng[0]  # all
     found = [item for item in evaluation.evalImgs if item is not None and item["aRng"] == area]
-    # By image and class; the first of the IoU thresholds is 0.5.
+    # By class and image; the first of the IoU thresholds is 0.5.
     scores = np.array([score for item in found for score in item["dtScores"]], float)
     right = np.array([match > 0 for item in found for match in item["dtMatches"][0]], bool)
     counted = np.array([not ignored for item in found for ignored in item["dtIgnore"][0]], bool)
@@ -248,7 +232,7 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     metrics = results["bbox"]
     columns = ["AP", "AP50", *_VOC_KEYS, "D-ECE"]
     names = [key.removeprefix("AP-") for key in metrics if key.startswith("AP-")]
-    rows = [[name, *(metrics.get(f"{column}-{name}", float("nan")) for column in columns)] for name in names]
+    rows = [[name, *(metrics.get(f"{column}-{name}", np.nan) for column in columns)] for name in names]
     rows.append(["mean", *(metrics[column] for column in columns)])
     shown = [[row[0], *("-" if np.isnan(value) else f"{value:.1f}" for value in row[1:])] for row in rows]
     align = ["left"] + ["right"] * len(columns)
