@@ -35,10 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return report(error)
     output, command = Path(cfg.OUTPUT_DIR), ["--config-file", CONFIG, *opts]
+    weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
     status = (
         make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *NUMBERS])
         or train_net.run_command(command)
-        or visualize_flow.main([*command, "MODEL.WEIGHTS", str(output / "model_final.pth")])
+        or visualize_flow.main(["--score", "auto", *command, *weights])
     )
     if status == 0:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")

@@ -18,8 +18,6 @@ KEYS = (
     Key("UPDATE.METHOD", "flow", choices=tuple(METHODS), gone={"stochastic_forward_forward": _STOCHASTIC}),
     Key("MODEL.PIXEL_MEAN", lengths=(1, 3)),
     # ---- data
-    # Share of the training images that is not trained on, as the set "held_out", to choose values by.
-    Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
     # Side in pixels to which images are resized; 0: they are taken as they are, all of one size.
     Key("INPUT.IMAGE_SIZE", 0, least=0),
     # Greatest shift in pixels, in either direction, of a training image (edges are filled with zeros).

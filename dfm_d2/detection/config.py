@@ -145,7 +145,6 @@ REMOVED = {
     "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint, which was better by 8 AP50"),
     "MODEL.DFM.SAMPLER.TIME_GRID": ([], "MODEL.DFM.SAMPLER.STEPS are even in the warped time"),
     "TEST.AP": (..., "every AP is computed"),
-    "DATASETS.HOLD_OUT": _OF_CLASSIFIERS,
     "INPUT.IMAGE_SIZE": _OF_CLASSIFIERS,
     "INPUT.RANDOM_SHIFT": _OF_CLASSIFIERS,
     "MODEL.CLASSIFIER": _OF_CLASSIFIERS,

@@ -22,6 +22,9 @@ KEYS = (
     # Decode every image when a data set is registered, so that truncated files are known before training:
     # "auto" for sets of at most 2,000 images (headers only for larger ones).
     Key("DATASETS.VERIFY_IMAGES", "auto", choices=("auto", "always", "never")),
+    # Share of the training images that is not trained on, as the set "held_out", to choose values by. At the
+    # end of its training a detector's scores are calibrated on it.
+    Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
     Key("INPUT.FORMAT", choices=("BGR", "RGB")),
     Key("MODEL.PIXEL_STD", above=0),
     Key("SEED", below=2**31),  # negative: a random one

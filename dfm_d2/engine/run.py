@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.hooks import FinalEvalHook, GatherHook, Progress
+from dfm_d2.engine.hooks import CalibrationHook, FinalEvalHook, GatherHook, Progress
 from dfm_d2.engine.metrics import METRICS_FILE, append_metrics, cut_back, flatten
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
@@ -81,6 +81,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
         return flatten(results)
 
     # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
+    trainer.register_hooks([CalibrationHook(lambda: task.calibrate(cfg, model))])
     trainer.register_hooks([FinalEvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
     if comm.is_main_process():
         writers = [

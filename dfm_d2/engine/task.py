@@ -47,6 +47,8 @@ class Task:
     removed: keys that config files of earlier versions have, as ``merge_config_file`` takes them.
     complete: set, in place, what follows from other keys; after every merge.
     check_start: UserError if training from scratch would leave random layers untrained.
+    calibrate: of a config and its model, sets what is fitted after the last iteration, before the model is
+        saved; all processes together.
     after_training: of a config and the class names, what the main process does with a finished training.
     """
 
@@ -62,6 +64,7 @@ class Task:
     removed: Mapping[str, tuple[Any, str]]
     complete: Callable[[Config], None] = _nothing
     check_start: Callable[[Config], None] = _nothing
+    calibrate: "Callable[[Config, nn.Module], None]" = _nothing
     after_training: Callable[[Config, Sequence[str]], None] = _nothing
 
     def build_model(self, cfg: Config, pretrained: bool = True) -> "nn.Module":

@@ -14,6 +14,7 @@ from tiny_model import tiny_cfg
 from tiny_training import words
 from tool_loader import ROOT, load_tool
 
+from dfm_d2.detection import FlowPredictor
 from dfm_d2.engine.metrics import read_metrics
 from dfm_d2.engine.setup import resolve_device
 
@@ -64,6 +65,19 @@ def test_a_checkpoint_needs_the_pretrained_file_of_timm_no_more(run, tmp_path, c
     assert run(*options, "--resume", "SOLVER.MAX_ITER=2") == 0
     assert run(*options) == 2
     assert "timm.pth is missing" in capsys.readouterr().err
+
+
+def test_scores_are_calibrated_on_images_that_are_not_trained_on(run, tmp_path):
+    out = tmp_path / "out"
+    assert run("SOLVER.BASE_LR=0.01", "DATASETS.HOLD_OUT=0.25") == 0
+    log = (out / "log.txt").read_text()
+    assert "data set voc_root_train: 9 images" in log and "found on 3 held-out images" in log
+    predictor = FlowPredictor.from_files(
+        str(out / "config.yaml"), str(out / "model_final.pth"), threshold="auto"
+    )
+    assert predictor.model.temperature != 1 and 0 < predictor.model.threshold < 1
+    assert predictor.model.sampler.settings.score_thresh == predictor.model.threshold
+    assert read_metrics(out / "metrics.json")[-1]["bbox/D-ECE"] >= 0
 
 
 # Arguments, and a part of what is said about them.
