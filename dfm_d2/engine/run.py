@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import FINAL, LATEST, CheckpointHook, SafeCheckpointer
 from dfm_d2.engine.folder import LAST, last_checkpoint
-from dfm_d2.engine.hooks import FinalEvalHook, Progress, gather_state
+from dfm_d2.engine.hooks import CalibrationHook, FinalEvalHook, Progress, gather_state
 from dfm_d2.engine.metrics import METRICS_FILE, append_metrics, cut_back, flatten
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
@@ -46,7 +46,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     folder, solver, start = Path(cfg.OUTPUT_DIR), cfg.SOLVER, 0
     path = _last_checkpoint(cfg, resume)
     with input_errors():
-        model = task.build_model(task.without_pretrained(cfg) if path else cfg)
+        model = task.build_model(cfg, pretrained=not path)
     trainer = build_trainer(task, cfg, model)
     trainer.register_hooks([IterationTimer(), LRScheduler()])
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names, trainer=trainer)
@@ -84,6 +84,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
         return flatten(results)
 
     # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
+    trainer.register_hooks([CalibrationHook(lambda: task.calibrate(cfg, model))])
     trainer.register_hooks([FinalEvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
     log_period, writers = solver.LOG_PERIOD, []
     if comm.is_main_process():
@@ -192,7 +193,7 @@ def _last_checkpoint(cfg: CfgNode, resume: bool) -> str:
 def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> tuple[nn.Module, int]:
     """The model, and the iterations that it has seen."""
     with input_errors():
-        model = task.build_model(task.without_pretrained(cfg))
+        model = task.build_model(cfg, pretrained=False)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names)
     path = _last_checkpoint(cfg, resume) or cfg.MODEL.WEIGHTS
     if not path:
