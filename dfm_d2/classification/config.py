@@ -38,8 +38,8 @@ KEYS = (
     # Side of the grid to which a block's output is averaged before its predictor (or head) sees it.
     Key("MODEL.CLASSIFIER.POOL", 1, least=1),
     # Of each stage, a residual pair of 3x3 convolutions.
-    Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), least=1, filled=True),
-    Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), least=1),
+    Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), least=1, of=int, filled=True),
+    Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), least=1, of=int),
     Key("MODEL.CLASSIFIER.CNN.NORM", "BN", choices=("BN", "GN")),
     Key("MODEL.CLASSIFIER.TIMM.NAME", "vit_tiny_patch16_224"),
     # Options of timm's constructor, such as ["img_size=32", "patch_size=4", "depth=6"].

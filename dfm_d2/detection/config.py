@@ -24,7 +24,7 @@ KEYS = (
     Key("DATASETS.COCO_VAL_JSON", ""),
     Key("DATASETS.COCO_VAL_IMAGES", ""),
     # 0: no resize. Empty: it, MIN_SIZE_TEST and the two MAX_SIZE are chosen from the training set.
-    Key("INPUT.MIN_SIZE_TRAIN", least=0),
+    Key("INPUT.MIN_SIZE_TRAIN", least=0, of=int),
     Key("INPUT.MIN_SIZE_TRAIN_SAMPLING", choices=("choice", "range")),
     Key("INPUT.MAX_SIZE_TRAIN", least=1),
     Key("INPUT.MIN_SIZE_TEST", least=0),
@@ -33,8 +33,8 @@ KEYS = (
     # Probability of the second branch of the DETR recipe: resize to one of CROP_RESIZE, crop a random window
     # of CROP_SIZE (least and greatest side in pixels), then the usual resize. 0 is off.
     Key("INPUT.DETR_CROP", 0.0, least=0, most=1),
-    Key("INPUT.CROP_RESIZE", (400, 500, 600), least=1, filled=True),
-    Key("INPUT.CROP_SIZE", (384, 600), least=1, lengths=(2,)),
+    Key("INPUT.CROP_RESIZE", (400, 500, 600), least=1, of=int, filled=True),
+    Key("INPUT.CROP_SIZE", (384, 600), least=1, of=int, lengths=(2,)),
     # ---- the flow
     # D, the number of predictors, each a block of local update.
     Key("MODEL.DFM.NUM_PREDICTORS", 4, least=1),

@@ -12,7 +12,7 @@ _BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("less than", operator.lt),
 }
-_NOUNS = {int: "a whole number", float: "a number", str: "text"}
+_NOUNS = {int: "a whole number below 2**31", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Key:
             return f"it must have {' or '.join(map(str, self.lengths))} numbers"
         if self.filled and not entries:
             return "it must not be empty"
-        if self.of and not all(isinstance(entry, self.of) for entry in entries):
+        if self.of and not all(
+            type(entry) is self.of and (self.of is str or abs(entry) < 2**31) for entry in entries
+        ):
             return f"each must be {_NOUNS[self.of]}"
         bounds = [
             (*_BOUNDS[name], getattr(self, name)) for name in _BOUNDS if getattr(self, name) is not None

@@ -74,12 +74,14 @@ def _voc(root: Path) -> Splits:
 
 
 def _roboflow(root: Path) -> Splits:
-    return {f.parent.name: coco_reader(f, [f.parent]) for f in sorted(root.glob(f"*/{_ROBOFLOW}"))}
+    return {
+        f.parent.name: coco_reader(f, [f.parent]) for f in sorted(root.glob(f"*/{_ROBOFLOW}")) if f.is_file()
+    }
 
 
 def _coco(root: Path) -> Splits:
     files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("annotations/*.json"))
-    named = [(file.stem.removeprefix("instances_"), file) for file in files]
+    named = [(file.stem.removeprefix("instances_"), file) for file in files if file.is_file()]
     return {s: coco_reader(f, [root / s, root / "images" / s, root / "images", root]) for s, f in named}
 
 
