@@ -119,8 +119,9 @@ def load_numpy_pickle(path: str) -> Any:
         return NumpyUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
-            f"{path} is not a plain file of numpy arrays ({error}): it was not loaded and nothing in it was "
-            "run; get the weights as .pth of tensors, or from a source that you trust."
+            f"{path} is not a plain file of numpy arrays ({' '.join(str(error).split())}): it was not "
+            "loaded and nothing in it was run; get the weights as .pth of tensors, or from a source that you "
+            "trust."
         ) from error
     except DAMAGE as error:
         raise CheckpointError(f"{path} is damaged or no pickle ({error}): get the file again.") from error

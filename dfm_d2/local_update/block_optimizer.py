@@ -203,10 +203,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 def _at(parameter: nn.Parameter, entry: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a parameter on its device and in its dtype, but for a count, which has its own."""
     like = {key: parameter.device if key == "step" else parameter for key in entry}
-    return {
-        key: value.to(like[key]).contiguous() if torch.is_tensor(value) else value
-        for key, value in entry.items()
-    }
+    return {key: value.to(like[key]).contiguous() for key, value in entry.items()}
 
 
 def _scheduled(group: dict[str, Any], saved: Mapping[str, dict]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def coco_reader(json_file: Path, folders: Sequence[Path]) -> Reader:
 def _voc(root: Path) -> Splits:
     if not (root / "Annotations").is_dir() or not (root / "JPEGImages").is_dir():
         return {}
-    lists = [path.stem for path in sorted((root / "ImageSets" / "Main").glob("*.txt"))]
+    lists = [path.stem for path in sorted((root / "ImageSets" / "Main").glob("*.txt")) if path.is_file()]
     return {split: voc_reader(root, split) for split in lists or [""]}
 
 
