@@ -41,7 +41,7 @@ KEYS = (
     # N, the number of proposals, in training; 0: chosen from the training set.
     Key("MODEL.DFM.NUM_PROPOSALS", 100, least=0),
     # s of x = (2 b - 1) s (docs/math.md, equation 4).
-    Key("MODEL.DFM.SIGNAL_SCALE", 2.0, above=0),
+    Key("MODEL.DFM.SIGNAL_SCALE", 2.0, above=0, most=1000),
     # Slots of x_1 that each ground-truth box fills at most; the others are background.
     Key("MODEL.DFM.GT_REPEAT", 2, least=1),
     Key("MODEL.DFM.COUPLING", "optimal_transport", choices=("optimal_transport", "independent")),

@@ -187,9 +187,9 @@ def _check_tensors(path: str, weights: Any) -> None:
             f"{path} has a {type(weights).__name__} in the place of its weights: take another."
         )
     for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray | np.generic):
             what = f"a {type(value).__name__}, which is no tensor"
-        elif isinstance(value, np.ndarray):
+        elif not isinstance(value, torch.Tensor):
             what = "" if np.isfinite(value).all() else "NaN or infinite numbers"
         elif not is_plain(value):
             what = "a tensor that is not a plain one of real numbers"

@@ -40,7 +40,7 @@ from targets import Target, make_targets
 from dfm_d2.errors import UserError, input_errors
 from dfm_d2.local_update import NonFiniteLossError
 
-CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 40, 3 * 2**30  # of a case; memory beyond what this process has
+CPU_SECONDS, WALL_SECONDS, MEMORY = 10, 90, 3 * 2**30  # of a case; memory beyond what this process has
 KINDS = ("code runs", "crashes", "tracebacks", "hangs")
 OK, TRACEBACK, CODE = 0, 101, 102  # how a child ends
 # What nothing here has a reason to do.
@@ -89,6 +89,7 @@ def limited(read: Callable[[random.Random], Any], folder: Path, log: Path, rng: 
             os._exit(CODE)
 
     sys.addaudithook(watch)
+    faulthandler.dump_traceback_later(WALL_SECONDS - 2)
     try:
         with input_errors():
             read(rng)
