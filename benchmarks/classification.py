@@ -29,10 +29,10 @@ from runs import Key, Study, costs_of, op_of, result_of
 
 from dfm_d2.classification.baselines import ForwardForwardClassifier, unit_square
 from dfm_d2.classification.data.loader import build_class_test_loader
-from dfm_d2.classification.data.registration import HELD_OUT
 from dfm_d2.classification.evaluation import classification_metrics
 from dfm_d2.classification.sampler import ClassSampler
 from dfm_d2.classification.task import CLASSIFICATION
+from dfm_d2.data.catalog import HELD_OUT
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.setup import load_config
 from dfm_d2.errors import exit_status

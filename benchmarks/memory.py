@@ -134,7 +134,7 @@ def detector(subject: str, device: str, mode: str, count: int) -> tuple:
 def classifier(mode: str, count: int) -> tuple:
     """The same of a ViT of `count` layers, each a block."""
     vit = f'"img_size=32","patch_size=4","embed_dim={_CLASSIFIER_DIM}","depth={count}","num_heads=4"'
-    opts = [*CLASSIFIER[mode], "MODEL.CLASSIFIER.BLOCKS", "0", "MODEL.CLASSIFIER.TIMM.OPTIONS", f"[{vit}]"]
+    opts = [*CLASSIFIER[mode], "MODEL.CLASSIFIER.BLOCKS", "0", "MODEL.TIMM.OPTIONS", f"[{vit}]"]
     opts += ["MODEL.DFM.NUM_CLASSES", "10", "MODEL.DEVICE", "cpu"]
     cfg = load_config(CLASSIFICATION, str(ROOT / "configs" / "cifar10_flow_vit.yaml"), opts)
     torch.manual_seed(0)

@@ -8,11 +8,11 @@ from dfm_d2.config import add_dfm_config
 from dfm_d2.framework import build_model, get_cfg, merge_config_opts
 
 VIT = (
-    "MODEL.CLASSIFIER.BACKBONE timm MODEL.CLASSIFIER.BLOCKS 2 MODEL.CLASSIFIER.TIMM.OPTIONS "
+    "MODEL.CLASSIFIER.BACKBONE timm MODEL.CLASSIFIER.BLOCKS 2 MODEL.TIMM.OPTIONS "
     '["img_size=8","patch_size=4","embed_dim=16","depth=3","num_heads=2"]'
 ).split()
 _SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}  # that of VIT
-TIMM_CNN = "MODEL.CLASSIFIER.BACKBONE timm MODEL.CLASSIFIER.TIMM.NAME test_convnext2".split()
+TIMM_CNN = "MODEL.CLASSIFIER.BACKBONE timm MODEL.TIMM.NAME test_convnext2".split()
 
 
 def make_classifier(*opts: str, method: str = "flow", seed: int = 0):

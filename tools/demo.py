@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The main job end to end: generate a data set, train with sequential local updates, evaluate, draw.
 
-python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_r18.yaml, OUTPUT_DIR among them
+python tools/demo.py [KEY VALUE ...]     overrides of configs/shapes_flow_lite0.yaml, OUTPUT_DIR among them
 """
 
 import sys
@@ -17,7 +17,7 @@ from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.setup import load_config
 from dfm_d2.errors import UserError, report
 
-CONFIG = str(ROOT / "configs" / "shapes_flow_r18.yaml")
+CONFIG = str(ROOT / "configs" / "shapes_flow_lite0.yaml")
 SHAPES = ROOT / "data" / "shapes"
 OUTPUT = ROOT / "output" / "demo"
 NUMBERS = "--train 2000 --val 300 --size 128".split()
@@ -35,10 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return report(error)
     output, command = Path(cfg.OUTPUT_DIR), ["--config-file", CONFIG, *opts]
+    weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
     status = (
         make_shapes.main(["--out", cfg.DATASETS.VOC_ROOT, *NUMBERS])
         or train_net.run_command(command)
-        or visualize_flow.main([*command, "MODEL.WEIGHTS", str(output / "model_final.pth")])
+        or visualize_flow.main(["--score", "auto", *command, *weights])
     )
     if status == 0:
         print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes; written:")

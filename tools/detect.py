@@ -8,7 +8,7 @@ python tools/detect.py --config-file output/demo/config.yaml --weights output/de
 import argparse
 import sys
 
-from command_line import argument_parser
+from command_line import SCORE, argument_parser
 
 from dfm_d2.errors import exit_status
 
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", required=True, help="checkpoint of the detector")
     parser.add_argument("--input", nargs="+", required=True, help="images, folders of images, videos")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="least score that is drawn")
+    parser.add_argument("--threshold", "--confidence-threshold", **SCORE)
     parser.add_argument("--batch-size", type=int, default=1, help="images or frames computed at once")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides")
     return exit_status(run, parser.parse_args(arguments))
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from dfm_d2.engine.setup import load_config
 
     cfg = load_config(DETECTION, args.config_file, [*args.opts, "MODEL.WEIGHTS", args.weights])
-    failures = detect_files(cfg, args.input, args.output, args.batch_size, args.confidence_threshold)
+    failures = detect_files(cfg, args.input, args.output, args.batch_size, args.threshold)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

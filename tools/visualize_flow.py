@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from command_line import argument_parser
+from command_line import SCORE, argument_parser
 
 from dfm_d2.config import split_overrides
 from dfm_d2.errors import UserError, exit_status
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argument_parser(__doc__, required=True)
     parser.add_argument("--image", nargs="+", default=[], help="image files; else the first of DATASETS.TEST")
     parser.add_argument("--number", type=int, default=6, help="images of predictions.png")
-    parser.add_argument("--score", type=float, default=0.3, help="least score that is drawn")
+    parser.add_argument("--score", **SCORE)
     parser.add_argument("--out", default="", help="folder of the pictures; else OUTPUT_DIR")
     words, opts = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(words)
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         image_size(file)  # an ImageError, where it is not one
     check_weights(cfg.MODEL.WEIGHTS)
     # Now that the config is right, what brings torch.
+    from dfm_d2.detection.calibration import chosen_threshold
     from dfm_d2.detection.flow_pictures import write_pictures
     from dfm_d2.detection.loading import load_detector
     from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
@@ -58,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
     else:
         classes = setup_run(DETECTION, cfg, args)
         model = load_for_inference(DETECTION, cfg, classes)
-    folder = args.out or cfg.OUTPUT_DIR
-    paths = write_pictures(cfg, model, classes, folder, args.image, args.number, args.score)
+    folder, score = args.out or cfg.OUTPUT_DIR, chosen_threshold(model, args.score)
+    print(f"pictures of detections with a score of at least {score:.2f}")
+    paths = write_pictures(cfg, model, classes, folder, args.image, args.number, score)
     if metrics := read_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE):
         paths.append(draw_curves(Path(folder) / "curves.png", metrics))
     for path in paths:

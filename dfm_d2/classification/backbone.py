@@ -5,15 +5,13 @@ Shapes: B images, C channels, H x W pixels of a map, N tokens, P cells a side of
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from difflib import get_close_matches
-from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
+from dfm_d2.engine.timm_models import build_timm_model, rows_of_modules
 from dfm_d2.errors import UserError
 
 _GROUP_CHANNELS = 8  # of a group norm
@@ -104,7 +102,7 @@ class ViTBackbone(SplitBackbone):
             raise UserError(
                 f"images are {size[0]} x {size[1]} pixels, but the vision transformer wants {wanted[0]} x "
                 f"{wanted[1]}: set INPUT.IMAGE_SIZE {wanted[0]}, or img_size={size[0]} in "
-                "MODEL.CLASSIFIER.TIMM.OPTIONS."
+                "MODEL.TIMM.OPTIONS."
             )
 
     def forward_block(self, index: int, x: Tensor) -> Tensor:
@@ -157,7 +155,7 @@ def build_split_backbone(cfg) -> SplitBackbone:
     """The backbone of `MODEL.CLASSIFIER`. UserError, naming the key, where it cannot be built or split so."""
     classifier = cfg.MODEL.CLASSIFIER
     if classifier.BACKBONE == "timm":
-        return _timm_backbone(classifier, len(cfg.MODEL.PIXEL_MEAN))
+        return _timm_backbone(cfg)
     cnn = classifier.CNN
     channels = [len(cfg.MODEL.PIXEL_MEAN), *cnn.CHANNELS]
     pairs = zip(channels, cnn.CHANNELS, cnn.STRIDES)
@@ -179,81 +177,17 @@ def _staged(stages: Sequence[Sequence[nn.Module]], channels: Sequence[int], clas
     return StagedBackbone(merged, [channels[group[-1]] for group in groups], classifier.POOL)
 
 
-def _timm_backbone(classifier, in_channels: int) -> SplitBackbone:
-    import timm
+def _timm_backbone(cfg) -> SplitBackbone:
     from timm.layers import Format
     from timm.models import FeatureListNet, VisionTransformer
 
-    name, weights = classifier.TIMM.NAME, classifier.TIMM.WEIGHTS
-    if not timm.is_model(name):
-        close = ", ".join(get_close_matches(name, timm.list_models(), n=5))
-        hint = f"; such are {close}." if close else "."
-        raise UserError(f"MODEL.CLASSIFIER.TIMM.NAME {name!r} is no model of timm{hint}")
-    options = _timm_options(classifier.TIMM.OPTIONS) | {"in_chans": in_channels, "pretrained": bool(weights)}
-    given = {}
-    if weights not in ("", "hub"):
-        given = _timm_weights(weights)
-        options["pretrained_cfg_overlay"] = {"file": weights}
-    is_vit = timm.models.is_model_in_modules(name, ["vision_transformer"])
-    options |= {"num_classes": 0} if is_vit else {"features_only": True}
-    try:
-        model = timm.create_model(name, **options)
-    except (TypeError, RuntimeError, AssertionError, OSError) as error:
-        raise UserError(
-            f"timm cannot build {name} with MODEL.CLASSIFIER.TIMM.OPTIONS {list(classifier.TIMM.OPTIONS)} "
-            f"and WEIGHTS {weights!r}: {error}"
-        ) from error
-    # Stages of timm's feature networks are layers_0, not layers.0.
-    known = {key.replace("_", ".") for key in given}
-    missing = [key for key, _ in model.named_parameters() if key.replace("_", ".") not in known]
-    if given and missing:  # timm would leave them random without a word
-        raise UserError(
-            f"MODEL.CLASSIFIER.TIMM.WEIGHTS {weights} has no {missing[0]}, and {len(missing)} of the model's "
-            "parameters in all are not in it: give timm's state dict of MODEL.CLASSIFIER.TIMM.NAME with its "
-            "OPTIONS."
-        )
+    classifier, model = cfg.MODEL.CLASSIFIER, build_timm_model(cfg)
     if isinstance(model, VisionTransformer):
         return ViTBackbone(model, _groups(len(model.blocks), classifier.BLOCKS), classifier.POOL)
     # Of others than CNNs, such as Swin, maps come with their channels last.
     if not isinstance(model, FeatureListNet) or model.output_fmt != Format.NCHW:
         raise UserError(
-            f"MODEL.CLASSIFIER.TIMM.NAME {name} is a {type(model).__name__}, which has no row of stages with "
-            "maps (C, H, W): take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
+            f"MODEL.TIMM.NAME {cfg.MODEL.TIMM.NAME} is a {type(model).__name__}, which has no row of stages "
+            "with maps (C, H, W): take a VisionTransformer, or a CNN such as a ResNet, RegNet or ConvNeXt."
         )
-    stages: list[list[nn.Module]] = [[]]
-    for child, module in model.items():
-        stages[-1].append(module)
-        if child in model.return_layers:
-            stages.append([])
-    return _staged(stages[:-1], model.feature_info.channels(), classifier)
-
-
-def _timm_options(texts: Sequence[str]) -> dict:
-    """{"img_size": 32} of ["img_size=32"]."""
-    options = {}
-    for text in texts:
-        key, sign, value = text.partition("=")
-        try:
-            if not (key and sign):
-                raise ValueError
-            options[key] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError) as error:
-            raise UserError(
-                f"MODEL.CLASSIFIER.TIMM.OPTIONS has {text!r}: write name=value, the value as in yaml."
-            ) from error
-    return options
-
-
-def _timm_weights(path: str) -> dict:
-    """The state dict of a file, read without running code of it."""
-    from timm.models import load_state_dict
-
-    if not Path(path).is_file():
-        raise UserError(f"MODEL.CLASSIFIER.TIMM.WEIGHTS {path} is missing: give a file, hub or nothing.")
-    try:
-        return load_state_dict(path)
-    except Exception as error:  # unpicklers raise nearly anything on a damaged file
-        raise UserError(
-            f"MODEL.CLASSIFIER.TIMM.WEIGHTS {path} is no state dict of timm "
-            f"({type(error).__name__}: {error}): get it again."
-        ) from error
+    return _staged(rows_of_modules(model), model.feature_info.channels(), classifier)

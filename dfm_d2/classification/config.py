@@ -18,15 +18,13 @@ KEYS = (
     Key("UPDATE.METHOD", "flow", choices=tuple(METHODS), gone={"stochastic_forward_forward": _STOCHASTIC}),
     Key("MODEL.PIXEL_MEAN", lengths=(1, 3)),
     # ---- data
-    # Share of the training images that is not trained on, as the set "held_out", to choose values by.
-    Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
     # Side in pixels to which images are resized; 0: they are taken as they are, all of one size.
     Key("INPUT.IMAGE_SIZE", 0, least=0),
     # Greatest shift in pixels, in either direction, of a training image (edges are filled with zeros).
     Key("INPUT.RANDOM_SHIFT", 0, least=0),
     Key("INPUT.RANDOM_FLIP", choices=("none", "horizontal")),
     # ---- the model
-    # "cnn": CNN.*; "timm": TIMM.*
+    # "cnn": CNN.*; "timm": MODEL.TIMM.*
     Key(
         "MODEL.CLASSIFIER.BACKBONE",
         "cnn",
@@ -41,11 +39,6 @@ KEYS = (
     Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), least=1, of=int, filled=True),
     Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), least=1, of=int),
     Key("MODEL.CLASSIFIER.CNN.NORM", "BN", choices=("BN", "GN")),
-    Key("MODEL.CLASSIFIER.TIMM.NAME", "vit_tiny_patch16_224"),
-    # Options of timm's constructor, such as ["img_size=32", "patch_size=4", "depth=6"].
-    Key("MODEL.CLASSIFIER.TIMM.OPTIONS", [], of=str),
-    # Pretrained weights: empty for none, "hub" where there is a network, or a file of timm's state dict.
-    Key("MODEL.CLASSIFIER.TIMM.WEIGHTS", ""),
     # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
     Key("MODEL.CLASSIFIER.EMBEDDING", "orthonormal", choices=("orthonormal", "learned")),
     Key("MODEL.CLASSIFIER.EMBED_DIM", 0, least=0),  # E; 0: K, but at least 16
@@ -97,6 +90,10 @@ REMOVED = {
     for name in names.split()
 } | {
     "MODEL.CLASSIFIER.EMBEDDING_FILE": ("", "choose MODEL.CLASSIFIER.EMBEDDING orthonormal or learned"),
+    "MODEL.CLASSIFIER.TIMM": (
+        {"NAME": "vit_tiny_patch16_224", "OPTIONS": [], "WEIGHTS": ""},
+        "it is MODEL.TIMM now, which detectors have, too",
+    ),
     "MODEL.CLASSIFIER.FF.COPIES": (4, _STOCHASTIC),
     "MODEL.CLASSIFIER.FF.NOISE": (0.3, _STOCHASTIC),
     "MODEL.CLASSIFIER.FF.COPY_WEIGHT": (1.0, _STOCHASTIC),

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from dfm_d2.data.files import write_text_atomically
+from dfm_d2.engine.metrics import calibration_error
 from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetEvaluator, MetadataCatalog, comm
-
-_BINS = 15  # of the calibration error
 
 
 class ClassificationEvaluator(DatasetEvaluator):
@@ -57,19 +56,13 @@ class ClassificationEvaluator(DatasetEvaluator):
 
 
 def classification_metrics(probs: np.ndarray, labels: np.ndarray, classes: list[str]) -> OrderedDict:
-    """Metrics of probabilities `(n, K)` and labels `(n,)`.
-
-    ece: the expected calibration error (arXiv 1706.04599, equation 3) over 15 bins of equal width.
-    """
+    """Metrics of probabilities `(n, K)` and labels `(n,)`; ece is that of `calibration_error`."""
     right = probs.argmax(1) == labels
-    confidence = probs.max(1)
-    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    gaps = [abs((right[bins == b] - confidence[bins == b]).sum()) for b in range(_BINS)]
     likelihood = np.clip(probs[np.arange(len(labels)), labels], 1e-12, None)
     results = OrderedDict(
         accuracy=100 * float(right.mean()),
         nll=float(-np.log(likelihood).mean()),
-        ece=100 * float(sum(gaps)) / len(labels),
+        ece=calibration_error(probs.max(1), right),
     )
     for index, name in enumerate(classes):
         of_class = right[labels == index]

@@ -12,14 +12,6 @@ def _evaluator(cfg, name, folder):
     return Imported(_EVALUATION, "ClassificationEvaluator")(name, folder)
 
 
-def _without_pretrained(cfg):
-    """timm's file of weights need not be there any more."""
-    changed = cfg.clone()
-    changed.defrost()
-    changed.MODEL.CLASSIFIER.TIMM.WEIGHTS = ""
-    return changed
-
-
 CLASSIFICATION = Task(
     keys=config.KEYS,
     removed=config.REMOVED,
@@ -33,5 +25,4 @@ CLASSIFICATION = Task(
     evaluator=_evaluator,
     summary=Imported(_EVALUATION, "class_summary"),
     after_training=Imported("dfm_d2.classification.training_pictures", "write_class_pictures"),
-    without_pretrained=_without_pretrained,
 )

@@ -4,12 +4,17 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dfm_d2.errors import UserError
-from dfm_d2.framework import DatasetCatalog, MetadataCatalog
+from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog
 
 _LONGEST = 200  # characters of the name of a class
 
 logger = logging.getLogger(__name__)
+
+HELD_OUT = "held_out"  # the part of the training images that DATASETS.HOLD_OUT sets aside
+_HOLD_OUT_KEY = 3
 
 
 def distinct(classes: list[str]) -> list[str]:
@@ -22,6 +27,28 @@ def distinct(classes: list[str]) -> list[str]:
     if len(set(classes)) != len(classes):
         raise UserError(f"DATASETS.CLASSES names a class twice: {classes}.")
     return classes
+
+
+def set_aside(cfg: CfgNode, entries: dict[str, list[dict]]) -> None:
+    """Move the share DATASETS.HOLD_OUT of each training set, chosen by the seed, to HELD_OUT; in place.
+
+    Raises UserError where that leaves no image to train on or none to set aside.
+    """
+    share, held_out = cfg.DATASETS.HOLD_OUT, []
+    if share == 0:
+        return
+    for name in cfg.DATASETS.TRAIN:
+        of_set = entries[name]
+        order = np.random.default_rng([max(cfg.SEED, 0), _HOLD_OUT_KEY]).permutation(len(of_set))
+        number = round(share * len(of_set))
+        entries[name] = [of_set[i] for i in np.sort(order[number:])]
+        held_out += [of_set[i] for i in np.sort(order[:number])]
+    if not held_out or not all(entries[name] for name in cfg.DATASETS.TRAIN):
+        raise UserError(
+            f"DATASETS.HOLD_OUT {share} leaves no image to train on or none to set aside: set it to a "
+            "share between them, or to 0."
+        )
+    entries[HELD_OUT] = held_out
 
 
 def register(name: str, dicts: list[dict], classes: Sequence[str], **metadata: Any) -> None:

@@ -145,7 +145,6 @@ REMOVED = {
     "MODEL.DFM.PREDICTION": ("endpoint", "predictors answer the endpoint, which was better by 8 AP50"),
     "MODEL.DFM.SAMPLER.TIME_GRID": ([], "MODEL.DFM.SAMPLER.STEPS are even in the warped time"),
     "TEST.AP": (..., "every AP is computed"),
-    "DATASETS.HOLD_OUT": _OF_CLASSIFIERS,
     "INPUT.IMAGE_SIZE": _OF_CLASSIFIERS,
     "INPUT.RANDOM_SHIFT": _OF_CLASSIFIERS,
     "MODEL.CLASSIFIER": _OF_CLASSIFIERS,
@@ -191,11 +190,16 @@ def problems(cfg) -> Iterator[str]:
 
 def check_start(cfg) -> None:
     """UserError if training from scratch (``MODEL.WEIGHTS`` empty) would leave random layers untrained."""
+    norms = cfg.MODEL.RESNETS.NORM == "FrozenBN", "MODEL.RESNETS.NORM BN or GN"
+    weights = cfg.MODEL.WEIGHTS
+    if "timm" in cfg.MODEL.BACKBONE.NAME:
+        norms = cfg.MODEL.TIMM.FROZEN_NORM, "MODEL.TIMM.FROZEN_NORM False"
+        weights = weights or cfg.MODEL.TIMM.WEIGHTS
     frozen = (
-        (cfg.MODEL.RESNETS.NORM == "FrozenBN", "MODEL.RESNETS.NORM BN or GN"),
+        norms,
         (cfg.MODEL.BACKBONE.FREEZE_AT > 0, "MODEL.BACKBONE.FREEZE_AT 0"),
         (cfg.MODEL.DFM.BACKBONE_UPDATE == "frozen", "MODEL.DFM.BACKBONE_UPDATE accumulate"),
     )
     for is_frozen, remedy in frozen:
-        if is_frozen and not cfg.MODEL.WEIGHTS:
+        if is_frozen and not weights:
             raise UserError(f"Random layers would stay frozen: set {remedy}, or give MODEL.WEIGHTS.")

@@ -25,12 +25,12 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
 def detect_files(
-    cfg: "CfgNode", inputs: Sequence[str], output: str | Path, batch_size: int, score_thresh: float
+    cfg: "CfgNode", inputs: Sequence[str], output: str | Path, batch_size: int, threshold: float | str
 ) -> list[str]:
     """Write into `output` a picture of each image, detections.json of all images, and each video.
 
     cfg: with MODEL.WEIGHTS. inputs: images, folders of images, videos. batch_size: images or frames that are
-    computed at once. score_thresh: least score that is drawn.
+    computed at once. threshold: least score that is drawn, or "auto", see calibration.chosen_threshold.
     Returns an error message for each image and video that cannot be read or written.
     Raises UserError for a name that does not exist, no image at all, an input that would be overwritten, or a
     config and weights that do not work.
@@ -42,9 +42,11 @@ def detect_files(
         raise UserError(f"--output {output} would overwrite the input {lost.pop()}: choose another folder.")
     check_weights(cfg.MODEL.WEIGHTS)
     # Now that the inputs are right, what brings torch.
+    from dfm_d2.detection.calibration import chosen_threshold
     from dfm_d2.detection.flow_predictor import FlowPredictor
 
     predictor = FlowPredictor(cfg, batch_size)
+    score_thresh = chosen_threshold(predictor.model, threshold)
     failures = _detect_images(predictor, images, pictures, score_thresh) if images else []
     for video, film in zip(videos, films):
         try:

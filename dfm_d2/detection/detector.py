@@ -48,7 +48,8 @@ class FlowDetector(BoxFlowModel):
     # What the engine asks of a model, see Task.
     meaning = (*MEANING, "MODEL.DFM.TIME", "MODEL.DFM.ROLLOUT")
     meant, backbone_prefix = staticmethod(meant), "backbone.bottom_up"
-    training_only = ("stage_predictors.", "dense_predictor.")
+    set_by_config = ("temperature", "threshold")
+    training_only = ("stage_predictors.", "dense_predictor.", *set_by_config)  # not in older checkpoints
 
     @configurable
     def __init__(

@@ -72,7 +72,7 @@ def record_flow(model: FlowDetector, item: dict) -> FlowRecord:
     """
     run = FlowRun(model, item)
     steps, points = run.trajectory.steps, run.grid()
-    scores, classes = zip(*(step.class_probs[0].cpu().max(-1) for step in steps))
+    scores, classes = zip(*(model.calibrated(step.class_probs[0]).cpu().max(-1) for step in steps))
     followed = int(scores[-1].argmax())
     return FlowRecord(
         times=run.trajectory.times,
@@ -119,7 +119,7 @@ class FlowRun:
                 if len(indices) > 1:
                     model.sampler.settings = replace(settings, members=(index % stack.num_members,))
                 update = self.step(k, self.trajectory.states[k])
-                score, label = update.class_probs[0].cpu().max(-1)
+                score, label = model.calibrated(update.class_probs[0]).cpu().max(-1)
                 yield Answer(index % model.num_predictors, self.pixels(update.x_1_hat), label, score)
         finally:
             model.sampler.settings = settings

@@ -5,6 +5,7 @@ Shapes: H, W height and width of an image.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dfm_d2.data.images import ImageError, read_image
+from dfm_d2.detection.calibration import chosen_threshold
 from dfm_d2.detection.data.loader import resized_item
 from dfm_d2.detection.loading import load_detector
 from dfm_d2.detection.task import DETECTION
@@ -44,10 +46,13 @@ class FlowPredictor:
         model: the detector in evaluation mode. class_names: by index. cfg: the config, completed.
     """
 
-    def __init__(self, cfg: CfgNode, batch_size: int = 1):
+    def __init__(self, cfg: CfgNode, batch_size: int = 1, threshold: float | str | None = None):
         """cfg: with MODEL.WEIGHTS. batch_size: images of a list that are computed at once.
+        threshold: of the scores of what is answered; "auto": the one of greatest F1 (at IoU 0.5), which the
+        checkpoint has; None: MODEL.DFM.SAMPLER.SCORE_THRESH.
 
-        Raises UserError for weights that are missing or of another model, and for a bad batch size.
+        Raises UserError for weights that are missing or of another model, for a bad batch size, and where
+        "auto" asks for a threshold that the checkpoint does not have.
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
@@ -55,13 +60,17 @@ class FlowPredictor:
         self.cfg.defrost()
         self.model, self.class_names = load_detector(self.cfg)
         self.batch_size = batch_size
+        if threshold is not None:
+            sampler, least = self.model.sampler, chosen_threshold(self.model, threshold)
+            sampler.settings = replace(sampler.settings, score_thresh=least)
 
     @classmethod
     def from_files(
-        cls, config_file: str, weights: str, opts: Sequence[str] = (), batch_size: int = 1
+        cls, config_file: str, weights: str, opts: Sequence[str] = (), batch_size: int = 1, threshold=None
     ) -> "FlowPredictor":
         """Of a config file, a checkpoint and KEY VALUE overrides. Raises UserError."""
-        return cls(load_config(DETECTION, config_file, [*opts, "MODEL.WEIGHTS", weights]), batch_size)
+        cfg = load_config(DETECTION, config_file, [*opts, "MODEL.WEIGHTS", weights])
+        return cls(cfg, batch_size, threshold)
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], return_trajectory: bool = False

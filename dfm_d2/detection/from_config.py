@@ -6,6 +6,7 @@ from functools import partial
 
 from dfm_kernels import set_backend
 
+import dfm_d2.detection.timm_backbones  # noqa: F401  (registers them)
 from dfm_d2.detection.assignment import DynamicK
 from dfm_d2.detection.dense import DensePredictor
 from dfm_d2.detection.head import FeaturePooler, FlowHead, StagePredictor
@@ -14,7 +15,7 @@ from dfm_d2.detection.sampler import BoxSampler, SamplerSettings
 from dfm_d2.detection.stack import PredictorStack
 from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace
-from dfm_d2.framework import build_backbone
+from dfm_d2.framework import BACKBONE_REGISTRY, build_backbone
 
 
 def detector_arguments(cfg) -> dict:
@@ -34,12 +35,15 @@ def detector_arguments(cfg) -> dict:
             "MODEL.DFM.NUM_PROPOSALS 0 and an empty INPUT.MIN_SIZE_TRAIN are chosen from the data by "
             "tools/train_net.py: take the config.yaml that it wrote into OUTPUT_DIR."
         )
+    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
+        names = ", ".join(name for name, _ in BACKBONE_REGISTRY)
+        raise UserError(f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}; choose one of {names}.")
     try:
         backbone = build_backbone(cfg)
     except (AssertionError, KeyError, ValueError) as error:  # Detectron2 asserts
         said = str(error) or "check MODEL.RESNETS and MODEL.FPN."
         if isinstance(error, KeyError):
-            said = f"{error.args[0]!r} is not known: see MODEL.BACKBONE.NAME and the keys NORM"
+            said = f"{error.args[0]!r} is not known: see the keys NORM"
         raise UserError(f"no backbone can be built: {said}") from error
     set_backend(dfm.KERNELS)
     criterion = BlockLoss(dfm.SIGNAL_SCALE, **_lower(dfm.LOSS))
@@ -125,7 +129,7 @@ def _stage_predictors(cfg, backbone) -> dict[str, StagePredictor]:
     stages = [name for name in shapes if name != "stem" and hasattr(bottom_up, name)]
     if not stages:
         raise UserError(
-            f"MODEL.DFM.BACKBONE_UPDATE local needs a ResNet with FPN, which MODEL.BACKBONE.NAME "
+            f"MODEL.DFM.BACKBONE_UPDATE local needs a pyramid on stages, which MODEL.BACKBONE.NAME "
             f"{cfg.MODEL.BACKBONE.NAME} does not build: set it to accumulate."
         )
     owner = owners_in_bottom_up(bottom_up, stages)

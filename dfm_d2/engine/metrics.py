@@ -1,4 +1,6 @@
-"""metrics.json: one JSON object a line, cut back when training resumes from an earlier checkpoint."""
+"""metrics.json: one JSON object a line, cut back when training resumes from an earlier checkpoint. And the
+calibration error, a metric of both verticals.
+"""
 
 import json
 import math
@@ -6,10 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.errors import UserError
 
 METRICS_FILE = "metrics.json"
+_BINS = 15  # of the calibration error
+
+
+def calibration_error(scores: np.ndarray, right: np.ndarray) -> float:
+    """The expected calibration error, in percent (arXiv 1706.04599, equation 3), over 15 bins of equal width.
+
+    scores: `(n,)` in [0, 1]. right: bool `(n,)`. NaN where n is 0.
+    """
+    bins = np.minimum((scores * _BINS).astype(int), _BINS - 1)
+    gaps = np.bincount(bins, right - scores, minlength=_BINS)
+    return 100 * float(np.abs(gaps).sum()) / len(scores) if len(scores) else math.nan
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -24,17 +24,25 @@ def build_block_optimizer(
 
     Weight decay of norms and biases is ``SOLVER.WEIGHT_DECAY_{NORM,BIAS}`` (a bias without one of its own
     has ``SOLVER.WEIGHT_DECAY``, as in Detectron2); the learning rate of the model's ``backbone_prefix`` is
-    multiplied by ``SOLVER.BACKBONE_MULTIPLIER`` and that of biases by ``SOLVER.BIAS_LR_FACTOR``.
+    multiplied by ``SOLVER.BACKBONE_MULTIPLIER``, and by ``SOLVER.LAYER_DECAY`` for each later child of that;
+    the learning rate of biases is multiplied by ``SOLVER.BIAS_LR_FACTOR``.
     """
     solver, blocks = cfg.SOLVER, model.blocks()
     check_blocks(blocks, [(name, p) for name, p in model.named_parameters() if p.requires_grad])
     modules = [module for module in model.modules() if isinstance(module, NORM_TYPES)]
     norms = {parameter for module in modules for parameter in module.parameters(recurse=False)}
 
+    prefix = getattr(model, "backbone_prefix", ())
+    inside = (
+        name.removeprefix(f"{prefix}.") for name, _ in model.named_parameters() if name.startswith(prefix)
+    )
+    stages = list(dict.fromkeys(name.split(".")[0] for name in inside))
+
     def rate_and_decay(name: str, parameter: nn.Parameter) -> tuple[float, float]:
         rate, decay = solver.BASE_LR, solver.WEIGHT_DECAY
-        if name.startswith(getattr(model, "backbone_prefix", ())):
-            rate *= solver.BACKBONE_MULTIPLIER
+        if name.startswith(prefix):
+            stage = name.removeprefix(f"{prefix}.").split(".")[0]
+            rate *= solver.BACKBONE_MULTIPLIER * solver.LAYER_DECAY ** (len(stages) - 1 - stages.index(stage))
         if name.rsplit(".", 1)[-1] == "bias":
             rate *= solver.BIAS_LR_FACTOR
             decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.hooks import FinalEvalHook, GatherHook, Progress
+from dfm_d2.engine.hooks import CalibrationHook, FinalEvalHook, GatherHook, Progress
 from dfm_d2.engine.metrics import METRICS_FILE, append_metrics, cut_back, flatten
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
@@ -44,7 +44,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     folder, solver, start = Path(cfg.OUTPUT_DIR), cfg.SOLVER, 0
     continues = resume and (folder / LAST).exists()
     with input_errors():
-        model = task.build_model(task.without_pretrained(cfg) if continues else cfg)
+        model = task.build_model(cfg, pretrained=not continues)
     trainer = build_trainer(task, cfg, model)
     gather = GatherHook((cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD))
     trainer.register_hooks([IterationTimer(), LRScheduler(), gather if comm.get_world_size() > 1 else None])
@@ -81,6 +81,7 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
         return flatten(results)
 
     # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
+    trainer.register_hooks([CalibrationHook(lambda: task.calibrate(cfg, model))])
     trainer.register_hooks([FinalEvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
     if comm.is_main_process():
         writers = [
@@ -177,7 +178,7 @@ def _set_aside(folder: Path) -> None:
 def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> tuple[nn.Module, int]:
     """The model, and the iterations that it has seen."""
     with input_errors():
-        model = task.build_model(task.without_pretrained(cfg))
+        model = task.build_model(cfg, pretrained=False)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names)
     continues = resume and checkpointer.has_checkpoint()
     path = checkpointer.get_checkpoint_file() if continues else cfg.MODEL.WEIGHTS

@@ -19,10 +19,6 @@ def _nothing(*_: Any) -> None:
     """Where a task has nothing to do."""
 
 
-def _unchanged(cfg: Config) -> Config:
-    return cfg
-
-
 @dataclass(frozen=True)
 class Imported:
     """A function that is imported when it is called: a bad config is an error before torch is imported."""
@@ -51,8 +47,9 @@ class Task:
     removed: keys that config files of earlier versions have, as ``merge_config_file`` takes them.
     complete: set, in place, what follows from other keys; after every merge.
     check_start: UserError if training from scratch would leave random layers untrained.
+    calibrate: of a config and its model, sets what is fitted after the last iteration, before the model is
+        saved; all processes together.
     after_training: of a config and the class names, what the main process does with a finished training.
-    without_pretrained: the config for a model whose weights a whole checkpoint replaces.
     """
 
     keys: Sequence[Key]
@@ -67,13 +64,18 @@ class Task:
     removed: Mapping[str, tuple[Any, str]]
     complete: Callable[[Config], None] = _nothing
     check_start: Callable[[Config], None] = _nothing
+    calibrate: "Callable[[Config, nn.Module], None]" = _nothing
     after_training: Callable[[Config, Sequence[str]], None] = _nothing
-    without_pretrained: Callable[[Config], Config] = _unchanged
 
-    def build_model(self, cfg: Config) -> "nn.Module":
-        """The model of a config."""
+    def build_model(self, cfg: Config, pretrained: bool = True) -> "nn.Module":
+        """The model of a config. pretrained: with MODEL.TIMM.WEIGHTS, else a whole checkpoint replaces them
+        and they need not be there."""
         from dfm_d2.framework import build_model
 
+        if not pretrained:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.TIMM.WEIGHTS = ""
         for module in self.models:
             import_module(module)
         return build_model(cfg)

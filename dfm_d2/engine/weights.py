@@ -252,11 +252,18 @@ def check_pixels(cfg: CfgNode, source: str, path: str) -> None:
     """UserError listing the keys that are not as weights of ``source`` (msra, torchvision) want them."""
     if source == MSRA and cfg.MODEL.RESNETS.NUM_GROUPS > 1:
         return  # ResNeXt of the same zoo: other pixels for each model
+    is_shallow = cfg.MODEL.RESNETS.DEPTH < 50
+    wanted = {key: v for key, v in _PIXELS[source].items() if key != _STRIDE or not is_shallow}
+    check_keys(cfg, wanted, f"{path} holds {source} weights")
+
+
+def check_keys(cfg: CfgNode, wanted: Mapping[str, Any], said: str) -> None:
+    """UserError that begins with what is said and lists the keys whose values are not as wanted."""
     wrong = []
-    for key, wanted in _PIXELS[source].items():
+    for key, value in wanted.items():
         found = get_key(cfg, key)
-        fits = np.allclose(found, wanted, atol=0.05) if isinstance(wanted, list) else found == wanted
-        if not fits and (key != _STRIDE or cfg.MODEL.RESNETS.DEPTH >= 50):
-            wrong.append(f"{key} {wanted}")
+        fits = np.allclose(found, value, atol=0.05) if isinstance(value, list) else found == value
+        if not fits:
+            wrong.append(f"{key} {value}")
     if wrong:
-        raise UserError(f"{path} holds {source} weights, which need {', '.join(wrong)}: set them.")
+        raise UserError(f"{said}, which need {', '.join(wrong)}: set them.")

@@ -12,9 +12,9 @@ _NAMES = {
     ("comm", "utils.comm"): "comm",  # the module itself
     ("config", "config"): "CfgNode configurable get_cfg",
     ("events", "utils.events"): "EventStorage JSONWriter TensorboardXWriter get_event_storage",
-    ("fpn", "modeling"): "build_backbone",
+    ("fpn", "modeling"): "BACKBONE_REGISTRY FPN build_backbone",
     ("hooks", "engine.hooks"): "EvalHook IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter",
-    ("layers", "layers"): "batched_nms",
+    ("layers", "layers"): "ShapeSpec batched_nms",
     ("layers", "modeling"): "Backbone",
     ("loops", "engine"): "HookBase TrainerBase",
     ("loops", "evaluation"): "DatasetEvaluator inference_on_dataset",

@@ -79,7 +79,7 @@ def draw_predictions(
         for box, label in truth:
             draw_box(above, box, class_color(label), class_names[label])
         _show_detections(below, image, found, class_names, score_thresh)
-    figure.suptitle(f"ground truth, and detections with a score of at least {score_thresh}", fontsize=9)
+    figure.suptitle(f"ground truth, and detections with a score of at least {score_thresh:.2g}", fontsize=9)
     place_labels(figure)
     return save_figure(figure, path)
 

@@ -8,7 +8,8 @@ from data_helpers import make_cfg, make_tar, pixels_of, shared_data, write_idx
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dfm_d2.classification.data.registration import HELD_OUT, read_digits, read_root, register_class_sets
+from dfm_d2.classification.data.registration import read_digits, read_root, register_class_sets
+from dfm_d2.data.catalog import HELD_OUT
 from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import ImageError
 from dfm_d2.data.stream import SampleStream

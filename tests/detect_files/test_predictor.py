@@ -41,6 +41,13 @@ def test_a_list_is_answered_in_order_and_in_batches_and_in_original_coordinates(
     assert predictor.class_names == ["circle", "square", "star"] and not list(predictor.stream([]))
 
 
+def test_a_threshold_leaves_the_best_detections(trained, predictor):
+    every = predictor(picture())
+    least = float(every.scores[len(every) // 2])
+    found = FlowPredictor.from_files(*trained, threshold=least)(picture())
+    assert torch.equal(found.scores, every.scores[every.scores > least])
+
+
 def test_the_trajectory_ends_in_the_answer(predictor, tmp_path):
     path = save(tmp_path / "a.png", picture())
     instances, trajectory, image_size = predictor(path, return_trajectory=True)
@@ -110,5 +117,7 @@ def test_weights_of_another_model(trained, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             FlowPredictor.from_files(config, str(file), opts)
+    with pytest.raises(UserError, match="no score threshold"):
+        FlowPredictor.from_files(config, weights, threshold="auto")
     with pytest.raises(UserError, match="batch_size is 0"):
         FlowPredictor.from_files(config, weights, batch_size=0)

@@ -17,9 +17,10 @@ def options_by_name(optimizer) -> dict[str, tuple[float, float]]:
 
 
 def test_rates_and_decays_follow_the_config():
-    cfg = toy_config(BACKBONE_MULTIPLIER=0.1, WEIGHT_DECAY=0.5, WEIGHT_DECAY_NORM=0.0, WEIGHT_DECAY_BIAS=0.25)
+    decays = {"WEIGHT_DECAY": 0.5, "WEIGHT_DECAY_NORM": 0.0, "WEIGHT_DECAY_BIAS": 0.25}
+    cfg = toy_config(BACKBONE_MULTIPLIER=0.1, LAYER_DECAY=0.5, **decays)
     options = options_by_name(build_block_optimizer(cfg, make_toy()))
-    assert options["backbone.bottom_up.0.weight"] == (pytest.approx(0.001), 0.5)
+    assert options["backbone.bottom_up.0.weight"] == (pytest.approx(0.0005), 0.5)
     assert options["backbone.bottom_up.1.weight"] == (pytest.approx(0.001), 0.0)
     assert options["backbone.fpn.weight"] == (0.01, 0.5)
     assert options["backbone.fpn.bias"] == (0.01, 0.25)

@@ -22,6 +22,11 @@ LATER = {
     "MODEL.DFM.INTERVALS": 0,
     "MODEL.DFM.ROLLOUT": 1,
     "MODEL.DFM.SAMPLER.MEMBERS": [],
+    "MODEL.TIMM.NAME": "vit_tiny_patch16_224",
+    "MODEL.TIMM.OPTIONS": [],
+    "MODEL.TIMM.WEIGHTS": "",
+    "MODEL.TIMM.FROZEN_NORM": False,
+    "SOLVER.LAYER_DECAY": 1.0,
 }
 CASCADE = "MODEL.META_ARCHITECTURE CascadeDetector"
 MULTI_STEP = "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"
@@ -101,6 +106,7 @@ BAD_CLASSIFIERS = {
     "C.SHUFFLE_X0 True SOLVER.IMS_PER_BATCH 1": "SHUFFLE_X0 needs SOLVER.IMS_PER_BATCH of at least 2",
     "UPDATE.METHOD stochastic_forward_forward": "the stochastic Forward-Forward lost everywhere and is gone",
     "C.SAMPLER.AGGREGATION probability": "this option was removed: blocks move one state",
+    "C.TIMM.NAME resnet18": "this option was removed: it is MODEL.TIMM now",
     "C.SAMPLER.STEPS 4": "this option was removed: a classifier answers in one step",
     "C.SAMPLER.METHOD heun": "this option was removed: a classifier answers in one step",
     "D.SAMPLER.STEPS 8": "SAMPLER.STEPS, which is no key of this tool: detectors have it.",

@@ -62,7 +62,7 @@ def test_frozen_stages_have_no_predictor_and_a_backbone_without_stages_is_one_li
     cfg.MODEL.BACKBONE.FREEZE_AT = 2
     assert list(build_model(cfg).stage_predictors) == ["res3", "res4", "res5"]
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DFM.HEAD.IN_FEATURES = "build_resnet_backbone", ["res2"]
-    with pytest.raises(ValueError, match="BACKBONE_UPDATE local needs a ResNet with FPN"):
+    with pytest.raises(ValueError, match="BACKBONE_UPDATE local needs a pyramid on stages"):
         build_model(cfg)
 
 

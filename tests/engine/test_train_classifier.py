@@ -122,7 +122,7 @@ def test_broken_images_are_left_out_or_fatal(run, tmp_path, capsys):
 def test_a_checkpoint_needs_the_pretrained_file_no_more(run, tmp_path, capsys):
     weights = tmp_path / "timm.pth"
     save_timm_vit(weights)
-    options = [*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", str(weights)]
+    options = [*VIT, "MODEL.TIMM.WEIGHTS", str(weights)]
     assert run(*options, "SOLVER.MAX_ITER", "1") == 0
     weights.unlink()
     final = ["MODEL.WEIGHTS", str(tmp_path / "out/model_final.pth")]

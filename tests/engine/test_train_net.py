@@ -6,6 +6,7 @@ import sys
 from unittest import mock
 
 import pytest
+import timm
 import tiny_training
 import torch
 from test_checkpoints import Made
@@ -13,6 +14,7 @@ from tiny_model import tiny_cfg
 from tiny_training import words
 from tool_loader import ROOT, load_tool
 
+from dfm_d2.detection import FlowPredictor
 from dfm_d2.engine.metrics import read_metrics
 from dfm_d2.engine.setup import resolve_device
 
@@ -52,6 +54,32 @@ def test_train_resume_and_evaluate(run, tmp_path, capsys):
     assert "bbox/AP50" in lines[-1]
 
 
+def test_a_checkpoint_needs_the_pretrained_file_of_timm_no_more(run, tmp_path, capsys):
+    weights, out = tmp_path / "timm.pth", tmp_path / "out"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+    options = ["MODEL.BACKBONE.NAME=build_timm_fpn_backbone", "MODEL.TIMM.NAME=test_efficientnet"]
+    options.append(f"MODEL.TIMM.WEIGHTS={weights}")
+    assert run(*options) == 0
+    weights.unlink()
+    assert run(*options, "--eval-only", f"MODEL.WEIGHTS={out}/model_final.pth") == 0
+    assert run(*options, "--resume", "SOLVER.MAX_ITER=2") == 0
+    assert run(*options) == 2
+    assert "timm.pth is missing" in capsys.readouterr().err
+
+
+def test_scores_are_calibrated_on_images_that_are_not_trained_on(run, tmp_path):
+    out = tmp_path / "out"
+    assert run("SOLVER.BASE_LR=0.01", "DATASETS.HOLD_OUT=0.25") == 0
+    log = (out / "log.txt").read_text()
+    assert "data set voc_root_train: 9 images" in log and "found on 3 held-out images" in log
+    predictor = FlowPredictor.from_files(
+        str(out / "config.yaml"), str(out / "model_final.pth"), threshold="auto"
+    )
+    assert predictor.model.temperature != 1 and 0 < predictor.model.threshold < 1
+    assert predictor.model.sampler.settings.score_thresh == predictor.model.threshold
+    assert read_metrics(out / "metrics.json")[-1]["bbox/D-ECE"] >= 0
+
+
 # Arguments, and a part of what is said about them.
 CASES = {
     "SOLVER.BASE_LRR=1": "SOLVER.BASE_LRR",
@@ -66,7 +94,7 @@ CASES = {
     "MODEL.RESNETS.NORM=FrozenBN": "would stay frozen: set MODEL.RESNETS.NORM",
     "MODEL.RESNETS.NORM=BatchNorm": "BatchNorm' is not",
     "MODEL.BACKBONE.FREEZE_AT=2": "would stay frozen: set MODEL.BACKBONE.FREEZE_AT 0",
-    "MODEL.BACKBONE.NAME=build_resnet": "'build_resnet' is not known: see MODEL.BACKBONE.NAME",
+    "MODEL.BACKBONE.NAME=build_resnet": "MODEL.BACKBONE.NAME is 'build_resnet'; choose one of",
     "MODEL.DFM.HEAD.IN_FEATURES=['p2','p4']": "strides [4, 16]",
     "MODEL.DFM.HEAD.IN_FEATURES=['p9']": "names ['p9']",
     "MODEL.DFM.UPDATE=parallel MODEL.DFM.PREDICTOR_RANKS=2": "divide the number of processes, 1 (--num-gpus)",

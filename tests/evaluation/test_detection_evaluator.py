@@ -58,9 +58,9 @@ def test_reset_forgets_no_detection_is_zero_no_ground_truth_is_nan_and_the_table
     metrics = evaluate(evaluator, outputs_of(golden))
     assert evaluate(evaluator, outputs_of(golden))["AP"] == metrics["AP"] > 0
     lines = format_table({"bbox": metrics}).splitlines()
-    assert lines[0].split() == ["class", "AP", "AP50", "VOC07_AP50", "VOC_AP50"]
+    assert lines[0].split() == ["class", "AP", "AP50", "VOC07_AP50", "VOC_AP50", "D-ECE"]
     assert [line.split()[0] for line in lines[2:]] == ["cat", "dog", "cow", "emu", "mean"]
-    assert lines[-2].split()[1:] == ["-"] * 4 and lines[-1].split()[2] == f"{metrics['AP50']:.1f}"
+    assert lines[-2].split()[1:] == ["-"] * 5 and lines[-1].split()[2] == f"{metrics['AP50']:.1f}"
     metrics = evaluate(evaluator, [])
     zero = ("AP", "AP50", "AP-cat", "VOC07_AP50", "VOC_AP50", "VOC_AP50-cow")
     assert not any(metrics[key] for key in zero) and math.isnan(metrics["AP50-emu"])

@@ -30,7 +30,9 @@ def cfg():
 
 @pytest.fixture(scope="session")
 def detector(cfg):
-    return small_detector(cfg)
+    detector = small_detector(cfg)
+    detector.temperature.fill_(1.5)
+    return detector
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,41 @@ def observe_build_backbone(provider):
     return {**seen, "norms": _checksum(no_norm.state_dict()), "unknown": unknown}
 
 
+def observe_FPN(provider):
+    """On maps of 2 and 3 channels: names, strides, and the outputs for weights by formula."""
+
+    class Tiny(provider.Backbone):
+        def forward(self, x):
+            return {"a": x[:, :2, ::2, ::2], "b": x[..., ::4, ::4]}
+
+        def output_shape(self):
+            return {"a": provider.ShapeSpec(2, stride=2), "b": provider.ShapeSpec(3, stride=4)}
+
+    fpn = provider.FPN(Tiny(), ["a", "b"], 4, "BN", fuse_type="avg")
+    fill_by_formula(fpn)
+    maps = fpn.double().eval()(seeded_images(16, 24))
+    seen = {name: [spec.channels, spec.stride] for name, spec in fpn.output_shape().items()}
+    seen = {"shape": seen, "divisibility": fpn.size_divisibility, "state": names_and_shapes(fpn)}
+    return {**seen, "maps": {name: summary(feature) for name, feature in maps.items()}}
+
+
+def observe_ShapeSpec(provider):
+    specs = [provider.ShapeSpec(channels=3), provider.ShapeSpec(4, stride=8), provider.ShapeSpec()]
+    return [[spec.channels, spec.stride] for spec in specs]
+
+
+def observe_BACKBONE_REGISTRY(provider):
+    """What is registered can be built by name, with the channels of MODEL.PIXEL_MEAN; names are unique."""
+    registry, cfg = provider.BACKBONE_REGISTRY, provider.get_cfg()
+    name = f"dfm_contract_{len(list(registry))}"
+    registry.register(type(name, (), {"__init__": lambda self, cfg, shape: setattr(self, "shape", shape)}))
+    twice = raised(lambda: registry.register(type(name, (), {})))
+    cfg.MODEL.BACKBONE.NAME, known = name, [name in registry, "build_resnet_fpn_backbone" in registry]
+    # Detectron2 wants a Backbone of its builders.
+    built = registry.get(name)(cfg, provider.ShapeSpec(channels=3)).shape.channels
+    return {"known": known, "built": built, "twice": twice, "unknown": raised(lambda: registry.get("other"))}
+
+
 def observe_Backbone(provider):
     class Tiny(provider.Backbone):
         def __init__(self):

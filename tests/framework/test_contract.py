@@ -27,6 +27,10 @@ from dfm_d2.framework._providers import PLACES
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "MODEL.DEVICE cpu MODEL.DFM.NUM_CLASSES 3 MODEL.DFM.NUM_PROPOSALS 8 SOLVER.BASE_LR 0.5"
+_VIT = "['img_size=64','embed_dim=32','depth=4','num_heads=2']"
+BACKBONES = {"resnet": "", "cnn of timm": "fpn_backbone MODEL.TIMM.NAME tf_efficientnet_lite0"}
+BACKBONES["vit of timm"] = f"vit_pyramid_backbone MODEL.TIMM.OPTIONS {_VIT}"
+BACKBONES = {k: f"MODEL.BACKBONE.NAME build_timm_{v}".split() if v else [] for k, v in BACKBONES.items()}
 # For Detectron2's own script: fewer predictors, narrow.
 CONFIG = f"""
 _BASE_: {ROOT}/configs/shapes_flow_r18.yaml
@@ -92,10 +96,11 @@ def _describe(cfg) -> dict:
 
 
 @pytest.mark.d2
-def test_detector_is_the_same(tmp_path):
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+def test_detector_is_the_same(tmp_path, backbone):
     """The builtin provider reads what the config is under Detectron2, with all of Detectron2's keys."""
     detectron2_provider()
-    cfg = load_config(DETECTION, str(ROOT / "configs" / "shapes_flow_r18.yaml"), TINY.split())
+    cfg = load_config(DETECTION, str(ROOT / "configs" / "shapes_flow_r18.yaml"), [*TINY.split(), *backbone])
     theirs = _describe(cfg)
     path = tmp_path / "config.yaml"
     path.write_text(cfg.dump())

@@ -143,10 +143,10 @@ WRONG = {
     "nothing like it": ([*TIMM_CNN[:3], "nope"], "'nope' is no model of timm\\.$"),
     "option form": ([*VIT[:-1], '["depth"]'], "OPTIONS has 'depth': write name=value"),
     "option": ([*VIT[:-1], '["depht=2"]'], "timm cannot build vit_tiny_patch16_224"),
-    "no stages": ([*TIMM_CNN[:3], "test_efficientnet"], "has no row of stages"),
+    "no stages": ([*TIMM_CNN[:3], "xcit_nano_12_p16_224"], "has no row of stages"),
     "channels last": ([*TIMM_CNN[:3], "swin_tiny_patch4_window7_224"], "has no row of stages with maps"),
     "option's value": ([*VIT[:-1], '["img_size=["]'], "has 'img_size=\\['"),
-    "no weights": ([*VIT, "MODEL.CLASSIFIER.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
+    "no weights": ([*VIT, "MODEL.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth is missing"),
     "dimension": (["MODEL.CLASSIFIER.EMBED_DIM", "2"], "EMBED_DIM is 2, but 3 orthonormal classes need"),
     "sampler block": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[3]"], "names \\[3\\], there are 3 blocks"),
     "sampler block from the last": (["MODEL.CLASSIFIER.SAMPLER.BLOCKS", "[-4]"], "names \\[-4\\], there are"),
@@ -180,7 +180,7 @@ def test_pretrained_weights_of_timm_are_loaded_from_a_file_that_has_all(tmp_path
     """Those that would leave layers random are refused."""
     torch.manual_seed(3)
     path = tmp_path / "vit.pth"
-    trained, weights = save_timm_vit(path), ["MODEL.CLASSIFIER.TIMM.WEIGHTS", str(path)]
+    trained, weights = save_timm_vit(path), ["MODEL.TIMM.WEIGHTS", str(path)]
     model = make_classifier(*VIT, *weights).eval()
     images = model.normalised(class_inputs(2))
     found = model.backbone.model.forward_features(images)
@@ -242,7 +242,7 @@ def test_sequential_holds_the_activations_of_one_block_at_a_time():
 
     def peak(update: str, depth: int) -> int:
         options = f'["img_size=16","patch_size=4","embed_dim=32","depth={depth}","num_heads=2"]'
-        model = make_classifier(*VIT[:2], "MODEL.CLASSIFIER.TIMM.OPTIONS", options).train()
+        model = make_classifier(*VIT[:2], "MODEL.TIMM.OPTIONS", options).train()
         with SavedActivations(exclude=model.parameters()) as saved:
             train_steps(model, update, class_inputs(8, size=16))
         return saved.peak

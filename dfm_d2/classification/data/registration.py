@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dfm_d2.data.catalog import distinct, register
+from dfm_d2.data.catalog import distinct, register, set_aside
 from dfm_d2.data.images import ImageError, read_image
 from dfm_d2.data.problems import DECODE_UP_TO, Problem, ProblemReport
 from dfm_d2.errors import UserError
@@ -28,8 +28,6 @@ from dfm_d2.framework import CfgNode
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # The seeded split of data that come in one piece, and its share of test images.
 _SPLIT_SEED, _TEST_SHARE = 0, 0.2
-HELD_OUT = "held_out"  # the part of the training images that DATASETS.HOLD_OUT sets aside
-_HOLD_OUT_KEY = 3
 _MOST_IDX_BYTES = 2**30  # of an idx file when it is unpacked
 _KNOWN = "root_<split> (with DATASETS.ROOT), digits_{train,test}, cifar10_{train,test}, cifar100_{train,test}"
 
@@ -67,17 +65,7 @@ def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
     for name, report in reports.items():
         entries[name] = report.keep(partial(_entry, index=index), samples[name])
         report.conclude(len(entries[name]), cfg.DATASETS.ON_ERROR)
-    share, held_out = cfg.DATASETS.HOLD_OUT, []
-    if share > 0:
-        for name in train:
-            entries[name], of_set = _divide(entries[name], share, max(cfg.SEED, 0))
-            held_out += of_set
-        if not held_out or not all(entries[name] for name in train):
-            raise UserError(
-                f"DATASETS.HOLD_OUT {share} leaves no image to train on or none to set aside: set it to a "
-                "share between them, or to 0."
-            )
-        entries[HELD_OUT] = held_out
+    set_aside(cfg, entries)
     for name, of_set in entries.items():
         register(name, of_set, classes)
     return reports
@@ -118,13 +106,6 @@ def _entry(sample: ClassSample, index: dict[str, int]) -> dict:
     if name not in index:
         raise Problem(sample.file_name, "unknown_class", f"its class {name!r} is not known")
     return {**entry, "label": index[name]}
-
-
-def _divide(entries: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """All but a share of the entries, and that share; by the seed."""
-    order = np.random.default_rng([seed, _HOLD_OUT_KEY]).permutation(len(entries))
-    number = round(share * len(entries))
-    return [entries[i] for i in np.sort(order[number:])], [entries[i] for i in np.sort(order[:number])]
 
 
 def _natural(text: str) -> list:

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from dfm_d2.data.catalog import distinct, register
+from dfm_d2.data.catalog import distinct, register, set_aside
 from dfm_d2.data.problems import DECODE_UP_TO, Problem, ProblemReport
 from dfm_d2.detection.data.layouts import Found, Reader, coco_reader, locate_root, voc_reader
 from dfm_d2.errors import UserError
@@ -30,7 +30,7 @@ _KNOWN_FORMS = (
 
 
 def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
-    """Read and register every data set in cfg.DATASETS.TRAIN and TEST, replacing earlier ones of that name.
+    """Read and register every data set in cfg.DATASETS.TRAIN and TEST, and HELD_OUT, replacing earlier ones.
 
     Classes are cfg.DATASETS.CLASSES if given, else those of the training sets (of the test sets if there are
     no training sets): VOC's 20 for voc_20xx, the categories of a COCO json by id, the names of data.yaml for
@@ -48,15 +48,19 @@ def register_datasets(cfg: CfgNode) -> dict[str, ProblemReport]:
     found = {name: read(reports[name], decode_up_to) for name, read in readers.items()}
     shared = {name: found[name] for name in cfg.DATASETS.TRAIN or cfg.DATASETS.TEST}
     classes = distinct(list(cfg.DATASETS.CLASSES) or _shared_classes(shared))
+    all_dicts, all_metadata = {}, {}
     for name, (entries, _, ids, metadata) in found.items():
-        dicts = [dataset_dict(entry, classes, reports[name]) for entry in entries]
+        dicts = all_dicts[name] = [dataset_dict(entry, classes, reports[name]) for entry in entries]
         reports[name].conclude(len(dicts), cfg.DATASETS.ON_ERROR)
         if name in cfg.DATASETS.TRAIN and reports[name].problems and not any(e["annotations"] for e in dicts):
             raise UserError(f"The data set {name} has no usable box. First: {reports[name].problems[0]}.")
         if ids is not None:
             contiguous = {key: classes.index(label) for key, label in ids.items() if label in classes}
             metadata = {**metadata, "thing_dataset_id_to_contiguous_id": contiguous}
-        register(name, dicts, classes, **metadata)
+        all_metadata[name] = metadata
+    set_aside(cfg, all_dicts)
+    for name, dicts in all_dicts.items():
+        register(name, dicts, classes, **all_metadata.get(name, {}))
     return reports
 
 

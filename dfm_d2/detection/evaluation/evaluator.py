@@ -1,4 +1,4 @@
-"""DetectionEvaluator: COCO AP and VOC AP of any registered data set, and the files to check them by."""
+"""DetectionEvaluator: AP and calibration on any registered data set, and the files to check them by."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -15,6 +16,7 @@ from tabulate import tabulate
 
 from dfm_d2.data.files import write_text_atomically
 from dfm_d2.detection.evaluation.voc_ap import average_precisions, match_detections
+from dfm_d2.engine.metrics import calibration_error
 from dfm_d2.errors import UserError
 from dfm_d2.framework import DatasetCatalog, DatasetEvaluator, MetadataCatalog, comm
 
@@ -24,8 +26,24 @@ _COCO_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COC
 _VOC_KEYS = ("VOC07_AP50", "VOC_AP50")  # what average_precisions returns
 
 
+class Matches(NamedTuple):
+    """Detections by pycocotools at IoU 0.5, without those that lie in ignored objects.
+
+    scores: `(M,)`. right: bool `(M,)`, whether it has an object of its class to itself. objects: how many.
+    """
+
+    scores: np.ndarray
+    right: np.ndarray
+    objects: int
+
+
 class DetectionEvaluator(DatasetEvaluator):
-    """Collects detections and computes their AP; an evaluator for Detectron2's inference_on_dataset."""
+    """Collects detections and computes their AP; an evaluator for Detectron2's inference_on_dataset.
+
+    matches: of the last evaluation, on the main process.
+    """
+
+    matches: Matches | None = None
 
     def __init__(self, dataset_name: str, output_dir: Path) -> None:
         """
@@ -80,7 +98,8 @@ class DetectionEvaluator(DatasetEvaluator):
         """{"bbox": {metric: percent}} on the main process, an empty dict on the others.
 
         Metrics: AP, AP50, AP75, APs, APm, APl, AP-<class>, AP50-<class> of pycocotools; VOC07_AP50 (11
-        points), VOC_AP50 (area), and both of each class. NaN for what has no ground truth.
+        points), VOC_AP50 (area), and both of each class; D-ECE (Kueppers et al. 2020, arXiv 2004.13546), the
+        calibration error of all detections. NaN for what has no ground truth.
         """
         comm.synchronize()
         gathered = comm.gather(self._detections, dst=0)
@@ -92,7 +111,9 @@ class DetectionEvaluator(DatasetEvaluator):
         write_text_atomically(self._output_dir / "instances_gt.json", json.dumps(ground_truth))
         if not detections:
             logger.warning("data set %s: the model made no detection at all", self._name)
-        results = coco_average_precisions(ground_truth, detections)
+        results, found = coco_average_precisions(ground_truth, detections)
+        self.matches = found
+        results["D-ECE"] = calibration_error(found.scores, found.right) if found.objects else float("nan")
         precisions = _voc_precisions(self._dicts, self._categories, detections)
         for index, key in enumerate(_VOC_KEYS):
             column = {name: 100 * values[index] for name, values in precisions.items()}
@@ -127,8 +148,8 @@ def coco_ground_truth(dicts: list[dict], categories: list[dict]) -> dict:
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> dict[str, float]:
-    """AP, AP50, AP75, APs, APm, APl and AP-<class>, AP50-<class>, in percent, by pycocotools.
+def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> tuple[dict[str, float], Matches]:
+    """AP, AP50, AP75, APs, APm, APl and AP-<class>, AP50-<class>, in percent, by pycocotools; its matches.
 
     ground_truth: COCO json. detections: COCO results, [{"image_id", "category_id", "bbox" XYWH, "score"}].
     NaN where there is no ground truth; 0 everywhere else if there are no detections.
@@ -159,7 +180,18 @@ def coco_average_precisions(ground_truth: dict, detections: list[dict]) -> dict[
         for key, part in (("AP", of_class), ("AP50", of_class[:1])):
             measured = part[part > -1]
             results[f"{key}-{category['name']}"] = _percent(measured.mean() if measured.size else -1.0)
-    return results
+    return results, _matches(evaluation)
+
+
+def _matches(evaluation: COCOeval) -> Matches:
+    area = evaluation.params.areaRng[0]  # all
+    found = [item for item in evaluation.evalImgs if item is not None and item["aRng"] == area]
+    # By class and image; the first of the IoU thresholds is 0.5.
+    scores = np.array([score for item in found for score in item["dtScores"]], float)
+    right = np.array([match > 0 for item in found for match in item["dtMatches"][0]], bool)
+    counted = np.array([not ignored for item in found for ignored in item["dtIgnore"][0]], bool)
+    objects = sum(not ignored for item in found for ignored in item["gtIgnore"])
+    return Matches(scores[counted], right[counted], objects)
 
 
 def _is_ignored(target: dict) -> bool:
@@ -196,11 +228,11 @@ def _voc_precisions(
 
 
 def format_table(results: dict[str, dict[str, float]]) -> str:
-    """A text table of {"bbox": metrics}: a row per class, then their mean; "-" where is no ground truth."""
+    """A text table of {"bbox": metrics}: a row per class, then their mean; "-" where nothing is measured."""
     metrics = results["bbox"]
-    columns = ["AP", "AP50", *_VOC_KEYS]
+    columns = ["AP", "AP50", *_VOC_KEYS, "D-ECE"]
     names = [key.removeprefix("AP-") for key in metrics if key.startswith("AP-")]
-    rows = [[name, *(metrics[f"{column}-{name}"] for column in columns)] for name in names]
+    rows = [[name, *(metrics.get(f"{column}-{name}", np.nan) for column in columns)] for name in names]
     rows.append(["mean", *(metrics[column] for column in columns)])
     shown = [[row[0], *("-" if np.isnan(value) else f"{value:.1f}" for value in row[1:])] for row in rows]
     align = ["left"] + ["right"] * len(columns)
