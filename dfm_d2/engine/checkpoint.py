@@ -106,12 +106,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         local = _fetch(path) if path else ""
         self._whole, self._path = checkpointables is None, path
         try:
-            return super().load(local, checkpointables)
+            found = super().load(local, checkpointables)
+            if type(found.get("iteration", 0)) is not int:
+                raise ValueError("its iteration is no whole number")
+            return found
         except UserError:
             raise
         except DAMAGE as error:  # of a state that is damaged, or not that of this run
             said = " ".join(str(error).split())[:300] if isinstance(error, ValueError) else repr(error)[:300]
-            raise CheckpointError(f"{path} cannot be continued from: {said}.") from error
+            raise CheckpointError(f"{path} cannot be loaded: {said}.") from error
         finally:
             # Detectron2 asserts at the next load that this one came to its end.
             self._parsed_url_during_load = None
