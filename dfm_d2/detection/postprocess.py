@@ -47,8 +47,8 @@ def detections(
             boxes.clip(size)
         except AssertionError as error:
             raise UserError(
-                f"The model's boxes of image {item.get('image_id')!r} are not finite: MODEL.WEIGHTS are damaged, "
-                "or SOLVER.BASE_LR was too large."
+                f"The model's boxes of image {item.get('image_id')!r} are not finite: MODEL.WEIGHTS are "
+                "damaged, or SOLVER.BASE_LR was too large."
             ) from error
         boxes, classes = boxes.tensor[order // num_classes], order % num_classes
         keep = torch.arange(scores.shape[0], device=scores.device)

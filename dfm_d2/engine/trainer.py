@@ -133,10 +133,7 @@ class LocalUpdateTrainer(TrainerBase):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``; train from ``state_dict["iteration"] + 1``.
-
-        Raises ValueError, or another error of what it finds, for one that is not as ``state_dict`` gave it.
-        """
+        """Continue from ``state_dict``; train from ``state_dict["iteration"] + 1``. A damaged one raises."""
         for key in ("iteration", "data_position"):
             if type(state_dict[key]) is not int or not 0 <= state_dict[key] < 2**53:
                 raise ValueError(f"its {key} is {str(state_dict[key])[:50]}")

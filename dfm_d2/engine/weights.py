@@ -183,15 +183,13 @@ def read_weights(path: str) -> tuple[dict[str, Any], str | None]:
 def _check_tensors(path: str, weights: Any) -> None:
     """CheckpointError for anything but names with tensors or arrays of finite numbers."""
     if not isinstance(weights, dict):
-        raise CheckpointError(
-            f"{path} has a {type(weights).__name__} in the place of its weights: take another."
-        )
+        raise CheckpointError(f"{path} has no dict of weights but a {type(weights).__name__}: take another.")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray | np.generic):
             what = f"a {type(value).__name__}, which is no tensor"
         elif not isinstance(value, torch.Tensor):
             what = "" if np.isfinite(value).all() else "NaN or infinite numbers"
-        elif not is_plain(value):
+        elif not _is_plain(value):
             what = "a tensor that is not a plain one of real numbers"
         else:
             what = "" if value.float().isfinite().all() else "NaN or infinite numbers"
@@ -199,15 +197,11 @@ def _check_tensors(path: str, weights: Any) -> None:
             raise CheckpointError(f"{path} has {what} as {ascii(name)[:100]}: take another, intact file.")
 
 
-def is_plain(value: Any) -> bool:
-    """Whether it is a tensor of real numbers, each of which is in memory."""
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether it holds real numbers, each of which is in memory."""
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
         return False
-    is_there = (
-        value.device.type == "cpu"
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    )
-    return is_there and not value.is_complex()
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes() and not value.is_complex()
 
 
 def convert_torchvision_resnet(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,11 +147,8 @@ class _Merge:
         meant = _decoded(value)
         if not _fits(meant, default):
             raise UserError(f"{named} sets {key} to {repr(value)[:200]}: it must be {_kind(default)}.")
-        if any(
-            not text.isprintable()
-            for text in (meant if isinstance(meant, list | tuple) else [meant])
-            if isinstance(text, str)
-        ):
+        texts = meant if isinstance(meant, list | tuple) else [meant]
+        if not all(text.isprintable() for text in texts if isinstance(text, str)):
             raise UserError(f"{named} sets {key} to {ascii(value)[:200]}: leave out what cannot be printed.")
         if isinstance(default, float) or (default is None and meant is not None):
             return float(meant)
@@ -204,9 +201,8 @@ def read_yaml(text: str) -> Any:
         if id(node) not in sizes:
             sizes[id(node)] = math.inf
             parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-            sizes[id(node)] = 1 + sum(
-                size(n) for part in parts for n in (part if type(part) is tuple else (part,))
-            )
+            each = (n for part in parts for n in (part if isinstance(part, tuple) else (part,)))
+            sizes[id(node)] = 1 + sum(map(size, each))
         return sizes[id(node)]
 
     loader = yaml.SafeLoader(text)

@@ -148,9 +148,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         named = [(self._names[parameter], parameter) for parameter in group["params"]]
         known = [options[name] for name, _ in named if name in options]
         for key, value in known[0].items() if known else ():
-            if type(value) is not type(group.get(key, value)) or (
-                type(value) is float and not isfinite(value)
-            ):
+            is_number = isinstance(value, float)
+            if type(value) is not type(group.get(key, value)) or (is_number and not isfinite(value)):
                 raise ValueError(f"its optimizer has {str(value)[:50]} as {str(key)[:50]}")
         group.update(known[0] if known else _scheduled(group, options))
         entries = {parameter: _at(parameter, state[name]) for name, parameter in named if name in state}
@@ -187,23 +186,16 @@ class BlockOptimizer(torch.optim.Optimizer):
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group, without its parameters and without how the step is computed."""
-    left_out = (
-        "params",
-        "param_names",
-        "names",
-        "capturable",
-        "differentiable",
-        "foreach",
-        "fused",
-        "maximize",
-    )
+    left_out = "params param_names names capturable differentiable foreach fused maximize".split()
     return {key: value for key, value in group.items() if key not in left_out}
 
 
 def _at(parameter: nn.Parameter, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a parameter on its device and in its dtype, but for a count, which has its own."""
-    like = {key: parameter.device if key == "step" else parameter for key in entry}
-    return {key: value.to(like[key]).contiguous() for key, value in entry.items()}
+    """The state of a parameter on its device, in its dtype and layout, but for a count, which has its own."""
+    return {
+        key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+        for key, value in entry.items()
+    }
 
 
 def _scheduled(group: dict[str, Any], saved: Mapping[str, dict]) -> dict[str, Any]:
