@@ -241,7 +241,7 @@ def _about(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
         names, config = list(about.get("class_names", [])), read_yaml(about.get("config") or "{}")
         if all(isinstance(name, str) for name in names) and isinstance(config, dict):
             return {"class_names": names, "config": config}
-    except (AttributeError, TypeError, yaml.YAMLError):
+    except (*DAMAGE, yaml.YAMLError):
         pass
     raise CheckpointError(f"{path} is damaged (its entry {ABOUT}): take another checkpoint.")
 
