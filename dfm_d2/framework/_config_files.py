@@ -5,6 +5,7 @@ import difflib
 import functools
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import yaml
 from dfm_d2.errors import UserError
 
 _BASE_KEY = "_BASE_"
+_MOST_CHARACTERS = 1_000_000  # of a YAML text, and values after its aliases
 # Keys that may be None, which is what they are in Detectron2, or a number.
 OPTIONAL_NUMBERS = ("SOLVER.WEIGHT_DECAY_BIAS",)
 # Keys of Detectron2 that change the model: without it a value other than the default is an error.
@@ -99,7 +101,7 @@ class _Merge:
 
     def read(self, path: str, parents: tuple[str, ...] = ()) -> dict[str, Any]:
         """The checked values of a file on top of those of its bases. `parents`: the files that led to it."""
-        named = f"Config file '{path}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
+        named = f"Config file '{path[-200:]}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
         file = os.path.realpath(path)
         if file in map(os.path.realpath, parents):
             raise UserError(f"{named} includes itself through {_BASE_KEY}: break the circle.")
@@ -144,7 +146,10 @@ class _Merge:
         default = None if key in OPTIONAL_NUMBERS else self._leaves[key]
         meant = _decoded(value)
         if not _fits(meant, default):
-            raise UserError(f"{named} sets {key} to {value!r}: it must be {_kind(default)}.")
+            raise UserError(f"{named} sets {key} to {repr(value)[:200]}: it must be {_kind(default)}.")
+        texts = meant if isinstance(meant, list | tuple) else [meant]
+        if not all(text.isprintable() for text in texts if isinstance(text, str)):
+            raise UserError(f"{named} sets {key} to {ascii(value)[:200]}: leave out what cannot be printed.")
         if isinstance(default, float) or (default is None and meant is not None):
             return float(meant)
         return value
@@ -165,9 +170,11 @@ def _load(cfg, path: str, named: str) -> dict:
     try:
         # The node knows how its framework opens files.
         with cfg._open_cfg(path) as file:
-            content = yaml.safe_load(file)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{named} does not exist: check the path.") from error
+            content = read_yaml(file.read(_MOST_CHARACTERS + 1))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"{named} is not a text file: give a YAML config file.") from error
+        raise UserError(f"{named} does not exist or cannot be opened ({error}): check the path.") from error
     except yaml.constructor.ConstructorError as error:
         raise UserError(
             f"{named} holds a YAML tag or key that is not plain data ({_where(error)}), which is refused "
@@ -175,11 +182,41 @@ def _load(cfg, path: str, named: str) -> dict:
         ) from error
     except yaml.YAMLError as error:
         raise UserError(f"{named} is not valid YAML ({_where(error)}): correct it.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{named} is not a text file: give a YAML config file.") from error
     if not isinstance(content, dict):
         raise UserError(f"{named} holds no keys: it must be a YAML mapping such as 'MODEL: ...'.")
     return content
+
+
+def read_yaml(text: str) -> Any:
+    """What `yaml.safe_load` returns, of a text not too long, too deep or, with its aliases, too large.
+
+    Raises yaml.YAMLError.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        raise yaml.YAMLError(f"more than {_MOST_CHARACTERS} characters")
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        """How many values it has where each alias counts as what it repeats; infinite within itself."""
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            each = (n for part in parts for n in (part if isinstance(part, tuple) else (part,)))
+            sizes[id(node)] = 1 + sum(map(size, each))
+        return sizes[id(node)]
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None and size(node) > _MOST_CHARACTERS:
+            raise yaml.YAMLError(f"aliases that make it more than {_MOST_CHARACTERS} values, or endless")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("lists or sections in each other, too deep") from error
+    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
+    finally:
+        loader.dispose()
 
 
 def _where(error: yaml.YAMLError) -> str:
@@ -223,12 +260,12 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(v, item) for v in value for item in items)
     if isinstance(default, float):  # neither infinite nor NaN
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is type(default)
+    return type(value) is type(default) and (type(value) is not int or abs(value) < 2**31)
 
 
 def _kind(default: Any) -> str:
     """The values that a key with this default can have, for an error message."""
-    names = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
+    names = {bool: "True or False", int: "a whole number below 2**31", float: "a finite number", str: "text"}
     items = {int: " of numbers", float: " of numbers", str: " of texts"}
     if isinstance(default, (list, tuple)):
         return "a list" + (items.get(type(default[0]), "") if default else "")
