@@ -16,14 +16,8 @@ from dfm_d2.engine.keys import lookup
 from dfm_d2.engine.setup import check_weights
 from dfm_d2.engine.weights import DAMAGE, check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
-from dfm_d2.framework import (
-    PROVIDER,
-    CfgNode,
-    DetectionCheckpointer,
-    PathManager,
-    PeriodicCheckpointer,
-    read_yaml,
-)
+from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManager, PeriodicCheckpointer
+from dfm_d2.safe_yaml import read_yaml
 
 # The entry of a checkpoint that says what made it: version, provider, class names, config.
 ABOUT = "dfm_d2"

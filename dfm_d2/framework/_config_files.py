@@ -5,7 +5,6 @@ import difflib
 import functools
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,9 @@ from typing import Any
 import yaml
 
 from dfm_d2.errors import UserError
+from dfm_d2.safe_yaml import MOST_CHARACTERS, read_yaml, where
 
 _BASE_KEY = "_BASE_"
-_MOST_CHARACTERS = 1_000_000  # of a YAML text, and values after its aliases
 # Keys that may be None, which is what they are in Detectron2, or a number.
 OPTIONAL_NUMBERS = ("SOLVER.WEIGHT_DECAY_BIAS",)
 # Keys of Detectron2 that change the model: without it a value other than the default is an error.
@@ -170,60 +169,21 @@ def _load(cfg, path: str, named: str) -> dict:
     try:
         # The node knows how its framework opens files.
         with cfg._open_cfg(path) as file:
-            content = read_yaml(file.read(_MOST_CHARACTERS + 1))
+            content = read_yaml(file.read(MOST_CHARACTERS + 1))
     except (OSError, ValueError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"{named} is not a text file: give a YAML config file.") from error
         raise UserError(f"{named} does not exist or cannot be opened ({error}): check the path.") from error
     except yaml.constructor.ConstructorError as error:
         raise UserError(
-            f"{named} holds a YAML tag or key that is not plain data ({_where(error)}), which is refused "
+            f"{named} holds a YAML tag or key that is not plain data ({where(error)}), which is refused "
             "because such a tag can run code: remove it."
         ) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{named} is not valid YAML ({_where(error)}): correct it.") from error
+        raise UserError(f"{named} is not valid YAML ({where(error)}): correct it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{named} holds no keys: it must be a YAML mapping such as 'MODEL: ...'.")
     return content
-
-
-def read_yaml(text: str) -> Any:
-    """What `yaml.safe_load` returns, of a text not too long, too deep or, with its aliases, too large.
-
-    Raises yaml.YAMLError.
-    """
-    if len(text) > _MOST_CHARACTERS:
-        raise yaml.YAMLError(f"more than {_MOST_CHARACTERS} characters")
-    sizes: dict[int, float] = {}
-
-    def size(node: yaml.Node) -> float:
-        """How many values it has where each alias counts as what it repeats; infinite within itself."""
-        if id(node) not in sizes:
-            sizes[id(node)] = math.inf
-            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-            each = (n for part in parts for n in (part if isinstance(part, tuple) else (part,)))
-            sizes[id(node)] = 1 + sum(map(size, each))
-        return sizes[id(node)]
-
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is not None and size(node) > _MOST_CHARACTERS:
-            raise yaml.YAMLError(f"aliases that make it more than {_MOST_CHARACTERS} values, or endless")
-        return None if node is None else loader.construct_document(node)
-    except RecursionError as error:
-        raise yaml.YAMLError("lists or sections in each other, too deep") from error
-    except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
-        raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
-    finally:
-        loader.dispose()
-
-
-def _where(error: yaml.YAMLError) -> str:
-    """The place and the nature of a YAML error, on one line."""
-    mark = getattr(error, "problem_mark", None)
-    text = " ".join(str(getattr(error, "problem", None) or error).split())
-    return f"line {mark.line + 1}: {text}" if mark is not None else text
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -39,7 +39,7 @@ MODEL:
   DFM: {{NUM_PREDICTORS: 2, NUM_PROPOSALS: 10, HEAD: {{HIDDEN_DIM: 16, NUM_HEADS: 2, FEEDFORWARD_DIM: 16}}}}
 DATASETS: {{VOC_ROOT: shapes}}
 """
-OURS = {"PROVIDER", "merge_config_file", "merge_config_opts", "read_yaml"}
+OURS = {"PROVIDER", "merge_config_file", "merge_config_opts"}
 FILES = [Path(__file__).parent / "golden" / f"{name}.json" for name in observations.GOLDEN]
 GOLDEN = {name: value for file in FILES for name, value in json.loads(file.read_text()).items()}
 

@@ -15,7 +15,7 @@ import yaml
 from dfm_d2.data.problems import Problem, ProblemReport
 from dfm_d2.detection.data.readers import IMAGE_SUFFIXES, clipped_object, image_entry
 from dfm_d2.errors import UserError
-from dfm_d2.framework import read_yaml
+from dfm_d2.safe_yaml import read_yaml
 
 _MOST_BYTES = 10_000_000  # of a text file; a label file has less than 100 bytes an object
 _ROUNDING = 1e-3  # by which a share of a side may pass 0 or 1
