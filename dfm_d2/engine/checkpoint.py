@@ -19,10 +19,11 @@ from dfm_d2.engine.hooks import gather_state
 from dfm_d2.engine.keys import lookup
 from dfm_d2.engine.setup import check_weights
 from dfm_d2.engine.stop import Stopped, StopSignals
-from dfm_d2.engine.weights import check_pixels, load_tensors, read_weights
+from dfm_d2.engine.weights import DAMAGE, check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
 from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, HookBase, PathManager, comm
 from dfm_d2.local_update.processes import all_processes, gather_objects
+from dfm_d2.safe_yaml import read_yaml
 
 # The entry of a checkpoint that says what made it: version, provider, class names, config.
 ABOUT = "dfm_d2"
@@ -116,13 +117,16 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._whole, self._path = checkpointables is None, path
         try:
             extra = super().load(local, checkpointables)
+            if type(extra.get("iteration", 0)) is not int:
+                raise ValueError("its iteration is no whole number")
             if self._whole and isinstance(made := extra.get("checkpoints"), list):
                 self.made = [name for name in made if re.fullmatch(r"model_\d{7}", str(name))]
             return extra
         except UserError:
             raise
-        except ValueError as error:  # what a part of the run says of a state that is not its own
-            raise CheckpointError(f"{path}: {error}") from error
+        except DAMAGE as error:  # of a state that is damaged, or not that of this run
+            said = " ".join(str(error).split())[:300] if isinstance(error, ValueError) else repr(error)[:300]
+            raise CheckpointError(f"{path} cannot be loaded: {said}.") from error
         finally:
             # Detectron2 asserts at the next load that this one came to its end.
             self._parsed_url_during_load = None
@@ -137,7 +141,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         """Load ``checkpoint["model"]``; what does not fit is an error (the class says when)."""
         if self._whole:
-            self._check_run(checkpoint.get(ABOUT, {}))
+            self._check_run(_about(checkpoint, self._path))
+            if missing := [part for part in self.checkpointables if part not in checkpoint]:
+                raise CheckpointError(
+                    f"{self._path} has no {missing[0]}, which a run continues from: give it as MODEL.WEIGHTS."
+                )
             self._check_shapes(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         missing = set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}
@@ -159,15 +167,14 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _check_run(self, about: Mapping[str, Any]) -> None:
         """CheckpointError if the weights were trained for other classes, or mean something else by a key."""
-        saved = list(about.get("class_names", []))
+        saved = about["class_names"]
         if saved and self.class_names and saved != self.class_names:
             raise CheckpointError(
                 f"{self._path} was trained for the classes {', '.join(saved)}, but the data set has "
                 f"{', '.join(self.class_names)}: use its data set, or set DATASETS.CLASSES to its classes in "
                 "its order."
             )
-        texts = about.get("config"), self.cfg and self.cfg.dump()
-        configs = [yaml.safe_load(text or "{}") for text in texts]
+        configs = about["config"], read_yaml(self.cfg.dump()) if self.cfg else {}
         meant = getattr(self.model, "meant", lookup)
         for key in (*MEANING, *getattr(self.model, "meaning", ())):
             then, now = (meant(config, key) for config in configs)
@@ -260,7 +267,19 @@ def class_names_of(path: str) -> list[str]:
     """The classes that a checkpoint was trained for; none where it does not say. Raises CheckpointError."""
     local = _fetch(path)
     content = {} if local.endswith(".pkl") else load_tensors(local)
-    return list(content.get(ABOUT, {}).get("class_names", [])) if isinstance(content, dict) else []
+    return _about(content, path)["class_names"] if isinstance(content, dict) else []
+
+
+def _about(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Class names and config, read, of what made a checkpoint; CheckpointError if they are damaged."""
+    about = checkpoint.get(ABOUT, {})
+    try:
+        names, config = list(about.get("class_names", [])), read_yaml(about.get("config") or "{}")
+        if all(isinstance(name, str) for name in names) and isinstance(config, dict):
+            return {"class_names": names, "config": config}
+    except (*DAMAGE, yaml.YAMLError):
+        pass
+    raise CheckpointError(f"{path} is damaged (its entry {ABOUT}): take another checkpoint.")
 
 
 def _fetch(path: str) -> str:

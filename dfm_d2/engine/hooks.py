@@ -30,7 +30,7 @@ class FinalEvalHook(EvalHook):
 
 
 class CalibrationHook(HookBase):
-    """Calls a function after the last iteration, before that is saved; the processes are of one state there."""
+    """Calls a function after the last iteration, before that is saved; the processes are in one state."""
 
     def __init__(self, calibrate: Callable[[], None]):
         self._calibrate = calibrate

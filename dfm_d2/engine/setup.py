@@ -23,8 +23,9 @@ def run_tool(task: Task, words: list[str] | None = None) -> int:
     """Train and evaluate as a command line (None: this one) says. Returns the status of ``run_processes``."""
     args = default_argument_parser().parse_args(words)
     try:
-        cfg = load_config(task, args.config_file, args.opts)
-        check_run(task, cfg, args)
+        with input_errors():
+            cfg = load_config(task, args.config_file, args.opts)
+            check_run(task, cfg, args)
         from dfm_d2.engine.launch import run_processes
 
         return run_processes(task, cfg, args)
@@ -43,8 +44,7 @@ def load_config(task: Task, config_file: str, opts: list[str]):
     add_keys(cfg, (*config.KEYS, *task.keys))
     removed = {**config.REMOVED, **task.removed}
     if config_file:
-        with input_errors():
-            merge_config_file(cfg, config_file, removed)
+        merge_config_file(cfg, config_file, removed)
     merge_config_opts(cfg, opts, removed)
     task.complete(cfg)
     return cfg
