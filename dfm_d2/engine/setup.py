@@ -62,8 +62,8 @@ def validate_config(task: Task, cfg) -> None:
 def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
     """UserError for what is wrong with a run, as far as that can be seen without torch and the data."""
     validate_config(task, cfg)
-    check_folder(cfg.OUTPUT_DIR)
     task.find_data(cfg)
+    check_folder(cfg.OUTPUT_DIR)  # makes it: not for data that are not there
     weights = last_checkpoint(cfg.OUTPUT_DIR, args.resume) or cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")

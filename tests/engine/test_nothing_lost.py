@@ -57,7 +57,9 @@ def test_a_used_folder_keeps_the_files_of_others_and_a_lost_last_checkpoint_is_m
     assert not (tmp_path / "run.lock").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_before_anything_starts(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_starts(
+    shapes, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     full = mock.patch("tempfile.TemporaryFile", side_effect=OSError(30, "Read-only file system"))
@@ -67,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_anything_starts(tmp_
         with full if out == "." else contextlib.nullcontext(), pytest.raises(UserError) as caught:
             check_folder(out)
         assert str(caught.value).startswith("OUTPUT_DIR ") and said in str(caught.value)
-    assert train("nowhere", "") == 2
+    assert train(shapes, "") == 2
     printed, said = capsys.readouterr()
     assert said.startswith("error: OUTPUT_DIR is empty: name the folder") and not printed
     assert os.listdir() == ["file"]
