@@ -58,7 +58,7 @@ def input_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        raise UserError(f"{error.filename}: {error.strerror}.") from error
+        raise UserError(f"{str(error.filename)[-200:]}: {error.strerror}.") from error
 
 
 def exit_status(run: Callable[..., int | None], *arguments: Any) -> int:

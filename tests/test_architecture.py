@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A package may import itself and packages further down (earlier in this list).
 ORDER = (
-    "dfm_kernels errors framework flow local_update data engine export visualize detection classification "
-    "config registry command_line tools benchmarks"
+    "dfm_kernels errors safe_yaml framework flow local_update data engine export visualize detection "
+    "classification config registry command_line tools benchmarks"
 ).split()
 # Packages that never know each other, whatever their order.
 APART = [{"detection", "classification"}, {"export", "visualize"}]

@@ -36,8 +36,8 @@ KEYS = (
     # Side of the grid to which a block's output is averaged before its predictor (or head) sees it.
     Key("MODEL.CLASSIFIER.POOL", 1, least=1),
     # Of each stage, a residual pair of 3x3 convolutions.
-    Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), least=1, filled=True),
-    Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), least=1),
+    Key("MODEL.CLASSIFIER.CNN.CHANNELS", (32, 64, 128), least=1, of=int, filled=True),
+    Key("MODEL.CLASSIFIER.CNN.STRIDES", (1, 2, 2), least=1, of=int),
     Key("MODEL.CLASSIFIER.CNN.NORM", "BN", choices=("BN", "GN")),
     # x_1 of a class: fixed orthonormal, or learned (normalised; by the read-out term).
     Key("MODEL.CLASSIFIER.EMBEDDING", "orthonormal", choices=("orthonormal", "learned")),

@@ -9,6 +9,8 @@ import numpy as np
 from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog
 
+_LONGEST = 200  # characters of the name of a class
+
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "held_out"  # the part of the training images that DATASETS.HOLD_OUT sets aside
@@ -16,7 +18,12 @@ _HOLD_OUT_KEY = 3
 
 
 def distinct(classes: list[str]) -> list[str]:
-    """The classes; raises UserError if one comes twice."""
+    """The classes; raises UserError if one comes twice, is too long or cannot be printed."""
+    if wrong := [name for name in classes if not 0 < len(name) <= _LONGEST or not name.isprintable()]:
+        raise UserError(
+            f"A class has the name {ascii(wrong[0])[:60]}: it needs 1 to {_LONGEST} printable characters; "
+            "rename it in the data, or set DATASETS.CLASSES to the classes that are meant."
+        )
     if len(set(classes)) != len(classes):
         raise UserError(f"DATASETS.CLASSES names a class twice: {classes}.")
     return classes

@@ -2,11 +2,12 @@
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-# A process that is killed while it writes leaves a file with this suffix behind; nothing reads it.
+# A process that is killed while it writes leaves a file with 8 digits and this suffix behind.
 TEMPORARY_SUFFIX = ".partial"
 
 
@@ -19,9 +20,10 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "wb") as file:
+        # Of this process alone: a file or a link of that name is neither opened nor followed.
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -46,10 +48,11 @@ def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
-def remove_partial_files(folder: str | os.PathLike) -> None:
-    """Remove what killed writers left in ``folder``."""
-    for path in Path(folder).glob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+def remove_partial_files(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Remove what killed writers left in ``folder`` of files with these names, which are patterns."""
+    for name in names:
+        for path in Path(folder).glob(f"{name}.{'[0-9a-f]' * 8}{TEMPORARY_SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
 def paths_by_stem(files: Sequence[str | os.PathLike], folder: Path, ending: str) -> list[Path]:

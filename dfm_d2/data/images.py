@@ -1,5 +1,6 @@
 """Image files: the size from the header, the pixels, EXIF orientation, and one error for what is broken."""
 
+import os
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -10,9 +11,11 @@ from PIL import Image, ImageOps
 from dfm_d2.errors import UserError
 
 _ORIENTATION_TAG = 0x0112
+# What is read; Pillow would try all that it knows, and start Ghostscript for EPS.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # What Pillow is known to raise on files that are damaged, cut short or absurdly large.
-_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error)
-_DAMAGED += (Image.DecompressionBombError,)
+_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, MemoryError)
+_DAMAGED += (ArithmeticError, AttributeError, AssertionError, RuntimeError, Image.DecompressionBombError)
 
 
 class ImageError(UserError):
@@ -25,7 +28,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     Raises ImageError if the file is missing or its header is not that of an image.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             width, height = image.size
             sideways = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
     except _DAMAGED as error:
@@ -40,11 +43,18 @@ def read_image(path: str | Path | BinaryIO, image_format: str = "RGB", name: str
     Raises ImageError if the file is missing, damaged or cut short.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             pixels = np.asarray(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     except _DAMAGED as error:
         raise ImageError(f"{name or path} cannot be decoded ({_reason(error)})") from error
     return np.ascontiguousarray(pixels[:, :, ::-1]) if image_format == "BGR" else pixels
+
+
+def _open(path: str | Path | BinaryIO) -> Image.Image:
+    """Raises UnidentifiedImageError for other formats, OSError for a folder, a pipe or a device."""
+    if isinstance(path, str | Path) and os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is a folder, a pipe or a device")
+    return Image.open(path, formats=FORMATS)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ Position p of training shows image permutation(seed, p // n)[p % n], augmented b
 
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 
@@ -112,6 +113,8 @@ def _worker_options(cfg: CfgNode, collate: Callable[[list], list[Sample]] = list
 def _start_worker(_worker: int) -> None:
     import cv2
 
+    if hasattr(os, "setpgrp"):  # Ctrl-C is for the main process, which finishes its step and ends its workers
+        os.setpgrp()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 

@@ -24,7 +24,7 @@ KEYS = (
     Key("DATASETS.COCO_VAL_JSON", ""),
     Key("DATASETS.COCO_VAL_IMAGES", ""),
     # 0: no resize. Empty: it, MIN_SIZE_TEST and the two MAX_SIZE are chosen from the training set.
-    Key("INPUT.MIN_SIZE_TRAIN", least=0),
+    Key("INPUT.MIN_SIZE_TRAIN", least=0, of=int),
     Key("INPUT.MIN_SIZE_TRAIN_SAMPLING", choices=("choice", "range")),
     Key("INPUT.MAX_SIZE_TRAIN", least=1),
     Key("INPUT.MIN_SIZE_TEST", least=0),
@@ -33,15 +33,15 @@ KEYS = (
     # Probability of the second branch of the DETR recipe: resize to one of CROP_RESIZE, crop a random window
     # of CROP_SIZE (least and greatest side in pixels), then the usual resize. 0 is off.
     Key("INPUT.DETR_CROP", 0.0, least=0, most=1),
-    Key("INPUT.CROP_RESIZE", (400, 500, 600), least=1, filled=True),
-    Key("INPUT.CROP_SIZE", (384, 600), least=1, lengths=(2,)),
+    Key("INPUT.CROP_RESIZE", (400, 500, 600), least=1, of=int, filled=True),
+    Key("INPUT.CROP_SIZE", (384, 600), least=1, of=int, lengths=(2,)),
     # ---- the flow
     # D, the number of predictors, each a block of local update.
     Key("MODEL.DFM.NUM_PREDICTORS", 4, least=1),
     # N, the number of proposals, in training; 0: chosen from the training set.
     Key("MODEL.DFM.NUM_PROPOSALS", 100, least=0),
     # s of x = (2 b - 1) s (docs/math.md, equation 4).
-    Key("MODEL.DFM.SIGNAL_SCALE", 2.0, above=0),
+    Key("MODEL.DFM.SIGNAL_SCALE", 2.0, above=0, most=1000),
     # Slots of x_1 that each ground-truth box fills at most; the others are background.
     Key("MODEL.DFM.GT_REPEAT", 2, least=1),
     Key("MODEL.DFM.COUPLING", "optimal_transport", choices=("optimal_transport", "independent")),

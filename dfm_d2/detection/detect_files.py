@@ -65,7 +65,9 @@ def find_inputs(names: Sequence[str]) -> tuple[list[Path], list[Path]]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            images += sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES)
+            images += sorted(
+                file for file in path.iterdir() if file.suffix.lower() in IMAGES and file.is_file()
+            )
         elif not path.is_file():
             raise UserError(f"{name} does not exist: check the path.")
         else:

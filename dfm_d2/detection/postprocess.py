@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dfm_d2.detection.sampler import Candidates, SamplerSettings
+from dfm_d2.errors import UserError
 from dfm_d2.flow import BoxSpace
 from dfm_d2.framework import Boxes, Instances, batched_nms, detector_postprocess
 
@@ -28,7 +29,8 @@ def detections(
     """One {"instances": Instances} an image, in the image's original size.
 
     Every (candidate, class) pair is a detection; scores at or below `score_thresh` are dropped, then
-    overlapping ones of a class (NMS), then all but the best `detections_per_image`.
+    overlapping ones of a class (NMS), then all but the best `detections_per_image`. Raises UserError for
+    boxes that are not finite.
     """
     boxes_xyxy = space.decode(candidates.x_1_hat, image_sizes)
     # A trace would keep numbers as they are; what Instances hold is whatever size they are given.
@@ -41,7 +43,13 @@ def detections(
         above = scores > settings.score_thresh  # false for NaN, which topk puts first
         scores, order = scores[above], order[above]
         boxes = Boxes(all_boxes)
-        boxes.clip(size)
+        try:
+            boxes.clip(size)
+        except AssertionError as error:
+            raise UserError(
+                f"The model's boxes of image {item.get('image_id')!r} are not finite: MODEL.WEIGHTS are "
+                "damaged, or SOLVER.BASE_LR was too large."
+            ) from error
         boxes, classes = boxes.tensor[order // num_classes], order % num_classes
         keep = torch.arange(scores.shape[0], device=scores.device)
         if settings.nms_thresh > 0:

@@ -1,7 +1,9 @@
 """Checkpoints that survive a kill at any moment, run no code, and say what is wrong with them."""
 
 import logging
-import os
+import re
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,23 @@ import yaml
 from torch import nn
 
 from dfm_d2 import __version__
-from dfm_d2.data.files import remove_partial_files, write_atomically, write_text_atomically
+from dfm_d2.data.files import write_atomically, write_text_atomically
+from dfm_d2.engine.folder import LAST
+from dfm_d2.engine.hooks import gather_state
 from dfm_d2.engine.keys import lookup
 from dfm_d2.engine.setup import check_weights
-from dfm_d2.engine.weights import check_pixels, load_tensors, read_weights
+from dfm_d2.engine.stop import Stopped, StopSignals
+from dfm_d2.engine.weights import DAMAGE, check_pixels, load_tensors, read_weights
 from dfm_d2.errors import CheckpointError, UserError
-from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, PathManager, PeriodicCheckpointer
+from dfm_d2.framework import PROVIDER, CfgNode, DetectionCheckpointer, HookBase, PathManager, comm
+from dfm_d2.local_update.processes import all_processes, gather_objects
+from dfm_d2.safe_yaml import read_yaml
 
 # The entry of a checkpoint that says what made it: version, provider, class names, config.
 ABOUT = "dfm_d2"
-LAST = "last_checkpoint"
+# The checkpoint of the end, and the one that stands in for the periodic ones until the next of them.
+FINAL, LATEST = "model_final", "model_latest"
+MINUTES = 5.0  # so long after the last checkpoint another one follows
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +73,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.cfg = cfg
         self.class_names = list(class_names)
+        self.made: list[str] = []  # the periodic checkpoints that the run has written and not removed
         self._whole = False
         self._path = ""
 
@@ -87,6 +97,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
         _logger.info("Saved %s", path)
 
+    def finish(self, path: str) -> None:
+        """Make the checkpoint ``path`` of a training at its end the final one, where a kill left none."""
+        final = Path(self.save_dir) / f"{FINAL}.pth"
+        with open(path, "rb") as made:
+            write_atomically(final, lambda file: shutil.copyfileobj(made, file))
+        self.tag_last_checkpoint(final.name)
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Make --resume take this file of ``save_dir``."""
         write_text_atomically(Path(self.save_dir) / LAST, last_filename_basename)
@@ -99,11 +116,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         local = _fetch(path) if path else ""
         self._whole, self._path = checkpointables is None, path
         try:
-            return super().load(local, checkpointables)
+            extra = super().load(local, checkpointables)
+            if type(extra.get("iteration", 0)) is not int:
+                raise ValueError("its iteration is no whole number")
+            if self._whole and isinstance(made := extra.get("checkpoints"), list):
+                self.made = [name for name in made if re.fullmatch(r"model_\d{7}", str(name))]
+            return extra
         except UserError:
             raise
-        except ValueError as error:  # what a part of the run says of a state that is not its own
-            raise CheckpointError(f"{path}: {error}") from error
+        except DAMAGE as error:  # of a state that is damaged, or not that of this run
+            said = " ".join(str(error).split())[:300] if isinstance(error, ValueError) else repr(error)[:300]
+            raise CheckpointError(f"{path} cannot be loaded: {said}.") from error
         finally:
             # Detectron2 asserts at the next load that this one came to its end.
             self._parsed_url_during_load = None
@@ -118,7 +141,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         """Load ``checkpoint["model"]``; what does not fit is an error (the class says when)."""
         if self._whole:
-            self._check_run(checkpoint.get(ABOUT, {}))
+            self._check_run(_about(checkpoint, self._path))
+            if missing := [part for part in self.checkpointables if part not in checkpoint]:
+                raise CheckpointError(
+                    f"{self._path} has no {missing[0]}, which a run continues from: give it as MODEL.WEIGHTS."
+                )
             self._check_shapes(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         missing = set(incompatible.missing_keys) | {key for key, _, _ in incompatible.incorrect_shapes}
@@ -140,15 +167,14 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _check_run(self, about: Mapping[str, Any]) -> None:
         """CheckpointError if the weights were trained for other classes, or mean something else by a key."""
-        saved = list(about.get("class_names", []))
+        saved = about["class_names"]
         if saved and self.class_names and saved != self.class_names:
             raise CheckpointError(
                 f"{self._path} was trained for the classes {', '.join(saved)}, but the data set has "
                 f"{', '.join(self.class_names)}: use its data set, or set DATASETS.CLASSES to its classes in "
                 "its order."
             )
-        texts = about.get("config"), self.cfg and self.cfg.dump()
-        configs = [yaml.safe_load(text or "{}") for text in texts]
+        configs = about["config"], read_yaml(self.cfg.dump()) if self.cfg else {}
         meant = getattr(self.model, "meant", lookup)
         for key in (*MEANING, *getattr(self.model, "meaning", ())):
             then, now = (meant(config, key) for config in configs)
@@ -181,43 +207,79 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"{self._path} has {problem}: use the config that it was trained with.")
 
 
-class CheckpointHook(PeriodicCheckpointer):
-    """Saves every ``period`` iterations and after the last one; keeps the newest few, also over a resume."""
+class CheckpointHook(HookBase):
+    """Saves every ``period`` iterations, MINUTES after the last time, when asked to stop, and after the last
+    iteration; keeps the newest few, also over a resume, and removes no file but those that the run has made.
 
-    def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int, writers: Sequence = ()):
+    All processes have it, the main one writes. Within ``signals`` it ends a training that is asked to stop.
+    """
+
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, keep: int, writers=(), log_period=1):
         """
         keep: how many periodic checkpoints stay; 0: all.
         writers: event writers flushed before each save, so that metrics.json is never behind a checkpoint.
+        log_period: when they write anyway; a save that the clock asks for waits for it, and adds no line.
         """
-        super().__init__(checkpointer, period, max_to_keep=keep or None)
-        self.writers = list(writers)
+        self.checkpointer, self.period, self.keep, self.writers = checkpointer, period, keep, list(writers)
+        self.log_period, self.signals = log_period, StopSignals()
 
     def before_train(self) -> None:
-        """Take over the periodic checkpoints that this run has made before it was resumed."""
-        super().before_train()
-        folder = Path(self.checkpointer.save_dir)
-        remove_partial_files(folder)
-        found = sorted(folder.glob("model_" + "[0-9]" * 7 + ".pth"))
-        # A later one, which a kill left without its last_checkpoint, is about to be written again.
-        made = [str(path) for path in found if int(path.stem[-7:]) < self.trainer.start_iter]
-        while self.max_to_keep and len(made) > self.max_to_keep:
-            os.unlink(made.pop(0))
-        self.recent_checkpoints = made
+        self._saved = time.monotonic()
+        self._remove_old()  # a kill may have left some
 
     def after_step(self) -> None:
-        """Save when it is time to."""
-        iteration = self.trainer.iter
-        if (iteration + 1) % self.period == 0 or iteration >= self.max_iter - 1:
-            for writer in self.writers:
-                writer.write()
-        super().after_step()
+        """Save when it is time to; raises Stopped in all processes where one was asked to stop."""
+        iteration, done, made = self.trainer.iter, self.trainer.iter + 1, self.checkpointer.made
+        late = done % self.log_period == 0 and time.monotonic() - self._saved >= 60 * MINUTES
+        asked = gather_objects((self.signals.caught, late), all_processes())
+        stop, is_last = max(signum for signum, _ in asked), done >= self.trainer.max_iter
+        names = [f"model_{iteration:07d}"] if done % self.period == 0 else []
+        made += names
+        names += [FINAL] if is_last else []
+        names = names or ([LATEST] if stop or asked[0][1] else [])
+        if not names:
+            return
+        gather_state(self.trainer)
+        for writer in self.writers:
+            writer.write()
+        for name in names:
+            self.checkpointer.save(name, iteration=iteration, checkpoints=list(made))
+        self._remove_old(*{LATEST} - {*names})
+        self._saved = time.monotonic()
+        if is_last:
+            self.signals.__exit__()  # nothing is left to be saved
+        if stop:
+            comm.synchronize()  # the main process is still writing
+            if self.checkpointer.save_to_disk:
+                said = "Asked to stop: iteration %d is saved (%s.pth), the same command with --resume goes on"
+                _logger.warning(said, iteration, names[-1])
+            self.trainer.failed = True
+            raise Stopped(stop)
+
+    def _remove_old(self, *others: str) -> None:
+        made = self.checkpointer.made
+        old = [made.pop(0) for _ in made[: -self.keep]] if self.keep else []
+        for name in (*old, *others) if self.checkpointer.save_to_disk else ():
+            (Path(self.checkpointer.save_dir) / f"{name}.pth").unlink(missing_ok=True)
 
 
 def class_names_of(path: str) -> list[str]:
     """The classes that a checkpoint was trained for; none where it does not say. Raises CheckpointError."""
     local = _fetch(path)
     content = {} if local.endswith(".pkl") else load_tensors(local)
-    return list(content.get(ABOUT, {}).get("class_names", [])) if isinstance(content, dict) else []
+    return _about(content, path)["class_names"] if isinstance(content, dict) else []
+
+
+def _about(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Class names and config, read, of what made a checkpoint; CheckpointError if they are damaged."""
+    about = checkpoint.get(ABOUT, {})
+    try:
+        names, config = list(about.get("class_names", [])), read_yaml(about.get("config") or "{}")
+        if all(isinstance(name, str) for name in names) and isinstance(config, dict):
+            return {"class_names": names, "config": config}
+    except (*DAMAGE, yaml.YAMLError):
+        pass
+    raise CheckpointError(f"{path} is damaged (its entry {ABOUT}): take another checkpoint.")
 
 
 def _fetch(path: str) -> str:

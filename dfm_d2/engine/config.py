@@ -84,6 +84,7 @@ KEYS = (
     Key("SOLVER.LR_SCHEDULER_NAME", choices=("WarmupMultiStepLR", "WarmupCosineLR")),
     Key("SOLVER.MAX_ITER", least=1),
     Key("SOLVER.MOMENTUM", least=0, below=1),
+    Key("SOLVER.STEPS", of=int),
     Key("SOLVER.WARMUP_FACTOR", least=0),
     Key("SOLVER.WARMUP_ITERS", least=0),
     Key("SOLVER.WARMUP_METHOD", choices=("linear", "constant")),

@@ -6,16 +6,16 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from dfm_d2.framework import EvalHook, HookBase
-from dfm_d2.local_update import BlockOptimizer, predictor_index
-from dfm_d2.local_update.processes import mean_over_processes
+from dfm_d2.framework import EvalHook, HookBase, TrainerBase
+from dfm_d2.local_update import predictor_index
+from dfm_d2.local_update.processes import mean_over_processes, world_size
 
 _logger = logging.getLogger(__name__)
 
@@ -30,52 +30,39 @@ class FinalEvalHook(EvalHook):
 
 
 class CalibrationHook(HookBase):
-    """Calls a function after the last iteration, before that is saved."""
+    """Calls a function after the last iteration, before that is saved; the processes are in one state."""
 
     def __init__(self, calibrate: Callable[[], None]):
         self._calibrate = calibrate
 
     def after_step(self) -> None:
         if self.trainer.iter + 1 == self.trainer.max_iter:
+            gather_state(self.trainer)
             self._calibrate()
 
 
-class GatherHook(HookBase):
-    """Brings the processes to one state before an evaluation or a checkpoint looks at it."""
-
-    def __init__(self, periods: Sequence[int]):
-        """``periods``: of those, in iterations; 0: never. After the last iteration in any case."""
-        self.periods = [period for period in periods if period > 0]
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Gather if it is time to: all processes at the same time."""
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
-            for module in self.trainer.model.modules():
-                # Each process has seen its own images; what is evaluated must be what is saved.
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                    for statistic in (module.running_mean, module.running_var):
-                        statistic.copy_(mean_over_processes(statistic))
-            if self.trainer.optimizer.grid.members > 1:
-                self._gather_predictors(self.trainer.optimizer)
-
-    def _gather_predictors(self, optimizer: BlockOptimizer) -> None:
-        """Parameters go to all of the row, the state of their optimizers to the first process."""
-        grid, state, owned = optimizer.grid, optimizer.state_by_name(), {}
-        for block, named in self.trainer.model.blocks().items():
-            if predictor_index(block) is None:
-                continue
-            owner = grid.owner(predictor_index(block))
-            for name, parameter in named:
-                dist.broadcast(parameter.data, grid.first + owner, group=grid.row)
-                if owner == grid.member and name in state:
-                    owned[name] = {k: x.cpu() if torch.is_tensor(x) else x for k, x in state[name].items()}
-        if grid.first != 0:  # the first process writes, of the first row
-            return
+@torch.no_grad()
+def gather_state(trainer: TrainerBase) -> None:
+    """Bring the processes, which all call this, to one state before something looks at it."""
+    for module in trainer.model.modules() if world_size() > 1 else ():
+        # Each process has seen its own images.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            for statistic in (module.running_mean, module.running_var):
+                statistic.copy_(mean_over_processes(statistic))
+    # Parameters of predictors go to all of the row, the state of their optimizers to the first process.
+    grid, state, owned = trainer.optimizer.grid, trainer.optimizer.state_by_name(), {}
+    for block, named in trainer.model.blocks().items() if grid.members > 1 else ():
+        if predictor_index(block) is None:
+            continue
+        owner = grid.owner(predictor_index(block))
+        for name, parameter in named:
+            dist.broadcast(parameter.data, grid.first + owner, group=grid.row)
+            if owner == grid.member and name in state:
+                owned[name] = {k: x.cpu() if torch.is_tensor(x) else x for k, x in state[name].items()}
+    if grid.members > 1 and grid.first == 0:  # the first process writes, of the first row
         received: list[dict] | None = [{}] * grid.members if grid.member == 0 else None
         dist.gather_object(owned, received, grid.first, group=grid.host)
-        optimizer.elsewhere = {name: entry for part in received or [] for name, entry in part.items()}
+        trainer.optimizer.elsewhere = {k: entry for part in received or [] for k, entry in part.items()}
 
 
 class Progress(HookBase):

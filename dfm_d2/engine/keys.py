@@ -47,12 +47,14 @@ class Key:
             return self.gone[str(value)]
         if self.choices and not all(entry in self.choices for entry in entries):
             return f"choose {'among' if is_list else 'one of'} {', '.join(self.choices)}"
+        if self.of and not all(
+            type(entry) is self.of and (self.of is str or abs(entry) < 2**31) for entry in entries
+        ):
+            return f"each must be {_NOUNS[self.of]}"
         if self.lengths and len(entries) not in self.lengths:
             return f"it must have {' or '.join(map(str, self.lengths))} numbers"
         if self.filled and not entries:
             return "it must not be empty"
-        if self.of and not all(isinstance(entry, self.of) for entry in entries):
-            return f"each must be {_NOUNS[self.of]}"
         bounds = [
             (*_BOUNDS[name], getattr(self, name)) for name in _BOUNDS if getattr(self, name) is not None
         ]

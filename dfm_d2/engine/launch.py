@@ -1,7 +1,9 @@
 """Several processes of one run: started here, as Detectron2's `launch` does, or by torchrun; GPUs or CPUs."""
 
 import argparse
+import contextlib
 import os
+import signal
 import socket
 import sys
 from typing import Any
@@ -10,10 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dfm_d2.engine.folder import locked
 from dfm_d2.engine.run import evaluate_only, train
 from dfm_d2.engine.setup import setup_run, uses_gpu
+from dfm_d2.engine.stop import Stopped, StopSignals
 from dfm_d2.engine.task import Task
-from dfm_d2.errors import UserError, report
+from dfm_d2.errors import UserError, output_errors, report
 from dfm_d2.framework import comm, default_argument_parser
 from dfm_d2.local_update.processes import TIMEOUT, NonFiniteLossError
 
@@ -76,22 +80,29 @@ def _run_process(
 
     place: where it meets the others; empty: torchrun's environment says; None: there are no others.
     """
+    status = 0
     try:
         if place is not None:
             _join(local_rank, uses_gpu(cfg), place)
-        classes = setup_run(task, cfg, args)
-        if args.eval_only:
-            evaluate_only(task, cfg, classes, args.resume)
-        else:
-            train(task, cfg, classes, args.resume)
-            if comm.is_main_process():
-                task.after_training(cfg, classes)
+        alone = locked(cfg.OUTPUT_DIR) if comm.is_main_process() else contextlib.nullcontext()
+        with alone, output_errors():
+            classes = setup_run(task, cfg, args)
+            if args.eval_only:
+                evaluate_only(task, cfg, classes, args.resume)
+            else:
+                train(task, cfg, classes, args.resume)
+                if comm.is_main_process():
+                    task.after_training(cfg, classes)
+    except Stopped as stop:  # in all processes, and the main one has said so
+        status = 128 + stop.args[0] if comm.is_main_process() else 0
+    except KeyboardInterrupt:  # at once
+        return 128 + signal.SIGINT
     except (UserError, NonFiniteLossError) as error:
         rank = dist.get_rank() if dist.is_initialized() else 0
         return report(error, f" (process {rank})" if rank else "")
     if place is not None:  # where one failed the others are stopped, not waited for
         dist.destroy_process_group()
-    return 0
+    return status
 
 
 def _join(local_rank: int, on_gpu: bool, place: dict[str, Any]) -> None:
@@ -106,16 +117,16 @@ def _join(local_rank: int, on_gpu: bool, place: dict[str, Any]) -> None:
 
 def _wait(context: mp.ProcessContext) -> int:
     """Wait for the processes; when one ends badly, stop the others and say which it was."""
-    try:
-        while not context.join(timeout=1.0):
-            pass
-    except mp.ProcessExitedException as error:
-        if error.signal_name is not None:
-            print(
-                f"error: process {error.error_index} was killed ({error.signal_name}), the others were "
-                "stopped: --resume continues from the last checkpoint, if one was saved.",
-                file=sys.stderr,
-            )
-            return 1
-        return error.exit_code  # it has said why
-    return 0
+    with StopSignals(tell=context.processes) as signals:
+        try:
+            while not context.join(timeout=1.0):
+                pass
+        except mp.ProcessExitedException as error:
+            if error.signal_name is None:
+                return error.exit_code  # it has said why
+            if not signals.caught:
+                who = f"error: process {error.error_index} was killed ({error.signal_name}), the others were "
+                what = "stopped: --resume continues from the last checkpoint, if one was saved."
+                print(who + what, file=sys.stderr)
+                return 1
+    return 128 + signals.caught if signals.caught else 0

@@ -1,5 +1,6 @@
 """Training and evaluation of a config: every part of the engine put together."""
 
+import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,14 +11,15 @@ from torch import nn
 from tqdm import tqdm
 
 from dfm_d2.data.files import write_text_atomically
-from dfm_d2.engine.checkpoint import LAST, CheckpointHook, SafeCheckpointer
-from dfm_d2.engine.hooks import CalibrationHook, FinalEvalHook, GatherHook, Progress
+from dfm_d2.engine.checkpoint import FINAL, LATEST, CheckpointHook, SafeCheckpointer
+from dfm_d2.engine.folder import LAST, last_checkpoint
+from dfm_d2.engine.hooks import CalibrationHook, FinalEvalHook, Progress, gather_state
 from dfm_d2.engine.metrics import METRICS_FILE, append_metrics, cut_back, flatten
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.precision import autocast_factory, inference_autocast, resolve_amp_dtype
 from dfm_d2.engine.task import Task
 from dfm_d2.engine.trainer import LocalUpdateTrainer
-from dfm_d2.errors import UserError, input_errors, output_errors
+from dfm_d2.errors import UserError, input_errors
 from dfm_d2.framework import (
     CfgNode,
     IterationTimer,
@@ -30,7 +32,7 @@ from dfm_d2.framework import (
     inference_on_dataset,
 )
 from dfm_d2.local_update import ProcessGrid, RanksUpdate, build_update
-from dfm_d2.local_update.processes import broadcast_model
+from dfm_d2.local_update.processes import all_processes, broadcast_model, gather_objects
 
 _logger = logging.getLogger(__name__)
 
@@ -39,18 +41,17 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     """Train to ``SOLVER.MAX_ITER`` and evaluate. Returns the results of the last evaluation.
 
     resume: continue from the last checkpoint of ``OUTPUT_DIR`` if there is one. A run that is at its end
-    already is only evaluated. Raises UserError for weights that are missing or do not fit.
+    already is only evaluated. Raises UserError for weights that are missing or do not fit, Stopped if asked.
     """
     folder, solver, start = Path(cfg.OUTPUT_DIR), cfg.SOLVER, 0
-    continues = resume and (folder / LAST).exists()
+    path = _last_checkpoint(cfg, resume)
     with input_errors():
-        model = task.build_model(cfg, pretrained=not continues)
+        model = task.build_model(cfg, pretrained=not path)
     trainer = build_trainer(task, cfg, model)
-    gather = GatherHook((cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD))
-    trainer.register_hooks([IterationTimer(), LRScheduler(), gather if comm.get_world_size() > 1 else None])
+    trainer.register_hooks([IterationTimer(), LRScheduler()])
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names, trainer=trainer)
-    if continues:
-        checkpointer.load(checkpointer.get_checkpoint_file())
+    if path:
+        checkpointer.load(path)
         start = trainer.iter + 1
     else:
         if resume:
@@ -63,18 +64,20 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
         broadcast_model(model)
     comm.synchronize()  # the main process must not touch what another still reads
     if comm.is_main_process():
-        with output_errors():
-            if start == 0:
-                _set_aside(folder)
-            # Only now: a run that is refused must not replace the config of the checkpoints that are there.
-            write_text_atomically(folder / "config.yaml", cfg.dump())
-            cut_back(folder / METRICS_FILE, start)
+        if not path:
+            _set_aside(folder)
+        # Only now: a run that is refused must not replace the config of the checkpoints that are there.
+        write_text_atomically(folder / "config.yaml", cfg.dump())
+        cut_back(folder / METRICS_FILE, start)
     if start >= solver.MAX_ITER:
         _logger.info("Trained to iteration %d already (SOLVER.MAX_ITER): evaluating only", start)
-        return evaluate_only(task, cfg, class_names, resume)
+        if comm.is_main_process() and Path(path).stem != FINAL:
+            checkpointer.finish(path)
+        return _evaluate_and_note(task, cfg, model, start)
     results: dict[str, Any] = {}
 
     def evaluate_and_keep() -> dict[str, float]:
+        gather_state(trainer)  # what is evaluated must be what is saved
         results.clear()
         results.update(evaluate(task, cfg, model))
         model.train()
@@ -83,22 +86,27 @@ def train(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> dic
     # Evaluation before the checkpoint: a kill while evaluating repeats it after the resume.
     trainer.register_hooks([CalibrationHook(lambda: task.calibrate(cfg, model))])
     trainer.register_hooks([FinalEvalHook(cfg.TEST.EVAL_PERIOD, evaluate_and_keep)])
+    log_period, writers = solver.LOG_PERIOD, []
     if comm.is_main_process():
         writers = [
-            JSONWriter(str(folder / METRICS_FILE), window_size=solver.LOG_PERIOD),
-            TensorboardXWriter(str(folder), window_size=solver.LOG_PERIOD, purge_step=start),
+            JSONWriter(str(folder / METRICS_FILE), window_size=log_period),
+            TensorboardXWriter(str(folder), window_size=log_period, purge_step=start),
         ]
-        saving = CheckpointHook(checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP, writers)
-        lines = Progress(solver.LOG_PERIOD), PeriodicWriter(writers, solver.LOG_PERIOD)
-        trainer.register_hooks([*lines, saving])
+        trainer.register_hooks([Progress(log_period), PeriodicWriter(writers, log_period)])
     model.train()
-    trainer.train(start, solver.MAX_ITER)
+    periods = solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_TO_KEEP
+    trainer.register_hooks([saving := CheckpointHook(checkpointer, *periods, writers, log_period)])
+    with saving.signals:
+        trainer.train(start, solver.MAX_ITER)
     return results
 
 
 def evaluate_only(task: Task, cfg: CfgNode, class_names: list[str], resume: bool = False) -> dict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS`` (or, with resume, the last checkpoint) and add a line to metrics.json."""
-    model, iteration = _load_trained(task, cfg, class_names, resume)
+    return _evaluate_and_note(task, cfg, *_load_trained(task, cfg, class_names, resume))
+
+
+def _evaluate_and_note(task: Task, cfg: CfgNode, model: nn.Module, iteration: int) -> dict[str, Any]:
     results = evaluate(task, cfg, model)
     if comm.is_main_process():
         append_metrics(Path(cfg.OUTPUT_DIR) / METRICS_FILE, iteration, results)
@@ -167,12 +175,19 @@ def build_trainer(task: Task, cfg: CfgNode, model: nn.Module) -> LocalUpdateTrai
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename what an earlier run left, so that --resume cannot take that run's checkpoint for this one's."""
-    for name in (METRICS_FILE, LAST):
-        path = folder / name
+    """Rename what an earlier run left: nothing must take its checkpoints for this one's, or replace them."""
+    names = METRICS_FILE, LAST, f"{FINAL}.pth", f"{LATEST}.pth"
+    for path in (*map(folder.joinpath, names), *sorted(folder.glob(f"model_{'[0-9]' * 7}.pth"))):
         if path.exists():
-            _logger.warning("%s holds an earlier run: its %s is now %s.previous", folder, name, name)
-            path.replace(path.with_name(f"{name}.previous"))
+            names = (f"{path.name}.previous{number if number > 1 else ''}" for number in itertools.count(1))
+            free = next(new for name in names if not (new := path.with_name(name)).exists())
+            _logger.warning("%s holds an earlier run: its %s is now %s", folder, path.name, free.name)
+            path.rename(free)
+
+
+def _last_checkpoint(cfg: CfgNode, resume: bool) -> str:
+    """As ``last_checkpoint``, the same in all processes: what the main one sees."""
+    return gather_objects(last_checkpoint(cfg.OUTPUT_DIR, resume), all_processes())[0]
 
 
 def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool) -> tuple[nn.Module, int]:
@@ -180,8 +195,7 @@ def _load_trained(task: Task, cfg: CfgNode, class_names: list[str], resume: bool
     with input_errors():
         model = task.build_model(cfg, pretrained=False)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, class_names=class_names)
-    continues = resume and checkpointer.has_checkpoint()
-    path = checkpointer.get_checkpoint_file() if continues else cfg.MODEL.WEIGHTS
+    path = _last_checkpoint(cfg, resume) or cfg.MODEL.WEIGHTS
     if not path:
         raise UserError("MODEL.WEIGHTS is empty: set it to a checkpoint.")
     return model, checkpointer.load(path).get("iteration", -1) + 1

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dfm_d2 import __version__
 from dfm_d2.engine import config
+from dfm_d2.engine.folder import check_folder, last_checkpoint
 from dfm_d2.engine.keys import add_keys, problems_of
 from dfm_d2.engine.task import Task
 from dfm_d2.errors import CheckpointError, UserError, input_errors, report
@@ -22,8 +23,9 @@ def run_tool(task: Task, words: list[str] | None = None) -> int:
     """Train and evaluate as a command line (None: this one) says. Returns the status of ``run_processes``."""
     args = default_argument_parser().parse_args(words)
     try:
-        cfg = load_config(task, args.config_file, args.opts)
-        check_run(task, cfg, args)
+        with input_errors():
+            cfg = load_config(task, args.config_file, args.opts)
+            check_run(task, cfg, args)
         from dfm_d2.engine.launch import run_processes
 
         return run_processes(task, cfg, args)
@@ -42,8 +44,7 @@ def load_config(task: Task, config_file: str, opts: list[str]):
     add_keys(cfg, (*config.KEYS, *task.keys))
     removed = {**config.REMOVED, **task.removed}
     if config_file:
-        with input_errors():
-            merge_config_file(cfg, config_file, removed)
+        merge_config_file(cfg, config_file, removed)
     merge_config_opts(cfg, opts, removed)
     task.complete(cfg)
     return cfg
@@ -61,10 +62,9 @@ def validate_config(task: Task, cfg) -> None:
 def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
     """UserError for what is wrong with a run, as far as that can be seen without torch and the data."""
     validate_config(task, cfg)
+    check_folder(cfg.OUTPUT_DIR)
     task.find_data(cfg)
-    if args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists():
-        return
-    weights = cfg.MODEL.WEIGHTS
+    weights = last_checkpoint(cfg.OUTPUT_DIR, args.resume) or cfg.MODEL.WEIGHTS
     if args.eval_only and not weights:
         raise UserError("--eval-only needs weights: set MODEL.WEIGHTS to a checkpoint.")
     if weights:
@@ -102,8 +102,8 @@ def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
     except BackendError as error:
         raise UserError(str(error)) from error
     resolve_amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, device)
+    check_folder(cfg.OUTPUT_DIR)
     with input_errors():
-        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         start_log(cfg.OUTPUT_DIR, comm.is_main_process())
     _logger.info("dfm_d2 %s, torch %s, framework: %s", __version__, torch.__version__, PROVIDER)
     said = "device %s, %d threads (OMP_NUM_THREADS sets them; a resume is bit for bit with the same number)"

@@ -133,12 +133,22 @@ class LocalUpdateTrainer(TrainerBase):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``; train from ``state_dict["iteration"] + 1``."""
+        """Continue from ``state_dict``; train from ``state_dict["iteration"] + 1``. A damaged one raises."""
+        for key in ("iteration", "data_position"):
+            if type(state_dict[key]) is not int or not 0 <= state_dict[key] < 2**53:
+                raise ValueError(f"its {key} is {str(state_dict[key])[:50]}")
         self.optimizer.load_state_dict(state_dict["optimizer"])
         super().load_state_dict(self._of_these_groups(state_dict))
         self.data_position = state_dict["data_position"]
-        self._restored_rng = state_dict["rng"]
-        self._restored_history = state_dict["history"]
+        self._restored_rng, now = state_dict["rng"], get_rng_state()
+        try:
+            set_rng_state(self._restored_rng)  # which is an error for a state that is none
+        finally:
+            set_rng_state(now)
+        self._restored_history = {
+            str(name): [(float(value), int(step)) for value, step in values]
+            for name, values in state_dict["history"].items()
+        }
         self._metric_names = set(self._restored_history)
         if (then := state_dict.get("threads")) not in (None, torch.get_num_threads()):
             _logger.warning("the checkpoint is of %d threads: equal to rounding only (OMP_NUM_THREADS)", then)
@@ -149,6 +159,9 @@ class LocalUpdateTrainer(TrainerBase):
         if schedule := hooks.get("LRScheduler"):
             first = [group.get("initial_lr", group["lr"]) for group in groups]
             rates = {"base_lrs": first, "_last_lr": [group["lr"] for group in groups]}
+            own = self.scheduler.state_dict() if hasattr(self, "scheduler") else {}
+            if any(type(value) is not type(own.get(key, value)) for key, value in schedule.items()):
+                raise ValueError("the state of its schedule is not of this kind")
             hooks["LRScheduler"] = {**schedule, **rates}
         return {**state_dict, "hooks": hooks}
 

@@ -4,7 +4,9 @@ import collections
 import io
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,8 +106,9 @@ class NumpyUnpickler(pickle.Unpickler):
         return (lambda *arguments: found(*arguments)) if callable(found) and found is not _Type else found
 
 
-# What unpickling raises for a damaged file, besides its own error.
-_DAMAGE = (EOFError, ValueError, TypeError, AttributeError, LookupError, MemoryError, OverflowError)
+# What reading a damaged file raises, besides errors of its own.
+DAMAGE = (EOFError, OSError, ValueError, TypeError, AttributeError, LookupError, MemoryError, ArithmeticError)
+DAMAGE += (RuntimeError, AssertionError, zipfile.BadZipFile, struct.error, zlib.error)
 
 
 def load_numpy_pickle(path: str) -> Any:
@@ -117,10 +120,11 @@ def load_numpy_pickle(path: str) -> Any:
         return NumpyUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
-            f"{path} is not a plain file of numpy arrays ({error}): it was not loaded and nothing in it was "
-            "run; get the weights as .pth of tensors, or from a source that you trust."
+            f"{path} is not a plain file of numpy arrays ({' '.join(str(error).split())}): it was not "
+            "loaded and nothing in it was run; get the weights as .pth of tensors, or from a source that you "
+            "trust."
         ) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{path} is damaged or no pickle ({error}): get the file again.") from error
 
 
@@ -130,6 +134,7 @@ def load_tensors(path: str) -> Any:
     Raises UnsafeFileError, having run nothing, if it holds anything else; CheckpointError if it is damaged.
     """
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\S+)|Unsupported \w+ (\S+)|global[: ]+(\S+)", str(error))
@@ -138,10 +143,21 @@ def load_tensors(path: str) -> Any:
             f"{path} is not a plain file of tensors{named}: it was not loaded and nothing in it was run; "
             "save it again as a state dict of tensors, or get it from a source that you trust."
         ) from error
-    except (EOFError, RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = "cannot be read" if isinstance(error, PermissionError) else "is damaged or not of torch.save"
         raise CheckpointError(f"{path} {what} ({first_line}): take another file.") from error
+
+
+def _check_archive(path: str) -> None:
+    """ValueError naming the part of a file of torch.save whose checksum is wrong: torch does not check it."""
+    if zipfile.is_zipfile(path):  # not before torch 1.6, whose files have none
+        with zipfile.ZipFile(path) as archive:
+            parts = [part for part in archive.infolist() if part.CRC]  # 0: set_crc32_options(False)
+            # What is marked as a folder, torch would take for memory as it happens to be.
+            folders = [part.filename for part in parts if part.external_attr & 0x10]
+            if damaged := (*folders, parts and archive.testzip())[0]:
+                raise ValueError(f"the checksum of its {damaged} is wrong")
 
 
 # Names of a torchvision ResNet, and what Detectron2 calls them; applied one after the other.
@@ -165,14 +181,40 @@ def read_weights(path: str) -> tuple[dict[str, Any], str | None]:
         raise CheckpointError(f"{path} does not hold a dict of weights but a {type(content).__name__}.")
     if path.endswith(".pkl") and not ("model" in content and "__author__" in content):  # of Caffe2
         blobs = content.get("blobs", content)
+        _check_tensors(path, blobs)
         weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
         content = {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
     elif "model" not in content:
         content = {"model": content.get("state_dict", content)}
+    _check_tensors(path, content["model"])
     source = _SOURCES.get(str(content.get("__author__", "")))
     if converted := convert_torchvision_resnet(content["model"]):
         return {"model": converted, "matching_heuristics": True}, source or TORCHVISION
     return content, source
+
+
+def _check_tensors(path: str, weights: Any) -> None:
+    """CheckpointError for anything but names with tensors or arrays of finite numbers."""
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{path} has no dict of weights but a {type(weights).__name__}: take another.")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor | np.ndarray | np.generic):
+            what = f"a {type(value).__name__}, which is no tensor"
+        elif not isinstance(value, torch.Tensor):
+            what = "" if np.isfinite(value).all() else "NaN or infinite numbers"
+        elif not _is_plain(value):
+            what = "a tensor that is not a plain one of real numbers"
+        else:
+            what = "" if value.float().isfinite().all() else "NaN or infinite numbers"
+        if what:
+            raise CheckpointError(f"{path} has {what} as {ascii(name)[:100]}: take another, intact file.")
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether it holds real numbers, each of which is in memory."""
+    if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes() and not value.is_complex()
 
 
 def convert_torchvision_resnet(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def load_file(path: str | Path) -> tuple[Run, dict[str, Any]]:
         raise UserError(f"{path} does not exist: check the path.")
     try:
         run, about = loaders[ending](str(path))
+        about = about and json.loads(about)
     except pickle.UnpicklingError as error:
         raise UnsafeFileError(
             f"{path} is not a plain file of tensors and operators ({error}): it was not "
@@ -57,7 +58,7 @@ def load_file(path: str | Path) -> tuple[Run, dict[str, Any]]:
         ) from error
     if not about:
         raise UserError(f"{path} has no {ABOUT}: it was not written by tools/export_model.py")
-    return run, json.loads(about)
+    return run, about
 
 
 def _load_torchscript(path: str) -> tuple[Run, str | bytes]:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dfm_d2.errors import UserError
+from dfm_d2.safe_yaml import MOST_CHARACTERS, read_yaml, where
 
 _BASE_KEY = "_BASE_"
 # Keys that may be None, which is what they are in Detectron2, or a number.
@@ -99,7 +100,7 @@ class _Merge:
 
     def read(self, path: str, parents: tuple[str, ...] = ()) -> dict[str, Any]:
         """The checked values of a file on top of those of its bases. `parents`: the files that led to it."""
-        named = f"Config file '{path}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
+        named = f"Config file '{path[-200:]}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
         file = os.path.realpath(path)
         if file in map(os.path.realpath, parents):
             raise UserError(f"{named} includes itself through {_BASE_KEY}: break the circle.")
@@ -144,7 +145,10 @@ class _Merge:
         default = None if key in OPTIONAL_NUMBERS else self._leaves[key]
         meant = _decoded(value)
         if not _fits(meant, default):
-            raise UserError(f"{named} sets {key} to {value!r}: it must be {_kind(default)}.")
+            raise UserError(f"{named} sets {key} to {repr(value)[:200]}: it must be {_kind(default)}.")
+        texts = meant if isinstance(meant, list | tuple) else [meant]
+        if not all(text.isprintable() for text in texts if isinstance(text, str)):
+            raise UserError(f"{named} sets {key} to {ascii(value)[:200]}: leave out what cannot be printed.")
         if isinstance(default, float) or (default is None and meant is not None):
             return float(meant)
         return value
@@ -165,28 +169,21 @@ def _load(cfg, path: str, named: str) -> dict:
     try:
         # The node knows how its framework opens files.
         with cfg._open_cfg(path) as file:
-            content = yaml.safe_load(file)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{named} does not exist: check the path.") from error
+            content = read_yaml(file.read(MOST_CHARACTERS + 1))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"{named} is not a text file: give a YAML config file.") from error
+        raise UserError(f"{named} does not exist or cannot be opened ({error}): check the path.") from error
     except yaml.constructor.ConstructorError as error:
         raise UserError(
-            f"{named} holds a YAML tag or key that is not plain data ({_where(error)}), which is refused "
+            f"{named} holds a YAML tag or key that is not plain data ({where(error)}), which is refused "
             "because such a tag can run code: remove it."
         ) from error
     except yaml.YAMLError as error:
-        raise UserError(f"{named} is not valid YAML ({_where(error)}): correct it.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{named} is not a text file: give a YAML config file.") from error
+        raise UserError(f"{named} is not valid YAML ({where(error)}): correct it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{named} holds no keys: it must be a YAML mapping such as 'MODEL: ...'.")
     return content
-
-
-def _where(error: yaml.YAMLError) -> str:
-    """The place and the nature of a YAML error, on one line."""
-    mark = getattr(error, "problem_mark", None)
-    text = " ".join(str(getattr(error, "problem", None) or error).split())
-    return f"line {mark.line + 1}: {text}" if mark is not None else text
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -223,12 +220,12 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(v, item) for v in value for item in items)
     if isinstance(default, float):  # neither infinite nor NaN
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is type(default)
+    return type(value) is type(default) and (type(value) is not int or abs(value) < 2**31)
 
 
 def _kind(default: Any) -> str:
     """The values that a key with this default can have, for an error message."""
-    names = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
+    names = {bool: "True or False", int: "a whole number below 2**31", float: "a finite number", str: "text"}
     items = {int: " of numbers", float: " of numbers", str: " of texts"}
     if isinstance(default, (list, tuple)):
         return "a list" + (items.get(type(default[0]), "") if default else "")

@@ -13,7 +13,7 @@ _NAMES = {
     ("config", "config"): "CfgNode configurable get_cfg",
     ("events", "utils.events"): "EventStorage JSONWriter TensorboardXWriter get_event_storage",
     ("fpn", "modeling"): "BACKBONE_REGISTRY FPN build_backbone",
-    ("hooks", "engine.hooks"): "EvalHook IterationTimer LRScheduler PeriodicCheckpointer PeriodicWriter",
+    ("hooks", "engine.hooks"): "EvalHook IterationTimer LRScheduler PeriodicWriter",
     ("layers", "layers"): "ShapeSpec batched_nms",
     ("layers", "modeling"): "Backbone",
     ("loops", "engine"): "HookBase TrainerBase",

@@ -7,6 +7,7 @@ checkpoint of one update mode loads into another.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from dfm_d2.local_update.blocks import NamedParameters, check_blocks
 from dfm_d2.local_update.processes import GradientReducer, ProcessGrid, check_finite
+
+# What an optimizer keeps of a parameter.
+_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         only: these blocks; None: all, at the end of an iteration, where the fp16 scale is updated.
         Raises NonFiniteLossError, with nothing stepped, for a norm that is not finite; under fp16 the step of
-        its block is skipped instead.
+        its block is skipped instead. Raises it, too, where a step made parameters that are not finite.
         """
         with_gradient = [b for b in self._inner if any(p.grad is not None for p in self.blocks[b])]
         blocks = with_gradient if only is None else only
@@ -100,6 +104,9 @@ class BlockOptimizer(torch.optim.Optimizer):
             else:
                 self.scaler.step(self._inner[block])
         self.norms.update(norms)
+        with torch.no_grad():
+            weights = {f"weights of block {b}": nn.utils.get_total_norm(self.blocks[b]) for b in blocks}
+        check_finite(weights)
         if self.scaler is not None and only is None:
             self.scaler.update()
 
@@ -143,6 +150,10 @@ class BlockOptimizer(torch.optim.Optimizer):
     ) -> None:
         named = [(self._names[parameter], parameter) for parameter in group["params"]]
         known = [options[name] for name, _ in named if name in options]
+        for key, value in known[0].items() if known else ():
+            is_number = isinstance(value, float)
+            if type(value) is not type(group.get(key, value)) or (is_number and not isfinite(value)):
+                raise ValueError(f"its optimizer has {str(value)[:50]} as {str(key)[:50]}")
         group.update(known[0] if known else _scheduled(group, options))
         entries = {parameter: _at(parameter, state[name]) for name, parameter in named if name in state}
         if any("momentum_buffer" in entry for entry in entries.values()):
@@ -163,8 +174,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             said = "%d parameters were not trained before, for example %s: their optimizer state starts anew"
             _logger.warning(said, len(missing), missing[0])
         for parameter, name in self._names.items():
-            for key, value in state.get(name, {}).items():
-                if torch.is_tensor(value) and value.dim() > 0 and value.shape != parameter.shape:
+            entry = state.get(name, {})
+            if entry and entry.keys() != _STATE.get(self.kind, entry.keys()):
+                raise ValueError(f"its optimizer has {list(entry)[:9]} of {name}")
+            for key, value in entry.items():
+                wanted = torch.Size() if key == "step" else parameter.shape
+                if value.shape != wanted:
                     raise ValueError(
                         f"The checkpoint's optimizer state {key} of {name} has the shape "
                         f"{tuple(value.shape)}, the parameter {tuple(parameter.shape)}: it was trained with "
@@ -173,14 +188,17 @@ class BlockOptimizer(torch.optim.Optimizer):
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a parameter group, without its parameters."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names", "names")}
+    """The options of a parameter group, without its parameters and without how the step is computed."""
+    left_out = "params param_names names capturable differentiable foreach fused maximize".split()
+    return {key: value for key, value in group.items() if key not in left_out}
 
 
 def _at(parameter: nn.Parameter, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a parameter on its device and in its dtype, but for a count, which has its own."""
-    like = {key: parameter.device if key == "step" else parameter for key in entry}
-    return {key: value.to(like[key]) if torch.is_tensor(value) else value for key, value in entry.items()}
+    """The state of a parameter on its device, in its dtype and layout, but for a count, which has its own."""
+    return {
+        key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+        for key, value in entry.items()
+    }
 
 
 def _scheduled(group: dict[str, Any], saved: Mapping[str, dict]) -> dict[str, Any]:

@@ -84,10 +84,10 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list:
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss or the gradient of a block is infinite or not a number.
+    """A loss, or the gradient or the parameters of a block, are infinite or not a number.
 
     Raised before any parameter of the iteration is stepped, or where blocks are stepped one by one before the
-    offending block is stepped: the blocks before it have been, in memory only.
+    offending block is stepped: the blocks before it have been, in memory only. For parameters after it.
     """
 
     def __init__(

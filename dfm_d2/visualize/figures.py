@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # names of classes may have a $
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
 
 _PALETTE = plt.get_cmap("tab10").colors + plt.get_cmap("Dark2").colors

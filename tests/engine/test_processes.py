@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tiny_model import tiny_cfg
 from tiny_training import PREDICTOR_PARALLEL, as_torchrun_starts, assert_same, command, run, train
 
-from dfm_d2.engine.hooks import GatherHook
+from dfm_d2.engine.hooks import gather_state
 from dfm_d2.engine.optimizer import build_block_optimizer
 from dfm_d2.engine.trainer import LocalUpdateTrainer
 from dfm_d2.framework import Boxes, Instances, build_model
@@ -72,8 +72,8 @@ def train_on_grid(scenario: str, processes: int, members: int) -> dict:
             yield update.of_row(batch) if members > 1 else batch
 
     trainer = LocalUpdateTrainer(model, loader, optimizer, update, contextlib.nullcontext, BATCH)
-    trainer.register_hooks([GatherHook(())])
     trainer.train(0, STEPS)
+    gather_state(trainer)
     metrics = {key: value for key, (value, _) in trainer.storage.latest().items() if "time" not in key}
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
 

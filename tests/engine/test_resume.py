@@ -14,14 +14,16 @@ from tiny_training import command, run
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from toy_model import ToyModel, make_trainer, toy_loader
 
+from dfm_d2.data.files import remove_partial_files
 from dfm_d2.engine.checkpoint import CheckpointHook, SafeCheckpointer
+from dfm_d2.engine.folder import WRITTEN
 from dfm_d2.engine.metrics import METRICS_FILE, cut_back, read_metrics
 from dfm_d2.framework import IterationTimer, JSONWriter, LRScheduler, PeriodicWriter, seed_all_rng
 
 CLOCKS = ("time", "data_time", "eta_seconds")
 
 
-def train_toy(folder: Path, max_iter: int = 60, loader=toy_loader) -> None:
+def train_toy(folder: Path, max_iter: int = 60, loader=toy_loader, period: int = 5) -> None:
     """Train to ``max_iter``, resuming where ``folder`` has a checkpoint."""
     torch.set_num_threads(1)
     seed_all_rng(7)
@@ -32,12 +34,15 @@ def train_toy(folder: Path, max_iter: int = 60, loader=toy_loader) -> None:
     if checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
+    remove_partial_files(folder, WRITTEN)
     if start >= max_iter:
         return  # it was killed between its last checkpoint and its exit
     cut_back(folder / METRICS_FILE, start)
     writers = [JSONWriter(str(folder / METRICS_FILE), window_size=4)]
-    trainer.register_hooks([PeriodicWriter(writers, 4), CheckpointHook(checkpointer, 5, 2, writers)])
-    trainer.train(start, max_iter)
+    saving = CheckpointHook(checkpointer, period, 2, writers, log_period=4)
+    trainer.register_hooks([PeriodicWriter(writers, 4), saving])
+    with saving.signals:
+        trainer.train(start, max_iter)
 
 
 def slow_toy_loader(position: int):
@@ -55,6 +60,10 @@ def losses(folder: Path) -> list[dict]:
 def assert_same_run(one: Path, two: Path) -> None:
     """Every line of metrics.json, and every tensor and number of the last checkpoint, bit for bit."""
     assert losses(one) == losses(two)
+    assert_same_checkpoint(one, two)
+
+
+def assert_same_checkpoint(one: Path, two: Path) -> None:
     checkpoints = [torch.load(folder / "model_final.pth", weights_only=True) for folder in (one, two)]
     for checkpoint in checkpoints:
         del checkpoint["dfm_d2"]["config"]  # names its own OUTPUT_DIR

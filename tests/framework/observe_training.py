@@ -128,16 +128,6 @@ def observe_LRScheduler(provider):
     return {"lr": rates, "state": first.state_dict(), "group": group}
 
 
-def observe_PeriodicCheckpointer(provider):
-    with tempfile.TemporaryDirectory() as folder:
-        checkpointer = provider.DetectionCheckpointer(torch.nn.Linear(1, 1), folder)
-        hook = provider.PeriodicCheckpointer(checkpointer, 3, max_to_keep=2)
-        _train(provider, [hook], 0, 11)
-        files = sorted(os.listdir(folder))
-        iterations = [torch.load(os.path.join(folder, name))["iteration"] for name in files[1:]]
-    return [files, iterations, isinstance(hook, provider.HookBase)]
-
-
 def observe_PeriodicWriter(provider):
     log = []
 

@@ -7,6 +7,7 @@ for: uint8 (H, W, 3), or (H, W, 1) for grey images. A root may have any splits.
 
 import gzip
 import io
+import math
 import re
 import struct
 import tarfile
@@ -27,6 +28,7 @@ from dfm_d2.framework import CfgNode
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # The seeded split of data that come in one piece, and its share of test images.
 _SPLIT_SEED, _TEST_SHARE = 0, 0.2
+_MOST_IDX_BYTES = 2**30  # of an idx file when it is unpacked
 _KNOWN = "root_<split> (with DATASETS.ROOT), digits_{train,test}, cifar10_{train,test}, cifar100_{train,test}"
 
 
@@ -122,7 +124,9 @@ def read_root(root: Path, split: str) -> list[ClassSample]:
         raise UserError(
             f"{root} has no folder {split} (there are: {there}): it wants {split}/<class>/<image>."
         )
-    files = sorted(p for p in (root / split).glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(
+        p for p in (root / split).glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+    )
     names = [(p, p.parent.name) for p in files]
     return [ClassSample(str(p), f"{name}/{p.name}", name, partial(read_image, p)) for p, name in names]
 
@@ -172,9 +176,11 @@ def _read_member(path: Path, offset: int, size: int, name: str) -> np.ndarray:
 
 def _idx_samples(root: Path, split: str) -> list[ClassSample]:
     """Of idx files: `train-*` and `t10k-*`, or a seeded split where only one pair is there."""
-    found = {path.name.split("-")[0]: path for path in sorted(root.glob("*images*idx3-ubyte*"))}
+    found = {
+        path.name.split("-")[0]: path for path in sorted(root.glob("*images*idx3-ubyte*")) if path.is_file()
+    }
     wanted = "t10k" if split == "test" and "t10k" in found else split
-    images = next(iter(found.values())) if len(found) == 1 else found.get(wanted)
+    images = next(iter(found.values()), None) if len(found) == 1 else found.get(wanted)
     if images is None or split not in ("train", "test"):
         raise UserError(f"{root} has no idx files of the split {split}, only {sorted(found)}.")
     labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
@@ -191,12 +197,15 @@ def _idx_samples(root: Path, split: str) -> list[ClassSample]:
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The bytes of an idx file, uint8 of `dimensions` dimensions."""
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
-        if content[:4] != bytes((0, 0, 8, dimensions)):
-            raise ValueError(f"its magic number is {content[:4].hex()}")
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        with open(path, "rb") as plain:
+            file = gzip.open(plain) if plain.peek(2)[:2] == b"\x1f\x8b" else plain
+            header = file.read(4 + 4 * dimensions)
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            if header[:4] != bytes((0, 0, 8, dimensions)):
+                raise ValueError(f"its magic number is {header[:4].hex()}")
+            if not 0 < math.prod(shape) <= _MOST_IDX_BYTES:
+                raise ValueError(f"its sizes are {shape}; read are 1 to {_MOST_IDX_BYTES} bytes")
+            return np.frombuffer(file.read(math.prod(shape) + 1), np.uint8).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is not a whole idx file ({error}): get it again.") from error
 

@@ -69,17 +69,19 @@ def coco_reader(json_file: Path, folders: Sequence[Path]) -> Reader:
 def _voc(root: Path) -> Splits:
     if not (root / "Annotations").is_dir() or not (root / "JPEGImages").is_dir():
         return {}
-    lists = [path.stem for path in sorted((root / "ImageSets" / "Main").glob("*.txt"))]
+    lists = [path.stem for path in sorted((root / "ImageSets" / "Main").glob("*.txt")) if path.is_file()]
     return {split: voc_reader(root, split) for split in lists or [""]}
 
 
 def _roboflow(root: Path) -> Splits:
-    return {f.parent.name: coco_reader(f, [f.parent]) for f in sorted(root.glob(f"*/{_ROBOFLOW}"))}
+    return {
+        f.parent.name: coco_reader(f, [f.parent]) for f in sorted(root.glob(f"*/{_ROBOFLOW}")) if f.is_file()
+    }
 
 
 def _coco(root: Path) -> Splits:
     files = sorted(root.glob("annotations/instances_*.json")) or sorted(root.glob("annotations/*.json"))
-    named = [(file.stem.removeprefix("instances_"), file) for file in files]
+    named = [(file.stem.removeprefix("instances_"), file) for file in files if file.is_file()]
     return {s: coco_reader(f, [root / s, root / "images" / s, root / "images", root]) for s, f in named}
 
 

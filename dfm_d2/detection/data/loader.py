@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfm_d2.data.images import read_image
+from dfm_d2.data.images import ImageError, read_image
 from dfm_d2.data.stream import SampleStream, TestLoader, train_batches
 from dfm_d2.errors import UserError
 from dfm_d2.framework import Boxes, CfgNode, DatasetCatalog, Instances
@@ -51,7 +51,7 @@ def _training_item(entry: dict, rng: np.random.Generator, inputs: CfgNode) -> di
     targets = _usable_annotations(entry)
     boxes = np.array([target["bbox"] for target in targets], dtype=np.float64).reshape(-1, 4)
     classes = np.array([target["category_id"] for target in targets], dtype=np.int64)
-    image, boxes, kept = augment(read_image(entry["file_name"], inputs.FORMAT), boxes, rng, inputs)
+    image, boxes, kept = augment(_pixels(entry, inputs), boxes, rng, inputs)
     instances = Instances(image.shape[:2])
     instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32))
     instances.gt_classes = torch.as_tensor(classes[kept])
@@ -74,7 +74,18 @@ def read_test_item(entry: dict, cfg: CfgNode) -> dict:
     entry: file_name and image_id at least; height and width are read from the file where they are missing.
     Raises ImageError for a file that cannot be read.
     """
-    return resized_item(entry, read_image(entry["file_name"], cfg.INPUT.FORMAT), cfg)
+    return resized_item(entry, _pixels(entry, cfg.INPUT), cfg)
+
+
+def _pixels(entry: dict, inputs: CfgNode) -> np.ndarray:
+    """Of the file. Raises ImageError if it is not as large as the entry says, where that says anything."""
+    image = read_image(entry["file_name"], inputs.FORMAT)
+    size, known = image.shape[:2], (entry.get("height"), entry.get("width"))
+    if known not in ((None, None), size):
+        raise ImageError(
+            f"{entry['file_name']} has {size} pixels, but had {known}: start anew with what is there"
+        )
+    return image
 
 
 def resized_item(entry: dict, image: np.ndarray, cfg: CfgNode) -> dict:

@@ -12,6 +12,7 @@ would make a box of one pixel of it. A COCO file has x0, y0, width, height.
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
@@ -166,8 +167,8 @@ def _coco_lists(json_path: Path) -> list[list[dict]]:
     """The lists of _COCO_FIELDS, in its order, each entry with these fields of the right type."""
     try:
         content = json.loads(json_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{json_path} is not json ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{json_path} is not json that can be read ({error}).") from error
     lists = []
     for key, fields in _COCO_FIELDS.items():
         entries = content.get(key) if isinstance(content, dict) else None
@@ -199,7 +200,7 @@ def _coco_object(annotation: dict, label: str, source: str, names: dict[int, str
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def image_entry(

@@ -89,7 +89,7 @@ def dataset_dict(entry: dict, classes: list[str], report: ProblemReport) -> dict
         found = {**annotation, "bbox_mode": BoxMode.XYXY_ABS}
         name = found.pop("category")
         if name not in classes:
-            says = f"an object is of the class {name!r}, which is not known"
+            says = f"an object is of the class {ascii(name)[:60]}, which is not known"
             raise Problem(Path(entry["file_name"]).name, "unknown_class", says)
         return {**found, "category_id": classes.index(name)}
 

@@ -15,6 +15,7 @@ import yaml
 from dfm_d2.data.problems import Problem, ProblemReport
 from dfm_d2.detection.data.readers import IMAGE_SUFFIXES, clipped_object, image_entry
 from dfm_d2.errors import UserError
+from dfm_d2.safe_yaml import read_yaml
 
 _MOST_BYTES = 10_000_000  # of a text file; a label file has less than 100 bytes an object
 _ROUNDING = 1e-3  # by which a share of a side may pass 0 or 1
@@ -30,8 +31,8 @@ def find_yolo(root: Path, splits: Iterable[str]) -> tuple[dict[str, Path], list[
     if file is None and not [*root.glob("labels"), *root.glob("*/labels")]:
         return {}, []
     try:
-        settings = yaml.safe_load(_text(file)) if file else {}
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        settings = read_yaml(_text(file)) if file else {}
+    except (yaml.YAMLError, OSError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}.") from error
     settings, found = settings if isinstance(settings, dict) else {}, {}
     base = _inside(settings.get("path"))

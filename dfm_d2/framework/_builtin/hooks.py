@@ -1,4 +1,4 @@
-"""Hooks: timing, learning rate, checkpoints, writing of metrics, evaluation."""
+"""Hooks: timing, learning rate, writing of metrics, evaluation."""
 
 import datetime
 import logging
@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from fvcore.common.checkpoint import PeriodicCheckpointer as _PeriodicCheckpointer
 
 from dfm_d2.framework._builtin import comm
 from dfm_d2.framework._builtin.events import EventWriter
@@ -63,16 +62,6 @@ class PeriodicWriter(HookBase):
             # Once more: other hooks may have put something after the last step.
             writer.write()
             writer.close()
-
-
-class PeriodicCheckpointer(_PeriodicCheckpointer, HookBase):
-    """fvcore's PeriodicCheckpointer as a hook: every `period` iterations, and "model_final" at the end."""
-
-    def before_train(self) -> None:
-        self.max_iter = self.trainer.max_iter
-
-    def after_step(self) -> None:
-        self.step(self.trainer.iter)
 
 
 class LRScheduler(HookBase):
