@@ -5,13 +5,15 @@ All benchmarks have one schema of rows, kept in CSV files under benchmarks/resul
 
 import argparse
 import csv
+import multiprocessing
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -229,6 +231,12 @@ def in_turns(runs: Mapping[str, Callable], device: str, repeats: int, warm_up=1)
     """Milliseconds of `repeats` calls of each: all in turns, so that drift of the machine hits all alike."""
     rounds = [{name: timed(run, device) for name, run in runs.items()} for _ in range(warm_up + repeats)]
     return {name: [times[name] for times in rounds[warm_up:]] for name in runs}
+
+
+def alone(function: Callable, *arguments: object) -> Any:
+    """What a function of a module answers in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def launches(run: Callable[[], object]) -> int:

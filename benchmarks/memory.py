@@ -29,12 +29,10 @@ steps taken in turns in one process: ratios to "cascade" for the demo, to "joint
 
 import argparse
 import contextlib
-import multiprocessing
 import resource
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import harness
@@ -259,14 +257,10 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
         where = (op, provider, args.device, metric, unit, x_name, count)
         return harness.measured(*where, values=values, on=hardware, note=setting)
 
-    def alone(function: Callable, *arguments) -> dict[str, list[float]]:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, args, *arguments).result()
-
     peaks = {}
     for mode in args.modes:
         for count in sorted(set(args.counts)):
-            for metric, values in alone(point, mode, count).items():
+            for metric, values in harness.alone(point, args, mode, count).items():
                 yield row(mode, metric, "ms" if metric == "step" else "MiB", count, values)
                 peaks[mode, count, metric] = statistics.median(values)
     for (mode, count, metric), peak in peaks.items():
@@ -278,7 +272,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
     if args.device == "simulate" or reference not in args.modes or not others:
         return
     count = 6 if args.subject == "detector" else max(args.counts)
-    times = alone(times_in_turns, [reference, *others], count)
+    times = harness.alone(times_in_turns, args, [reference, *others], count)
     for mode in others:
         ratios = [a / b for a, b in zip(times[mode], times[reference])]
         yield row(f"{mode}/{reference}", "step, in turns", "ratio", count, ratios)

@@ -113,11 +113,11 @@ class Study:
         return cfg, load_for_inference(self.task, cfg, resolve_classes(cfg))
 
     def rows(
-        self, args: argparse.Namespace, variant: str, scores: Scores, more=(), any_rate=False
+        self, args: argparse.Namespace, variant: str, scores: Scores, more=(), any_rate=False, folder=""
     ) -> list[Row]:
         """Train a variant with all seeds; the rows of its scores, quantiles over the seeds. See `trained`."""
         seeds = range(args.seeds)
-        outs = [self.trained(args, variant, seed, more=more, any_rate=any_rate) for seed in seeds]
+        outs = [self.trained(args, variant, seed, folder, more, any_rate) for seed in seeds]
         # The rate is the training's own: one that was done before may have had another.
         rate = load_config(self.task, str(outs[0] / "config.yaml"), []).SOLVER.BASE_LR
         of, found = result_of(outs[0]), [scores(out) for out in outs]
