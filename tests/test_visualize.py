@@ -33,6 +33,8 @@ def test_both_pictures_and_a_page_that_needs_nothing_else(tmp_path, make_model, 
         path = tmp_path / f"new{score_thresh}" / "predictions.png"
         predictions = pixels_of(draw_predictions(path, [IMAGE] * 2, truths, found, CLASSES, score_thresh))
         flow = pixels_of(draw_flow(path.with_name("flow.png"), record, IMAGE, CLASSES, score_thresh))
+        without = pixels_of(draw_predictions(path, [IMAGE] * 2, [[], []], found, CLASSES, score_thresh))
+        assert without.shape[0] < 0.7 * predictions.shape[0], "an empty row of ground truth"
         assert min(*predictions.shape[:2], *flow.shape[:2]) > 200 and (flow < 200).sum() > 1000
         assert (predictions.std(axis=2) > 10).any(), "no coloured box was drawn"
     names = ["</script><b>", "square", "star"]

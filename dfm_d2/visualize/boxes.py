@@ -68,18 +68,21 @@ def draw_predictions(
     class_names: Sequence[str],
     score_thresh: float,
 ) -> Path:
-    """Ground truth (upper row) beside detections above `score_thresh` (lower row), one column an image.
+    """Ground truth, where there is any (upper row), and detections above `score_thresh`, one column an image.
 
     images: uint8 RGB `(H, W, 3)`. truths: pairs of pixel box and class. detections: in the same pixels.
     Returns the path written.
     """
-    figure, axes = _panels(2, max(len(images), 1))
-    for (above, below), image, truth, found in zip(axes.T, images, truths, detections):
-        _show(above, image, "ground truth")
+    known = any(map(len, truths))
+    figure, axes = _panels(1 + known, max(len(images), 1))
+    for column, image, truth, found in zip(axes.T, images, truths, detections):
+        _show_detections(column[-1], image, found, class_names, score_thresh)
+        if known:
+            _show(column[0], image, "ground truth")
         for box, label in truth:
-            draw_box(above, box, class_color(label), class_names[label])
-        _show_detections(below, image, found, class_names, score_thresh)
-    figure.suptitle(f"ground truth, and detections with a score of at least {score_thresh:.2g}", fontsize=9)
+            draw_box(column[0], box, class_color(label), class_names[label])
+    said = f"{'ground truth, and ' * known}detections with a score of at least {score_thresh:.2g}"
+    figure.suptitle(said, fontsize=9)
     place_labels(figure)
     return save_figure(figure, path)
 
