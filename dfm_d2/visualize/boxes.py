@@ -114,7 +114,8 @@ def draw_flow(
     """
     count = len(record.states) + 1
     columns = min(count, 6)
-    figure, axes = _panels(-(-count // columns), columns)
+    shape = image.shape[0] / image.shape[1]
+    figure, axes = _panels(-(-count // columns), columns, 2.1 * min(shape, 1) + 0.3)
     for empty in axes.flat[count:]:
         empty.axis("off")
     limits = torch.tensor([*image.shape[1::-1]] * 2, dtype=torch.float32)
@@ -131,8 +132,8 @@ def draw_flow(
     return save_figure(figure, path)
 
 
-def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    size = (2.3 * columns, 2.3 * rows)  # inches
+def _panels(rows: int, columns: int, height: float = 2.3) -> tuple[Figure, np.ndarray]:
+    size = (2.3 * columns, height * rows)  # inches
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
