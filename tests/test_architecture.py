@@ -89,13 +89,16 @@ def test_private_parts_of_torch_are_listed():
     assert private == {*re.findall(r"`([\w.]+)`", "".join(rows))}
 
 
-def test_what_is_declared_is_imported():
+def test_what_is_declared_is_imported_and_locked():
     """What another one needs is said in a comment, and is no import of ours."""
     declared = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
     names = re.findall(r'^ +"([\w-]+)[^"]*",( +#.* needs it)?$', declared, re.MULTILINE)
     modules = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "scikit-learn": "sklearn"}
     tops = {name.split(".")[0] for _, _, name in IMPORTS}
     assert len(names) == declared.count('"') // 2
+    locked = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / ".ci/lock.txt").read_text(), re.MULTILINE))
+    assert {name for name, _ in names} <= locked.keys()
+    assert f"<2.{int(locked['torch'].split('.')[1]) + 1}" in declared, "the bound is not what was tested"
     assert [name for name, reason in names if not reason and modules.get(name, name) not in tops] == []
 
 
