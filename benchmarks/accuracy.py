@@ -72,7 +72,7 @@ SAMPLERS: dict[str, dict] = {
 # By name only: with more proposals than any training here has; one member of every interval by itself.
 MORE = {f"{name}_n160": {**fields, "num_proposals": 160} for name, fields in SAMPLERS.items()}
 MORE |= {f"member_{e}_steps_{k}": {"members": (e,), "steps": k} for e in range(2) for k in (4, 8)}
-METRICS = {"AP50": "%", "AP": "%", "VOC07_AP50": "%", "time": "s"}
+METRICS = {"AP50": "%", "AP": "%", "VOC07_AP50": "%", "D-ECE": "%", "time": "s"}
 STUDY = Study(DETECTION, "train_net", VARIANTS)
 
 

@@ -10,10 +10,11 @@ CARRY=device_carry
 prepare() {
     local version="${1:-3.12}" data="${DFM_SHARED_DATA:-../shared/data}"
     rm -rf "${CARRY:?}" && mkdir -p "$CARRY/wheels"
-    # At most 64 MiB travel: hence this OpenCV, the later ones are larger. What torch's environment lacks; the pure ones without a wheel on PyPI are built here.
+    # At most 64 MiB travel: hence this OpenCV, and this pytest, which needs no pygments. What torch's environment lacks; the pure ones without a wheel on PyPI are built here.
     python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" -d "$CARRY/wheels" \
         pycocotools defusedxml tqdm tabulate cloudpickle yacs termcolor portalocker 'opencv-python-headless==4.10.0.84' \
-        hypothesis sortedcontainers pytest pytest-timeout pluggy iniconfig packaging pygments
+        timm safetensors 'huggingface_hub<1' requests urllib3 idna certifi charset_normalizer \
+        hypothesis sortedcontainers 'pytest<8.4' pytest-timeout pluggy iniconfig packaging
     python3 -m pip wheel --quiet --no-deps -w "$CARRY/wheels" 'fvcore<0.1.6' 'iopath<0.1.10'
     if [ -d "$data/bccd" ]; then tar -C "$data" -cf "$CARRY/bccd.tar" bccd; else echo "no bccd in $data: left out"; fi
     du -sh "$CARRY"

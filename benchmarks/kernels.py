@@ -42,7 +42,7 @@ def box_flow_update(b: int, n: int, d: int, k: int, device: str) -> Case:
     t, t_next = torch.full((b,), 0.25, device=device), torch.full((b,), 0.5, device=device)
     sizes = torch.tensor([[480.0, 640.0]], device=device).repeat(b, 1)
     arguments = (x_t, answers, logits, t, t_next, sizes)
-    options = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.0), "aggregation": "uniform"}
+    options = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.0)}
     num_bytes = 4 * (answers.numel() + logits.numel() + 5 * x_t.numel() + b * n * k)
     return lambda update: update(*arguments, **options), num_bytes
 

@@ -117,8 +117,8 @@ class TorchvisionFasterRCNN(Peer):
     background = 1
 
 
-def uncalibrated(cfg, model) -> None:
-    """Peers have no temperature, and AP does not depend on one."""
+def nothing(*unused) -> None:
+    """Peers have no temperature, on which AP does not depend, and no flow to draw."""
 
 
 _NAMES = [peer.__name__ for peer in Peer.__subclasses__()]
@@ -129,4 +129,5 @@ _KEYS = [
     for key in DETECTION.keys
 ]
 _MODELS = (*DETECTION.models, __name__)
-PEERS = dataclasses.replace(DETECTION, keys=_KEYS, models=_MODELS, calibrate=uncalibrated)
+_NONE = {"calibrate": nothing, "after_training": nothing}
+PEERS = dataclasses.replace(DETECTION, keys=_KEYS, models=_MODELS, **_NONE)

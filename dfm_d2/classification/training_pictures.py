@@ -15,7 +15,7 @@ from dfm_d2.classification.task import CLASSIFICATION
 from dfm_d2.data.images import ImageError
 from dfm_d2.engine.hooks import loss_by_block
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
-from dfm_d2.engine.run import load_for_inference
+from dfm_d2.engine.run import load_final
 from dfm_d2.flow import ODESolver, endpoint_step_function, warped_grid
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.visualize.curves import draw_class_curves, draw_class_flow
@@ -28,10 +28,7 @@ def write_class_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]
     folder = Path(cfg.OUTPUT_DIR)
     written = [draw_class_curves(folder / "curves.png", *_curves(cfg, read_metrics(folder / METRICS_FILE)))]
     if cfg.MODEL.META_ARCHITECTURE == "FlowClassifier" and cfg.DATASETS.TEST:
-        trained = cfg.clone()
-        trained.defrost()
-        trained.MODEL.WEIGHTS = str(folder / "model_final.pth")
-        model = load_for_inference(CLASSIFICATION, trained, list(class_names))
+        model = load_final(CLASSIFICATION, cfg, class_names)
         written += _write_flow(cfg, model, class_names, folder / "flow.png")
     return written
 

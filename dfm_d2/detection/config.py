@@ -58,7 +58,6 @@ KEYS = (
     # 0: on the path.
     Key("MODEL.DFM.ROLLOUT", 1, least=0),
     # How the answers of an interval are averaged.
-    Key("MODEL.DFM.AGGREGATION", "uniform", choices=("uniform", "confidence")),
     # ---- the heads
     Key("MODEL.DFM.HEAD.IN_FEATURES", ["p2", "p3", "p4", "p5"], filled=True),
     Key("MODEL.DFM.HEAD.HIDDEN_DIM", 256, least=1),
@@ -136,6 +135,7 @@ REMOVED = {
     "MODEL.DFM.TIME": ("partitioned", "MODEL.DFM.INTERVALS is 0 for 'partitioned' and 1 for 'shared'"),
     "MODEL.DFM.SAMPLER.PREDICTORS": ([], "MODEL.DFM.SAMPLER.MEMBERS chooses predictors of every interval"),
     "MODEL.DFM.SAMPLER.METHOD": ("euler", "Heun's steps lost, at nearly twice the evaluations"),
+    "MODEL.DFM.AGGREGATION": ("uniform", "members answer their mean; weights by confidence gained nothing"),
     "MODEL.DFM.ON_POLICY": (1.0, "MODEL.DFM.ROLLOUT 0 trains on the path"),
     "MODEL.DFM.LOSS.CLS": (..., "the class loss is the quality focal loss, which was better by 3 AP50"),
     "MODEL.DFM.ENDPOINT_NOISE": (0.0, _ROLLOUT),

@@ -14,13 +14,26 @@ from torch import Tensor
 from dfm_d2.data.files import paths_by_stem
 from dfm_d2.data.images import read_image
 from dfm_d2.detection.data.loader import read_test_item
+from dfm_d2.detection.data.registration import ROOT_PREFIX
 from dfm_d2.detection.detector import FlowDetector
+from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.precision import inference_autocast
+from dfm_d2.engine.run import load_final
 from dfm_d2.framework import CfgNode, DatasetCatalog
 from dfm_d2.visualize.boxes import Answer, FlowRecord, draw_flow, draw_predictions
 from dfm_d2.visualize.page import write_page
 
 _FIELD_POINTS = 12  # of the velocity field, along the longer side of an image
+
+
+def write_root_pictures(cfg: CfgNode, class_names: Sequence[str]) -> list[Path]:
+    """`write_pictures` into OUTPUT_DIR of a training on DATASETS.ROOT, with the threshold that it found."""
+    tests = cfg.DATASETS.TEST
+    if not tests or not tests[0].startswith(ROOT_PREFIX) or not DatasetCatalog.get(tests[0]):
+        return []
+    model = load_final(DETECTION, cfg, class_names)
+    shown = {"score_thresh": float(model.threshold)} if model.threshold > 0 else {}
+    return write_pictures(cfg, model, class_names, cfg.OUTPUT_DIR, **shown)
 
 
 @torch.no_grad()

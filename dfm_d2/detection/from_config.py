@@ -56,7 +56,6 @@ def detector_arguments(cfg) -> dict:
         "dense_predictor": _dense_predictor(cfg, backbone, space, criterion),
         "num_classes": dfm.NUM_CLASSES,
         "space": space,
-        "aggregation": dfm.AGGREGATION,
         "sampler": BoxSampler(sampler_settings(cfg)),
         "criterion": criterion,
         "assigner": DynamicK(criterion),

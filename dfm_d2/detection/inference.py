@@ -34,7 +34,7 @@ class BoxFlowModel(nn.Module):
     Args:
         backbone: a Detectron2 backbone. in_features: names of its outputs that are pooled.
         predictors: the stack of D. num_classes: K.
-        space: meaning of raw answers. aggregation: "uniform" or "confidence". sampler: of inference.
+        space: meaning of raw answers. sampler: of inference.
         pixel_mean, pixel_std: per channel, in INPUT.FORMAT order.
 
     Buffers, which dfm_d2.detection.calibration sets: temperature of the scores; threshold of those that are
@@ -49,7 +49,6 @@ class BoxFlowModel(nn.Module):
         predictors: PredictorStack,
         num_classes: int,
         space: BoxSpace,
-        aggregation: str,
         sampler: BoxSampler,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -60,12 +59,8 @@ class BoxFlowModel(nn.Module):
         self.predictors = predictors
         self.num_classes = num_classes
         self.space = space
-        self.solver_step = partial(
-            box_flow_update,
-            signal_scale=space.signal_scale,
-            box_weights=space.box_weights,
-            aggregation=aggregation,
-        )
+        numbers = {"signal_scale": space.signal_scale, "box_weights": space.box_weights}
+        self.solver_step = partial(box_flow_update, **numbers)
         self.sampler = sampler
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("threshold", torch.zeros(()))

@@ -25,4 +25,5 @@ DETECTION = Task(
     evaluator=_evaluator,
     summary=Imported(_EVALUATOR, "format_table"),
     calibrate=Imported("dfm_d2.detection.calibration", "calibrate"),
+    after_training=Imported("dfm_d2.detection.flow_pictures", "write_root_pictures"),
 )

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,14 @@ def _evaluate_and_note(task: Task, cfg: CfgNode, model: nn.Module, iteration: in
 def load_for_inference(task: Task, cfg: CfgNode, class_names: list[str]) -> nn.Module:
     """The model of ``MODEL.WEIGHTS`` in evaluation mode. Raises UserError as ``evaluate_only`` does."""
     return _load_trained(task, cfg, class_names, resume=False)[0].eval()
+
+
+def load_final(task: Task, cfg: CfgNode, class_names: Sequence[str]) -> nn.Module:
+    """As ``load_for_inference``, of the training that ``OUTPUT_DIR`` holds."""
+    trained = cfg.clone()
+    trained.defrost()
+    trained.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR) / f"{FINAL}.pth")
+    return load_for_inference(task, trained, list(class_names))
 
 
 def evaluate(task: Task, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

@@ -56,11 +56,11 @@ def configurations() -> Iterator[Configuration]:
         RuntimeError: kernels are interpreted in this process (TRITON_INTERPRET).
     """
     boxes, t, both = torch.zeros(1, 1, 4), torch.zeros(1), (torch.float32, torch.bfloat16)
-    for num_classes, aggregation, dtype in product((20, 80, 1203), ("uniform", "confidence"), both):
+    for num_classes, dtype in product((20, 80, 1203), both):
         answers = [torch.zeros(2, 1, 1, size, dtype=dtype) for size in (4, num_classes)]
         tensors = [boxes, *answers, t, t, torch.zeros(1, 2)]
-        name = f"box_flow_update K={num_classes} {aggregation} {_TYPES[dtype]}"
-        yield from _launched([name], box_flow_update, tensors, [1.0] * 5, aggregation == "confidence")
+        name = f"box_flow_update K={num_classes} {_TYPES[dtype]}"
+        yield from _launched([name], box_flow_update, tensors, [1.0] * 5)
     # Beyond K = 80 the tile is the same.
     for num_classes, gradients, dtype in product((20, 80), ("without", "with"), both):
         logits, classes = torch.zeros(1, 1, num_classes, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64)

@@ -119,32 +119,30 @@ def attack(folder: Path, kills: int, seed: int) -> tuple[int, int]:
     while done < kills:
         way, out, before = list(WAYS)[runs % 2], folder / f"run{runs}", -1
         runs += 1
-        while True:
-            child = started(shapes, out, way)
-            hit = done < kills and killed(child, out, rng, durations[way])
-            status = ended(child)
-            if not hit and status != 0:
-                raise RuntimeError(f"a training failed: {Path(f'{out}.txt').read_text()[-2000:]}")
-            if not hit:
-                break
-            done += 1
-            try:
-                now = promised(out)
-            except CheckpointError as error:
-                now, said = -1, str(error)
-            else:
-                said = f"iteration {now} where {before} was saved"
-            if now < before:
-                lost += 1
-                print(f"lost in run {runs}, {way}: {said}", flush=True)
-            before = now
-            print(f"\r{done} of {kills} kills, {runs} trainings", end="", file=sys.stderr, flush=True)
         try:
+            while True:
+                child = started(shapes, out, way)
+                hit = done < kills and killed(child, out, rng, durations[way])
+                status = ended(child)
+                if not hit:
+                    break
+                done += 1
+                print(f"\r{done} of {kills} kills, {runs} trainings", end="", file=sys.stderr, flush=True)
+                now = promised(out)
+                if now < before:
+                    raise CheckpointError(f"iteration {now} where {before} was saved")
+                before = now
+        except CheckpointError as error:
+            lost += 1
+            print(f"\nlost by training {runs}, {way}: {error}", flush=True)
+            continue
+        try:
+            assert status == 0, Path(f"{out}.txt").read_text()[-2000:]
             assert_same_run(straight[way], out)
         except (AssertionError, OSError) as error:
             differ += 1
-            print(f"run {runs}, {way}, differs: {str(error)[:300]}", flush=True)
-    print(f"\n{runs} trainings came to their end", file=sys.stderr)
+            print(f"\ntraining {runs}, {way}, differs: {error}", flush=True)
+    print(f"\n{runs} trainings", file=sys.stderr)
     return lost, differ
 
 

@@ -54,6 +54,12 @@ def test_train_resume_and_evaluate(run, tmp_path, capsys):
     assert "bbox/AP50" in lines[-1]
 
 
+def test_one_command_from_a_folder_of_photographs_to_pictures(run, tmp_path):
+    assert run("DATASETS.TRAIN=('root_train',)", "DATASETS.TEST=('root_test',)") == 0
+    pictures = {"dataset.png", "predictions.png", "flow.png"}
+    assert pictures <= set(os.listdir(tmp_path / "out")) and list((tmp_path / "out").glob("*.html"))
+
+
 def test_a_checkpoint_needs_the_pretrained_file_of_timm_no_more(run, tmp_path, capsys):
     weights, out = tmp_path / "timm.pth", tmp_path / "out"
     torch.save(timm.create_model("test_efficientnet").state_dict(), weights)

@@ -15,7 +15,7 @@ from dfm_kernels.flow_loss import flow_loss
 from dfm_kernels.multilevel_roi_align import multilevel_roi_align
 from torch import Tensor, float32
 
-FLOW = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.5), "aggregation": "uniform"}
+FLOW = {"signal_scale": 2.0, "box_weights": (2.0, 2.0, 1.0, 1.5)}
 LOSS = {"signal_scale": 2.0, "gamma": 2.0, "velocity_max": 25.0}
 
 

@@ -30,9 +30,8 @@ VARIANTS = {
     "box_flow_update": [
         ONE | {"d": 1},
         {},
-        {"aggregation": "confidence"},
-        {"b": 3, "n": 33, "d": 12, "k": 2, "aggregation": "confidence"},
-        {"b": 1, "n": 21, "d": 2, "k": 80, "aggregation": "confidence"},
+        {"b": 3, "n": 33, "d": 12, "k": 2},
+        {"b": 1, "n": 21, "d": 2, "k": 80},
         *({"n": 0}, *HALF),
     ],
     "flow_loss": [
@@ -176,16 +175,13 @@ def test_box_flow_update_at_the_ends_of_time(kernel_device, times, shape):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter
-def test_box_flow_update_of_infinities_and_of_one_predictor_without_confidence(kernel_device):
+def test_box_flow_update_of_infinities(kernel_device):
     case = flow_case(kernel_device, n=6)
     x_t, answers, logits = case.tensors[:3]
     x_t[0, :3] = torch.tensor([[9.0, -9.0, 3.0, -3.0], [50.0, 50.0, -50.0, 50.0], [0.0, 0.0, 0.0, 0.0]])
     answers[0, 0, 0] = torch.tensor([float("inf"), -float("inf"), float("inf"), -float("inf")])
     answers[1, 1, 2] = torch.tensor([float("nan"), 0.0, 1e30, -1e30])
     logits[0, 0, 1] = float("inf")
-    compare(case)
-    case = flow_case(kernel_device, d=1, aggregation="confidence")
-    case.tensors[2][:] = -200.0  # probability 0
     compare(case)
 
 

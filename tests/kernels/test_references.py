@@ -77,14 +77,11 @@ def test_euler_step_ends_exactly_and_never_divides_by_zero(dtype):
         assert torch.equal(euler_step(x_t, x_1, t, t_next), x_t + 0.5 * (x_1 - x_t))
 
 
-def test_aggregation_weights():
+def test_aggregation_is_the_mean():
     x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 1, 4)
     probs = torch.tensor([[0.1, 0.2], [0.6, 0.1]]).view(2, 1, 1, 2)
-    for method, mean_x, mean_p in (("uniform", 0.5, [0.35, 0.15]), ("confidence", 0.75, [0.475, 0.125])):
-        found = aggregate(x, probs.logit(), method)
-        torch.testing.assert_close(found, (torch.full((1, 1, 4), mean_x), torch.tensor([[mean_p]])))
-    with pytest.raises(ValueError, match="aggregation must be"):
-        aggregate(x, probs, "loudest")
+    found = aggregate(x, probs.logit())
+    torch.testing.assert_close(found, (torch.full((1, 1, 4), 0.5), torch.tensor([[[0.35, 0.15]]])))
 
 
 @pytest.mark.parametrize("num_predictors", [1, 3, 12])

@@ -175,7 +175,7 @@ def test_the_cascade_lets_gradients_cross_and_is_one_item(make_model, make_input
     "options",
     [
         {"COUPLING": "independent", "LOSS__VELOCITY_WEIGHT": 0.5, "NUM_PROPOSALS": 1},
-        {"INTERVALS": 1, "AGGREGATION": "confidence", "HEAD__INTERACTION": "grid_linear"},
+        {"INTERVALS": 1, "HEAD__INTERACTION": "grid_linear"},
         {"NUM_PREDICTORS": 1},
     ],
     ids=lambda o: ",".join(o),

@@ -9,7 +9,7 @@ from dfm_kernels.box_flow_update import reference
 from dfm_kernels.box_flow_update.reference import BoxFlowUpdate, expand_t
 from dfm_kernels.dispatch import use_triton
 
-_MAX_CLASSES = 8192  # in one tile, so that a query's greatest probability needs no second pass
+_MAX_CLASSES = 8192  # in one tile
 
 
 def _unsupported(x_t: Tensor, class_logits: Tensor) -> str:
@@ -34,7 +34,6 @@ def box_flow_update(x_t, answers, class_logits, t, t_next, image_sizes, **option
         x_t: `(B, N, 4)` signal. answers: `(D, B, N, 4)` raw box answers. class_logits: `(D, B, N, K)`.
         t, t_next: `()` or `(B,)`, on the device, so that a CUDA graph can be replayed with others.
         image_sizes: `(B, 2)` height, width. signal_scale: s. box_weights: divide box deltas.
-        aggregation: "uniform" or "confidence".
 
     Returns:
         A BoxFlowUpdate, without gradients where the Triton kernel ran.
@@ -54,4 +53,4 @@ def box_flow_update(x_t, answers, class_logits, t, t_next, image_sizes, **option
 
     tensors = [x_t, answers, class_logits, expand_t(t, x_t), expand_t(t_next, x_t), image_sizes]
     numbers = [options["signal_scale"], *options["box_weights"]]
-    return BoxFlowUpdate(*on_triton(tensors, numbers, options["aggregation"] == "confidence"))
+    return BoxFlowUpdate(*on_triton(tensors, numbers))

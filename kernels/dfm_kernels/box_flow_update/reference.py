@@ -123,14 +123,13 @@ def euler_step(x_t: Tensor, x_1_hat: Tensor, t: Tensor, t_next: Tensor) -> Tenso
     return torch.where(t_next >= 1, x_1_hat, x_t + share * (x_1_hat - x_t))
 
 
-def aggregate(x_1_hat: Tensor, class_logits: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """`sum_d w_d x_d / sum_d w_d` over predictors, of endpoints and of class probabilities.
+def aggregate(x_1_hat: Tensor, class_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over predictors, of endpoints and of class probabilities.
 
     All predictors stand at the same `(x_t, t)`, so that averaging endpoints is averaging velocities.
 
     Args:
         x_1_hat: `(D, B, N, 4)`. class_logits: `(D, B, N, K)`.
-        method: "uniform" (w_d = 1) or "confidence" (w_d = the predictor's greatest class probability).
 
     Returns:
         `(B, N, 4)` endpoints and `(B, N, K)` probabilities.
@@ -138,13 +137,7 @@ def aggregate(x_1_hat: Tensor, class_logits: Tensor, method: str) -> tuple[Tenso
     probs = class_logits.to(x_1_hat.dtype).sigmoid()
     if x_1_hat.shape[0] == 1:
         return x_1_hat[0], probs[0]
-    if method == "uniform":
-        return x_1_hat.mean(0), probs.mean(0)
-    if method != "confidence":
-        raise ValueError(f"aggregation must be 'uniform' or 'confidence', got {method!r}")
-    weight = probs.amax(-1, keepdim=True)
-    weight = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
-    return (weight * x_1_hat).sum(0), (weight * probs).sum(0)
+    return x_1_hat.mean(0), probs.mean(0)
 
 
 def box_flow_update(
@@ -157,13 +150,12 @@ def box_flow_update(
     *,
     signal_scale: float,
     box_weights: tuple[float, float, float, float],
-    aggregation: str,
 ) -> BoxFlowUpdate:
     """The specification of the op, which says what the arguments are."""
     options = {"signal_scale": signal_scale, "box_weights": box_weights}
     endpoints = [decode_endpoint(x_t, a, **options) for a in answers.to(x_t.dtype)]
     endpoints = torch.stack(endpoints).clamp(-signal_scale, signal_scale)
-    x_1_hat, class_probs = aggregate(endpoints, class_logits, aggregation)
+    x_1_hat, class_probs = aggregate(endpoints, class_logits)
     x_next = euler_step(x_t, x_1_hat, t, t_next)
     boxes_xyxy = signal_to_boxes_xyxy(x_next, image_sizes, signal_scale)
     return BoxFlowUpdate(x_next, x_1_hat, boxes_xyxy, class_probs)

@@ -54,7 +54,7 @@ def _step(x, x_1, t, t_next, remaining, eps):
 
 @triton.jit
 def _box_flow_update_fwd_kernel(
-    inputs, outputs, counts, numbers, CONFIDENCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    inputs, outputs, counts, numbers, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     x_ptr, answer_ptr, logit_ptr, t_ptr, t_next_ptr, size_ptr = inputs
     x_next_ptr, x_1_ptr, box_ptr, prob_ptr = outputs
@@ -75,28 +75,21 @@ def _box_flow_update_fwd_kernel(
 
     sum_centre, sum_size = tl.zeros([BLOCK_M, 2], tl.float32), tl.zeros([BLOCK_M, 2], tl.float32)
     sum_p = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
     row = m
     for _ in range(num_predictors):
         a_centre, a_size = load_boxes(answer_ptr, row, axis, inside)
         logits = tl.load(logit_ptr + row[:, None] * num_classes + k[None, :], mask=tile, other=-float("inf"))
         p = tl.sigmoid(logits.to(tl.float32))
-        weight = tl.full([BLOCK_M], 1.0, tl.float32)
-        if CONFIDENCE:
-            weight = tl.max(p, axis=1)
-        total += weight
-        sum_p += weight[:, None] * p
+        sum_p += p
         delta = tl.minimum(a_size / weight_size, max_log, propagate_nan=tl.PropagateNan.ALL)
         end_centre = (2 * (centre + a_centre / weight_centre * size) - 1) * s
         end_size = (2 * size * tl.exp(delta) - 1) * s
-        sum_centre += weight[:, None] * _clamp(end_centre, -s, s)
-        sum_size += weight[:, None] * _clamp(end_size, -s, s)
+        sum_centre += _clamp(end_centre, -s, s)
+        sum_size += _clamp(end_size, -s, s)
         row += num_queries
-    # The least normal float32, as in the reference.
-    total = tl.maximum(total, 1.1754943508222875e-38)[:, None]
 
-    tl.store(prob_ptr + m[:, None] * num_classes + k[None, :], sum_p / total, mask=tile)
-    end_centre, end_size = sum_centre / total, sum_size / total
+    tl.store(prob_ptr + m[:, None] * num_classes + k[None, :], sum_p / num_predictors, mask=tile)
+    end_centre, end_size = sum_centre / num_predictors, sum_size / num_predictors
     next_centre = _step(x_centre, end_centre, t, t_next, remaining, eps)
     next_size = _step(x_size, end_size, t, t_next, remaining, eps)
     store_boxes(x_1_ptr, end_centre, end_size, m, axis, inside)
@@ -110,12 +103,11 @@ def _box_flow_update_fwd_kernel(
 
 
 @torch.library.custom_op("dfm::box_flow_update", mutates_args=())
-def box_flow_update(tensors: list[Tensor], numbers: list[float], confidence: bool) -> list[Tensor]:
+def box_flow_update(tensors: list[Tensor], numbers: list[float]) -> list[Tensor]:
     """The fields of a BoxFlowUpdate, in one launch.
 
     Args:
         tensors: the reference's, `x_t` float32. numbers: the signal scale and the four box weights.
-        confidence: whether predictors are weighted by it.
     """
     x_t, answers, class_logits, t, t_next, _ = tensors
     num_images, num_proposals = x_t.shape[:2]
@@ -129,8 +121,6 @@ def box_flow_update(tensors: list[Tensor], numbers: list[float], confidence: boo
             tuple(outputs),
             (num_queries, num_proposals, len(answers), num_classes, stride_of(t), stride_of(t_next)),
             (*numbers, MIN_SIDE, MAX_LOG_SCALE, _TIME_EPS),
-            # One predictor's weight cancels, but for a probability of exactly 0.
-            CONFIDENCE=confidence and len(answers) > 1,
             BLOCK_M=block_m,
             BLOCK_K=block_k,
         )
