@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 ABOUT = "dfm_d2.json"  # the name of what a file says of itself
+# Pillow would try all formats that it knows, and start Ghostscript for EPS.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 # checked.py, which opens pt2 files; a program of yours may have it beside this file.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "dfm_d2" / "export"))
@@ -72,7 +74,7 @@ LOADERS = {".onnx": load_onnx, ".pt2": load_with_torch, ".ts": load_with_torch}
 
 def read(path, about):
     """Pixels float32 (3, H, W) as the file wants them, and the factors (4,) from there to the photograph."""
-    photo = ImageOps.exif_transpose(Image.open(path))
+    photo = ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
     if photo.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips: white for the most part
         photo = Image.fromarray((np.asarray(photo).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
     photo = photo.convert("RGB")

@@ -78,6 +78,30 @@ def test_no_config_gets_into_pure_packages():
     assert not wrong
 
 
+def test_private_parts_of_torch_are_listed():
+    names = {name for _, _, name in IMPORTS} | {
+        ast.unparse(node) for _, node in NODES if isinstance(node, ast.Attribute)
+    }
+    private = {name for name in names if re.fullmatch(r"torch\.(?!ops\.|__)(\w+\.)*_\w+(\.\w+)*", name)}
+    private -= {name.rpartition(".")[0] for name in private}
+    table = (ROOT / "docs/architecture.md").read_text().partition("## Private parts of torch")[2]
+    rows = [line.split("|")[1] for line in table.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    assert private == {*re.findall(r"`([\w.]+)`", "".join(rows))}
+
+
+def test_what_is_declared_is_imported_and_locked():
+    """What another one needs is said in a comment, and is no import of ours."""
+    declared = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
+    names = re.findall(r'^ +"([\w-]+)[^"]*",( +#.* needs it)?$', declared, re.MULTILINE)
+    modules = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+    tops = {name.split(".")[0] for _, _, name in IMPORTS}
+    assert len(names) == declared.count('"') // 2
+    locked = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / ".ci/lock.txt").read_text(), re.MULTILINE))
+    assert {name for name, _ in names} <= locked.keys()
+    assert f"<2.{int(locked['torch'].split('.')[1]) + 1}" in declared, "the bound is not what was tested"
+    assert [name for name, reason in names if not reason and modules.get(name, name) not in tops] == []
+
+
 def test_the_engine_names_neither_vertical():
     named = re.compile(r"MODEL\.(CLASSIFIER|DFM\.HEAD)|bottom_up|stage_predictors|dense_predictor")
     assert not [path for path in (ROOT / "dfm_d2/engine").glob("*.py") if named.search(path.read_text())]

@@ -22,6 +22,11 @@ class ImageError(UserError):
     """An image file that cannot be read; the message names it."""
 
 
+def limit_bytes(most: int) -> None:
+    """Have this process refuse images whose pixels, of three bytes, take more: DATASETS.MAX_BYTES."""
+    Image.MAX_IMAGE_PIXELS = most // 6  # Pillow warns of more, and refuses more than twice as many
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) in pixels after EXIF orientation, from the header alone.
 
@@ -72,5 +77,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _reason(error: BaseException) -> str:
     """The error in a few words; Pillow repeats the path or open file, which the caller names already."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * Image.MAX_IMAGE_PIXELS} pixels, the limit that DATASETS.MAX_BYTES sets"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.split(" '")[0].split(" <")[0] or type(error).__name__

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dfm_d2.data.images import ImageError
+from dfm_d2.data.images import ImageError, limit_bytes
 from dfm_d2.data.problems import DataProblemError
 from dfm_d2.errors import UserError, input_errors
 from dfm_d2.framework import CfgNode, comm
@@ -104,15 +104,16 @@ def _worker_options(cfg: CfgNode, collate: Callable[[list], list[Sample]] = list
     return {
         "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "collate_fn": collate,
-        "worker_init_fn": _start_worker,
+        "worker_init_fn": partial(_start_worker, cfg.DATASETS.MAX_BYTES),
         # DataLoader draws a seed for its workers: not from the global generator, which a checkpoint keeps.
         "generator": torch.Generator().manual_seed(0),
     }
 
 
-def _start_worker(_worker: int) -> None:
+def _start_worker(most_bytes: int, _worker: int) -> None:
     import cv2
 
+    limit_bytes(most_bytes)
     if hasattr(os, "setpgrp"):  # Ctrl-C is for the main process, which finishes its step and ends its workers
         os.setpgrp()
     torch.set_num_threads(1)

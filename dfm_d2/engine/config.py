@@ -22,6 +22,8 @@ KEYS = (
     # Decode every image when a data set is registered, so that truncated files are known before training:
     # "auto" for sets of at most 2,000 images (headers only for larger ones).
     Key("DATASETS.VERIFY_IMAGES", "auto", choices=("auto", "always", "never")),
+    # Bytes that an image may take, three a pixel, or an idx file, when it is unpacked.
+    Key("DATASETS.MAX_BYTES", 2**30, least=6),
     # Share of the training images that is not trained on, as the set "held_out", to choose values by. At the
     # end of its training a detector's scores are calibrated on it.
     Key("DATASETS.HOLD_OUT", 0.0, least=0, below=1),
@@ -107,7 +109,7 @@ REMOVED = {
 def problems(cfg) -> Iterator[str]:
     """One error message for each value that cannot work together with others; each by itself is allowed."""
     model, dfm, solver, steps = cfg.MODEL, cfg.MODEL.DFM, cfg.SOLVER, tuple(cfg.SOLVER.STEPS)
-    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", model.DEVICE):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", model.DEVICE):
         yield f"MODEL.DEVICE is {model.DEVICE!r}: set it to cpu, cuda or cuda:0."
     if len(model.PIXEL_MEAN) != len(model.PIXEL_STD):
         yield "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have as many numbers."

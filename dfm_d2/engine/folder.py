@@ -29,7 +29,7 @@ def last_checkpoint(folder: str, resume: bool) -> str:
     Raises CheckpointError where ``last_checkpoint`` names a file that is not there.
     """
     pointer = Path(folder) / LAST
-    if not resume or not pointer.exists():
+    if not resume or not pointer.is_file():
         return ""
     path = pointer.parent / os.path.basename(pointer.read_text("utf-8", errors="replace").strip())
     if not path.is_file():

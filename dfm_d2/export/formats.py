@@ -4,10 +4,12 @@ Shapes: M bags of S entries each, V rows of C channels.
 """
 
 import importlib.util
+import io
 import json
 import logging
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +61,11 @@ def export_model(
     with recording():
         if format == "torchscript":
             traced = torch.jit.trace(module, tuple(inputs.values()), check_trace=False)
-            write_atomically(path, lambda file: torch.jit.save(traced, file, _extra_files=extra))
+            torch.jit.save(traced, content := io.BytesIO(), _extra_files=extra)
+            write_atomically(path, lambda file: _copy_without_sources(content, file))
         else:
             program = torch.export.export(module, (), kwargs=dict(inputs), dynamic_shapes=dynamic_shapes)
+            _forget_sources(program)
             if format == "aoti":
                 write_atomically(path, lambda file: write_aoti(program, file, extra))
             elif format == "pt2":
@@ -73,6 +77,21 @@ def export_model(
                 write_atomically(path, lambda file: file.write(content))
     _logger.info("Wrote %s (%.1f MiB)", path, path.stat().st_size / 2**20)
     return path
+
+
+def _forget_sources(program: ExportedProgram) -> None:
+    """Drop from which lines of which files operators come: those paths are of this machine."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+
+
+def _copy_without_sources(content: BinaryIO, file: BinaryIO) -> None:
+    """The same of a TorchScript file, which has them as members that loading does not need."""
+    with zipfile.ZipFile(content) as source, zipfile.ZipFile(file, "w") as target:
+        for member in source.infolist():
+            if not member.filename.endswith(".debug_pkl"):
+                target.writestr(member, source.read(member))
 
 
 @contextmanager
@@ -101,6 +120,8 @@ def _onnx_file(program: ExportedProgram, output_names: Sequence[str], extra: Map
     proto = torch.onnx.export(
         program, opset_version=_OPSET, output_names=list(output_names), **options
     ).model_proto
+    for node in proto.graph.node:  # from which lines of which files they come
+        del node.metadata_props[:]
     onnx.helper.set_model_props(proto, extra)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from spoil import LISTS, NUMBERS, TEXTS, damaged, number_changed
@@ -34,12 +35,15 @@ from dfm_d2.detection.loading import load_detector
 from dfm_d2.detection.task import DETECTION
 from dfm_d2.engine.checkpoint import SafeCheckpointer, class_names_of
 from dfm_d2.engine.keys import get_key
+from dfm_d2.engine.metrics import cut_back, read_metrics
 from dfm_d2.engine.setup import load_config, run_tool, validate_config
 from dfm_d2.engine.task import Task
+from dfm_d2.engine.timm_models import build_timm_model
 from dfm_d2.errors import UserError
 from dfm_d2.export.formats import export_model
 from dfm_d2.export.load import load_file
 from dfm_d2.framework import LRScheduler
+from dfm_d2.visualize.curves import draw_curves
 
 
 class Target(NamedTuple):
@@ -119,12 +123,22 @@ def read_detector(rng: random.Random) -> None:
     assert found[0]["instances"].pred_boxes.tensor.isfinite().all(), "boxes that are not finite"
 
 
-def read_exported(rng: random.Random) -> None:
-    run, _ = load_file("data/model.pt2")
-    with contextlib.suppress(
-        RuntimeError, AssertionError, LookupError, TypeError, ValueError
-    ):  # a wrong graph
+def read_exported(name: str, rng: random.Random) -> None:
+    run, _ = load_file(f"data/{name}")
+    with contextlib.suppress(Exception):  # of a wrong graph
         run({"x": torch.ones(3, 2)})
+
+
+def read_timm_weights(rng: random.Random) -> None:
+    cfg = load_config(CLASSIFICATION, "", [])
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.WEIGHTS = "test_resnet", "data/timm.pth"
+    build_timm_model(cfg)
+
+
+def read_last_metrics(rng: random.Random) -> None:
+    cut_back("metrics.json", 3)
+    if entries := read_metrics("metrics.json"):
+        draw_curves("curves.png", entries)
 
 
 def run_with_key(rng: random.Random) -> None:
@@ -207,6 +221,8 @@ def make_targets(folder: Path, in_child: Callable) -> dict[str, Target]:
     detector = tiny_cfg(NUM_CLASSES=0, NUM_PREDICTORS=2).dump().encode()
     configs = {"config.yaml": b"_BASE_: base.yaml\n", "base.yaml": tiny_cfg().dump().encode()}
     keys = {f"classes/{name}": data for name, data in classes.items()} | {"detector.yaml": detector, **voc}
+    lines = ({"iteration": k, "loss_cls/predictor0": 0.5, "lr": 1e-3, "bbox/AP": 1.0 * k} for k in range(4))
+    metrics = "".join(json.dumps(line) + "\n" for line in lines).encode()
     targets = {
         "VOC": Target(voc, read_boxes, 3),
         "COCO": Target(coco, read_boxes, 3),
@@ -217,11 +233,13 @@ def make_targets(folder: Path, in_child: Callable) -> dict[str, Target]:
         "pictures": Target(pictures, read_pictures, 3),
         "foreign pictures": Target(foreign, read_foreign, 1, spoil=False),
         "config": Target(configs, read_config, 6),
+        "metrics": Target({"metrics.json": metrics}, read_last_metrics, 1),
         "keys": Target(keys, run_with_key, 12, spoil=False),
     }
     found, said = in_child(save_files, folder / "made", random.Random(0))
     assert not found, said
-    readers = {"detector.pth": read_detector, "model.pt2": read_exported}
+    readers = {"detector.pth": read_detector, "timm.pth": read_timm_weights}
+    readers |= {name: partial(read_exported, name) for name in ("model.pt2", "model.onnx")}
     for path in sorted((folder / "made").iterdir()):
         read = readers.get(path.name, partial(read_checkpoint, path.name))
         targets[path.name] = Target({f"data/{path.name}": path.read_bytes()}, read)
@@ -244,7 +262,9 @@ def save_files(rng: random.Random) -> None:
     Path("weights_caffe2.pkl").write_bytes(pickle.dumps({"blobs": {**arrays, "a_momentum": np.zeros(2)}}))
     SafeCheckpointer(DETECTION.build_model(cfg), ".", cfg=cfg, class_names=["a", "b", "c"]).save("detector")
     Path("last_checkpoint").unlink()
-    export_model(Scaled().eval(), {"x": torch.ones(3, 2)}, "pt2", ".", {"about": 1})
+    for format in ("pt2", "onnx"):
+        export_model(Scaled().eval(), {"x": torch.ones(3, 2)}, format, ".", {"about": 1})
+    torch.save(timm.create_model("test_resnet").state_dict(), "timm.pth")
 
 
 class Scaled(torch.nn.Linear):

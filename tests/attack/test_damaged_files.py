@@ -19,13 +19,16 @@ from toy_model import ToyModel, make_toy, make_trainer, toy_config
 
 from dfm_d2.classification.data.registration import _read_idx
 from dfm_d2.data.catalog import distinct
-from dfm_d2.data.images import ImageError, image_size, read_image
+from dfm_d2.data.images import ImageError, image_size, limit_bytes, read_image
 from dfm_d2.data.problems import ProblemReport
 from dfm_d2.detection.data.loader import read_test_item
 from dfm_d2.detection.data.readers import read_coco
 from dfm_d2.detection.detect_files import find_inputs
 from dfm_d2.engine.checkpoint import SafeCheckpointer, class_names_of
-from dfm_d2.errors import CheckpointError, UserError
+from dfm_d2.engine.folder import last_checkpoint
+from dfm_d2.engine.metrics import cut_back, read_metrics
+from dfm_d2.engine.timm_models import _options, _read_file
+from dfm_d2.errors import CheckpointError, UnsafeFileError, UserError
 from dfm_d2.framework import LRScheduler, merge_config_file
 from dfm_d2.visualize.boxes import draw_sheet
 
@@ -74,12 +77,24 @@ def test_yaml_bombs(tmp_path):
             merge_config_file(toy_config(), str(tmp_path / "bad.yaml"))
 
 
+def test_images_have_a_limit_that_a_key_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 0)  # restored afterwards
+    Image.new("RGB", (40, 50)).save(path := tmp_path / "a.png")
+    limit_bytes(6000)
+    assert read_image(path).shape == (50, 40, 3)
+    limit_bytes(5994)
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match="a.png .*more than 1998 pixels, .* DATASETS.MAX_BYTES"):
+            read(path)
+
+
 def test_idx_files_of_no_or_too_many_bytes(tmp_path):
-    for shape in ((5, 0, 0), (2, 2**15, 2**15)):
+    for shape, limit in (((5, 0, 0), 2**30), ((2, 2**15, 2**15), 2**30), ((5, 2, 2), 19)):
         header = bytes((0, 0, 8, 3)) + struct.pack(">3I", *shape)
         (tmp_path / "x").write_bytes(gzip.compress(header))
-        with pytest.raises(UserError, match=r"x is not a whole idx file .*read are 1 to 1073741824 bytes"):
-            _read_idx(tmp_path / "x", 3)
+        said = f"x is not a whole idx file .*read are 1 to DATASETS.MAX_BYTES {limit} bytes"
+        with pytest.raises(UserError, match=said):
+            _read_idx(tmp_path / "x", 3, limit)
 
 
 def test_coco_json_with_long_numbers_and_deep_lists(tmp_path):
@@ -102,6 +117,37 @@ def test_names_of_classes_are_short_and_printable_and_may_have_a_dollar(tmp_path
     draw_sheet(
         tmp_path / "x.png", [(np.zeros((9, 9, 3), np.uint8), [((1, 1, 5, 5), 0)])], distinct(["$\\frac{"])
     )
+
+
+def test_damaged_metrics_and_what_is_no_last_checkpoint(tmp_path):
+    path, good = tmp_path / "metrics.json", '{"iteration": 1, "lr": 0.5}\n'
+    for line in ("[1]", "1", '{"iteration": "x"}', '{"iteration": null}', '{"lr": []}', "[" * 10**5, "x"):
+        path.write_text(f"{good}{line}\n{good}")
+        with pytest.raises(UserError, match=r"metrics.json: line 2 is damaged"):
+            cut_back(path, 1)
+        path.write_text(f"{good}\n{line}")  # as a kill may leave the last one
+        assert read_metrics(path) == [{"iteration": 1, "lr": 0.5}]
+    os.mkfifo(tmp_path / "last_checkpoint")
+    assert last_checkpoint(str(tmp_path), resume=True) == ""
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_options_and_weights_of_timm(tmp_path, monkeypatch):
+    for text in ("a=" + "[" * 30_000, "a=&x [*x]", "a=!!python/name:os.mkdir", "a=2024-99-99"):
+        with pytest.raises(UserError, match="MODEL.TIMM.OPTIONS has 'a="):
+            _options([text])
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, "bad.pth")
+    # Of timm 1.0.9.
+    load = functools.partial(torch.load, weights_only=False)
+    monkeypatch.setattr("timm.models.load_state_dict", load)
+    with pytest.raises(UnsafeFileError, match="bad.pth is not a plain file"):
+        _read_file("bad.pth")
+    assert not Path("ran").exists()
 
 
 PARAMETER = "predictors.0.0.weight"

@@ -112,9 +112,10 @@ def test_polygons_and_a_set_without_splits_that_a_resume_divides_as_before(tmp_p
     assert {Path(name).stem for name in record["held_out"]} == set(first["root_test"])
     (out / "split.json").write_text(json.dumps({**record, "held_out": ["5.jpg"]}))
     assert set(read(tmp_path / "flat", out)[0]["root_test"]) == {"5"}
-    (out / "split.json").write_text("[")
-    with pytest.raises(UserError, match="split.json is damaged: remove it"):
-        read(tmp_path / "flat", out)
+    for damaged in ("[", "[" * 100_000):
+        (out / "split.json").write_text(damaged)
+        with pytest.raises(UserError, match="split.json is damaged: remove it"):
+            read(tmp_path / "flat", out)
 
 
 BAD_LINES = {

@@ -18,6 +18,7 @@ GOOD = {DETECTION: f"{CONFIGS}/shapes_flow_r18.yaml", CLASSIFICATION: f"{CONFIGS
 OLD_FILES = {DETECTION: f"{OLD}/detector.yaml", CLASSIFICATION: f"{OLD}/classifier.yaml"}
 # Keys that are younger than the old files, and the values with which a run is what it was.
 LATER = {
+    "DATASETS.MAX_BYTES": 2**30,
     "MODEL.DFM.DENSE_WEIGHT": 0.0,
     "MODEL.DFM.INTERVALS": 0,
     "MODEL.DFM.ROLLOUT": 1,
@@ -72,6 +73,8 @@ BAD_DETECTORS = {
     "MODEL.PIXEL_STD [1.0]": "must have as many numbers.",
     "MODEL.DEVICE gpu": "MODEL.DEVICE is 'gpu': set it to cpu, cuda or cuda:0.",
     "MODEL.DEVICE mps": "MODEL.DEVICE is 'mps': set it to cpu",
+    "MODEL.DEVICE cuda:99999999999": "MODEL.DEVICE is 'cuda:99999999999': set it to cpu",
+    "MODEL.DEVICE cpu:\u0663": "set it to cpu, cuda or cuda:0.",
     f"{MULTI_STEP} SOLVER.STEPS (5,3)": "SOLVER.STEPS is (5, 3); they must increase",
     f"{MULTI_STEP} SOLVER.STEPS (-1,)": "SOLVER.STEPS is (-1,); they must increase, begin above 0",
     f"{MULTI_STEP} SOLVER.MAX_ITER 9 SOLVER.STEPS (9,)": "SOLVER.STEPS is (9,); they must increase",

@@ -129,13 +129,14 @@ def test_a_traceback_is_for_bugs_and_on_demand(run, capsys, monkeypatch):
 
 
 def test_a_missing_gpu_is_an_error_only_if_asked_for(run, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert run("MODEL.DEVICE=cuda") == 2
-    assert "torch sees no CUDA device" in capsys.readouterr().err
-    cfg = tiny_cfg()
-    cfg.MODEL.DEVICE = "cuda"
-    resolve_device(cfg, explicit=False)
-    assert cfg.MODEL.DEVICE == "cpu"
+    for number, device in enumerate(("cuda", "cuda:1")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda number=number: number)
+        assert run(f"MODEL.DEVICE={device}") == 2
+        assert f"MODEL.DEVICE {device} was asked for, but torch sees no such" in capsys.readouterr().err
+        cfg = tiny_cfg()
+        cfg.MODEL.DEVICE = device
+        resolve_device(cfg, explicit=False)
+        assert cfg.MODEL.DEVICE == "cpu"
 
 
 # Runs [[tool, argument, ...], ...]. Prints [[status, ...], whether torch was there before the last one].

@@ -57,6 +57,12 @@ def test_the_example_answers_what_the_detector_does(formats, files, photographs,
         assert [row["class"] for row in found] == [CLASSES[k] for k in expected.pred_classes.tolist()]
 
 
+def test_an_image_of_another_format_is_refused(tmp_path):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.jpg", "EPS")  # Pillow would start Ghostscript
+    with pytest.raises(OSError, match="cannot identify"):
+        runpy.run_path(EXAMPLE)["read"](tmp_path / "a.jpg", {})
+
+
 def test_an_image_of_16_bits_is_scaled(tmp_path):
     read = runpy.run_path(EXAMPLE)["read"]
     about = {"format": "RGB", "min_size": 0, "max_size": 0}

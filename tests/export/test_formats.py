@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tempfile
 import zipfile
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from tool_loader import ROOT
 from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -45,6 +47,17 @@ def test_a_pt2_file_holds_no_pickle_and_no_shape_that_data_decides_before_nms(fi
     with zipfile.ZipFile(files("pt2")) as archive:
         starts = {archive.read(name)[:2] for name in archive.namelist()}
     assert starts.isdisjoint({b"PK", b"\x80\x02", b"\x80\x04"})
+
+
+@pytest.mark.parametrize("name", ["torchscript", "onnx", "pt2"])
+def test_a_file_holds_no_path_of_the_machine_that_made_it(files, name):
+    contents = [files(name).read_bytes()]
+    if name != "onnx":
+        with zipfile.ZipFile(files(name)) as archive:
+            contents = [archive.read(member) for member in archive.namelist()]
+    paths = (ROOT, Path(torch.__file__).parents[1], Path(sys.prefix), Path(tempfile.gettempdir()))
+    for path in (*map(bytes, paths), b'.py", line ', b'.py\\", line '):
+        assert not [content for content in contents if path in content], path
 
 
 def _unbacked(node) -> bool:

@@ -188,8 +188,8 @@ def test_pretrained_weights_of_timm_are_loaded_from_a_file_that_has_all(tmp_path
     writes = {
         "vit.pth has no cls_token, and": lambda: torch.save({"stem.weight": torch.ones(3)}, path),
         "vit.pth has no blocks.2.norm1.weight": lambda: save_timm_vit(path, depth=2),
-        "vit.pth is no state dict of timm .*EOFError": lambda: path.write_bytes(b""),
-        "vit.pth is no state dict of timm": lambda: path.write_bytes(b"junk" * 100),
+        "vit.pth is damaged or not of torch.save": lambda: path.write_bytes(b""),
+        "vit.pth is no.? .*plain file|vit.pth is damaged": lambda: path.write_bytes(b"junk" * 100),
     }
     for said, write in writes.items():
         write()

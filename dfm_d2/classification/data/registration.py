@@ -28,7 +28,6 @@ from dfm_d2.framework import CfgNode
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # The seeded split of data that come in one piece, and its share of test images.
 _SPLIT_SEED, _TEST_SHARE = 0, 0.2
-_MOST_IDX_BYTES = 2**30  # of an idx file when it is unpacked
 _KNOWN = "root_<split> (with DATASETS.ROOT), digits_{train,test}, cifar10_{train,test}, cifar100_{train,test}"
 
 
@@ -73,16 +72,17 @@ def register_class_sets(cfg: CfgNode) -> dict[str, ProblemReport]:
 
 def locate_class_sets(cfg: CfgNode) -> dict[str, Callable[[], list[ClassSample]]]:
     """What reads each data set of a config. Raises UserError for one that is not known or not there."""
-    return {name: _locate(name, cfg.DATASETS.ROOT) for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]}
+    return {name: _locate(name, cfg) for name in [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]}
 
 
-def _locate(name: str, root: str) -> Callable[[], list[ClassSample]]:
+def _locate(name: str, cfg: CfgNode) -> Callable[[], list[ClassSample]]:
+    root = cfg.DATASETS.ROOT
     if match := re.fullmatch("root_(.+)", name):
         if not root:
             raise UserError(f"The data set {name} needs DATASETS.ROOT: set it to a folder or a tar.")
         if not Path(root).exists():
             raise UserError(f"DATASETS.ROOT is {root}, which is missing: point it to the data.")
-        return partial(read_root, Path(root), match[1])
+        return partial(read_root, Path(root), match[1], cfg.DATASETS.MAX_BYTES)
     match = re.fullmatch("(digits|cifar10|cifar100)_(train|test)", name)
     if not match:
         raise UserError(f"Unknown data set {name!r} in DATASETS: known are {_KNOWN}.")
@@ -113,12 +113,12 @@ def _natural(text: str) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
 
-def read_root(root: Path, split: str) -> list[ClassSample]:
-    """The samples of a split of a folder, a tar or a folder of idx files. Raises UserError."""
+def read_root(root: Path, split: str, most_bytes: int = 2**30) -> list[ClassSample]:
+    """The samples of a split of a folder, a tar or a folder of idx files, which have a limit. UserError."""
     if root.is_file():
         return _tar_samples(root, split)
     if any(root.glob("*idx3-ubyte*")):
-        return _idx_samples(root, split)
+        return _idx_samples(root, split, most_bytes)
     if not (root / split).is_dir():
         there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
         raise UserError(
@@ -174,7 +174,7 @@ def _read_member(path: Path, offset: int, size: int, name: str) -> np.ndarray:
     return read_image(io.BytesIO(content), name=name)
 
 
-def _idx_samples(root: Path, split: str) -> list[ClassSample]:
+def _idx_samples(root: Path, split: str, most_bytes: int) -> list[ClassSample]:
     """Of idx files: `train-*` and `t10k-*`, or a seeded split where only one pair is there."""
     found = {
         path.name.split("-")[0]: path for path in sorted(root.glob("*images*idx3-ubyte*")) if path.is_file()
@@ -186,7 +186,7 @@ def _idx_samples(root: Path, split: str) -> list[ClassSample]:
     labels = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
     if not labels.is_file():
         raise UserError(f"{images} has no labels {labels.name} beside it.")
-    pixels, classes = _read_idx(images, 3), _read_idx(labels, 1)
+    pixels, classes = _read_idx(images, 3, most_bytes), _read_idx(labels, 1, most_bytes)
     if len(pixels) != len(classes):
         raise UserError(f"{images} has {len(pixels)} images, {labels} {len(classes)} labels: get them again.")
     names = [str(k) for k in range(int(classes.max()) + 1)]
@@ -194,7 +194,7 @@ def _idx_samples(root: Path, split: str) -> list[ClassSample]:
     return _array_samples(pixels, classes, names, str(images), chosen)
 
 
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+def _read_idx(path: Path, dimensions: int, most_bytes: int) -> np.ndarray:
     """The bytes of an idx file, uint8 of `dimensions` dimensions."""
     try:
         with open(path, "rb") as plain:
@@ -203,8 +203,9 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             shape = struct.unpack(f">{dimensions}I", header[4:])
             if header[:4] != bytes((0, 0, 8, dimensions)):
                 raise ValueError(f"its magic number is {header[:4].hex()}")
-            if not 0 < math.prod(shape) <= _MOST_IDX_BYTES:
-                raise ValueError(f"its sizes are {shape}; read are 1 to {_MOST_IDX_BYTES} bytes")
+            if not 0 < math.prod(shape) <= most_bytes:
+                limit = f"DATASETS.MAX_BYTES {most_bytes}"
+                raise ValueError(f"its sizes are {shape}; read are 1 to {limit} bytes")
             return np.frombuffer(file.read(math.prod(shape) + 1), np.uint8).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is not a whole idx file ({error}): get it again.") from error

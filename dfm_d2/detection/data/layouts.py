@@ -155,7 +155,7 @@ def _held_out(ids: list, root: str, seed: int, record: Path) -> set:
         saved = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"root": None}
         if saved["root"] == root and {*saved["held_out"]} & {*ids}:
             return set(saved["held_out"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{record} is damaged: remove it, and the images are divided anew.") from error
     order = np.random.default_rng([seed, _HOLD_OUT_KEY]).permutation(len(ids)).tolist()
     held = [ids[place] for place in sorted(order[: max(round(_HELD_OUT * len(ids)), 1)])]

@@ -224,7 +224,7 @@ def _is_complete(out: Path, parameters: dict, names: dict[str, list[str]]) -> bo
         )
     try:
         state = json.loads((out / "shapes.json").read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict) or {**parameters, "complete": state.get("complete", False)} != state:
         raise UserError(
