@@ -173,7 +173,8 @@ def _load(cfg, path: str, named: str) -> dict:
     except (OSError, ValueError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"{named} is not a text file: give a YAML config file.") from error
-        raise UserError(f"{named} does not exist or cannot be opened ({error}): check the path.") from error
+        reason = getattr(error, "strerror", None) or str(error)[:200]  # without the path, which may be long
+        raise UserError(f"{named} does not exist or cannot be opened ({reason}): check the path.") from error
     except yaml.constructor.ConstructorError as error:
         raise UserError(
             f"{named} holds a YAML tag or key that is not plain data ({where(error)}), which is refused "

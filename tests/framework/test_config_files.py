@@ -222,6 +222,7 @@ BAD_FILES = {
     "SOLVER: {1: 2}\n": "config.yaml' sets the unknown key SOLVER.1",
     "VERSION: 1\n": "config.yaml' has VERSION 1: only 2",
     **dict.fromkeys(("_BASE_: config.yaml\n", "_BASE_: link/config.yaml\n"), "includes itself"),
+    f"_BASE_: {'x' * 2000}\n": "^.{,500}cannot be opened .File name too long.: check the path",
     "_BASE_: list.yaml\n": "list.yaml' .the _BASE_ of .*config.yaml'. holds no keys",
     "_BASE_: scalar.yaml\nSOLVER: {BASE_LR: 0.1}\n": "scalar.yaml.*sets the section SOLVER to 3",
     "_BASE_: missing.yaml\n": "missing.yaml.* does not exist",
