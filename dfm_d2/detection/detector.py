@@ -3,6 +3,7 @@
 Shapes: B images, N proposals, D predictors, S intervals, C channels, K classes, G ground-truth boxes.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -220,12 +221,26 @@ class FlowDetector(BoxFlowModel):
             return
         for interval in range(self.predictors.intervals):
             rollout.enter(interval)
+            how, common = os.environ.get("ASSIGN", "first"), None
+            if how == "mean" and self.predictors.num_members > 1:
+                with torch.no_grad():
+                    told = [rollout.told(rollout.answer(d)) for d in self.predictors.members(interval)]
+                x_t = rollout.state.x_t
+                ends = torch.stack([self.space.endpoint(x_t, one.boxes) for one in told]).mean(0)
+                probs = torch.stack([one.class_logits.sigmoid() for one in told]).mean(0)
+                common = self.assigner(prepared.ground_truth, ends, probs.logit(1e-6))
             for d in self.predictors.members(interval):
                 block, told, item = predictor_block(d), None, None
                 if hand_over.owns(block):
                     answer = rollout.answer(d)
                     with hand_over.among_owners(block):
-                        losses, gt_index = self._losses(block, answer, rollout.state, prepared, rollout.first)
+                        first = rollout.first
+                        if how == "own" and first is not None:
+                            own = self._losses(block, answer, rollout.state, prepared)[1]
+                            first = first._replace(gt_index=own)
+                        if common is not None:
+                            first = rollout.told(answer, common)
+                        losses, gt_index = self._losses(block, answer, rollout.state, prepared, first)
                     told, item = rollout.told(answer, gt_index), BlockLosses((block,), losses)
                     del answer, losses  # only what is yielded holds the graph
                 rollout.tell(d, told)
