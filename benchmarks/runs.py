@@ -86,13 +86,18 @@ class Study:
     def same_training(self, config: str, opts: list[str], out: Path, any_rate: bool = False) -> bool:
         """Whether the config of the training in `out` is what `config` with `opts` gives.
 
-        How it evaluates, where its files lie, the classes that it found, and the device may differ; the
-        sampler and the device not where `opts` ask for one.
+        How it evaluates, where its files lie, what it found or chose by its data, and the device may differ;
+        the sampler and the device not where `opts` ask for one.
         """
         both = load_config(self.task, config, opts), load_config(self.task, str(out / "config.yaml"), [])
         asked = [key for key in opts[::2] if ".SAMPLER." in key]
         if any(get_key(both[0], key) != get_key(both[1], key) for key in asked):
             return False
+        (dfm, trained_dfm), (size, trained_size) = zip(*((cfg.MODEL.DFM, cfg.INPUT) for cfg in both))
+        if not dfm.get("NUM_PROPOSALS", 1):
+            dfm.NUM_PROPOSALS = trained_dfm.NUM_PROPOSALS
+        if not size.get("MIN_SIZE_TRAIN", 1):
+            size.update({key: value for key, value in trained_size.items() if "_SIZE_T" in key})
         for cfg in both:
             cfg.OUTPUT_DIR = cfg.VERSION = ""
             cfg.MODEL.DFM.NUM_CLASSES = 0

@@ -146,6 +146,15 @@ def test_a_training_of_other_values_is_not_taken(tmp_path):
         assert study.same_training(config, changes.split(), tmp_path, any_rate=True) is any_rate, changes
 
 
+def test_a_training_that_chose_its_sizes_is_the_same(tmp_path):
+    config, study = str(ROOT / "configs/photos.yaml"), accuracy.STUDY
+    cfg = load_config(study.task, config, ["MODEL.DFM.NUM_PROPOSALS", "80", "INPUT.MIN_SIZE_TRAIN", "(9,)"])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert study.same_training(config, [], tmp_path)
+    assert not study.same_training(config, ["MODEL.DFM.NUM_PROPOSALS", "40"], tmp_path)
+    assert not study.same_training(config, ["INPUT.MIN_SIZE_TRAIN", "(8,)"], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("objects", "batch_norm_is_frozen", "is_that_of_the_batch"),
     [((2, 2, 2), True, True), ((2, 2, 1), True, False), ((2, 2, 2), False, False)],
