@@ -225,7 +225,7 @@ class FlowDetector(BoxFlowModel):
                 if hand_over.owns(block):
                     answer = rollout.answer(d)
                     with hand_over.among_owners(block):
-                        losses, gt_index = self._losses(block, answer, rollout.state, prepared, rollout.first)
+                        losses, gt_index = self._losses(block, answer, rollout.state_of(d), prepared)
                     told, item = rollout.told(answer, gt_index), BlockLosses((block,), losses)
                     del answer, losses  # only what is yielded holds the graph
                 rollout.tell(d, told)

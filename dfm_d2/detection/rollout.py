@@ -110,6 +110,8 @@ class Rollout:
     def enter(self, interval: int) -> None:
         """Go to the state that each image trains at in an interval, by what was told in the one before."""
         u, state = self._prepared.u[:, interval], self._prepared.path[interval]
+        if not isinstance(state.x_t, list):
+            state = state._replace(x_t=[state.x_t] * self._model.predictors.num_members)
         if interval > 0 and self._leads:
             queries = [told.queries for told in self._answers]
             state = State(self._moved(u[:, 0]), u[:, 0], queries)
@@ -118,7 +120,8 @@ class Rollout:
             self._answers = []
             self._ask()
             goes = self._prepared.stop[:, interval] >= step
-            x_t = torch.where(goes[:, None, None], self._moved(u[:, step]), self.state.x_t)
+            moved = self._moved(u[:, step])
+            x_t = [torch.where(goes[:, None, None], m, x) for m, x in zip(moved, self.state.x_t)]
             self.state = State(x_t, torch.where(goes, u[:, step], self.state.u), self.state.queries)
         self._answers = []
 
@@ -126,21 +129,28 @@ class Rollout:
     def _moved(self, u_next: Tensor) -> Tensor:
         """x_t `(B, N, 4)` after the solver step to `u_next` `(B,)` by the aggregated answers."""
         stack, state = self._model.predictors, self.state
-        class_logits, boxes = (torch.stack(parts) for parts in list(zip(*self._answers))[:2])
         times = stack.t(state.u), stack.t(u_next)
         step = self._model.solver_step
-        return step(state.x_t, boxes, class_logits, *times, self._prepared.image_sizes).x_next
+        sizes = self._prepared.image_sizes
+        return [
+            step(x, a.boxes[None], a.class_logits[None], *times, sizes).x_next
+            for x, a in zip(state.x_t, self._answers)
+        ]
 
     def answer(self, d: int) -> HeadAnswer:
         """What predictor `d` answers at the state."""
         model, state = self._model, self.state
+        state = self.state_of(d)
         proposals = model.space.proposals(state.x_t, self._prepared.image_sizes)
         queries = state.queries[d % model.predictors.num_members]
         return model.predictors[d](self._features, proposals, state.x_t, state.u, queries)
 
+    def state_of(self, d: int) -> State:
+        return self.state._replace(x_t=self.state.x_t[d % self._model.predictors.num_members])
+
     def told(self, answer: HeadAnswer, gt_index: Tensor | None = None) -> Told:
         """An answer, and an assignment where there is one, as the others may have it."""
-        parts = (part.detach().to(self.state.x_t.dtype) for part in answer)
+        parts = (part.detach().to(self.state.x_t[0].dtype) for part in answer)
         return Told(*parts, self._like.gt_index if gt_index is None else gt_index)
 
     def tell(self, d: int, told: Told | None) -> None:
