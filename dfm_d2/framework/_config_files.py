@@ -100,7 +100,8 @@ class _Merge:
 
     def read(self, path: str, parents: tuple[str, ...] = ()) -> dict[str, Any]:
         """The checked values of a file on top of those of its bases. `parents`: the files that led to it."""
-        named = f"Config file '{path[-200:]}'" + (f" (the {_BASE_KEY} of '{parents[-1]}')" if parents else "")
+        of = f" (the {_BASE_KEY} of '{parents[-1][-200:]}')" if parents else ""
+        named = f"Config file '{path[-200:]}'{of}"
         file = os.path.realpath(path)
         if file in map(os.path.realpath, parents):
             raise UserError(f"{named} includes itself through {_BASE_KEY}: break the circle.")
