@@ -157,7 +157,8 @@ def _level(channels: int, patch: int, stride: int, out_channels: int) -> nn.Sequ
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The FPN of ``MODEL.FPN``, on all levels of strides 4 to 32 of the CNN (or Swin) of ``MODEL.TIMM``."""
+    """The FPN of ``MODEL.FPN`` on the CNN (or Swin) of ``MODEL.TIMM``: strides 4 to 32, none of them finer
+    than all of ``MODEL.DFM.HEAD.IN_FEATURES``."""
     from timm.layers import Conv2dSame, Format
     from timm.models import FeatureListNet
     from torchvision.ops import Permute
@@ -185,7 +186,10 @@ def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     sizes = zip(levels, info.channels()[-4:], _STRIDES)
     shapes = {name: ShapeSpec(channels, stride=stride) for name, channels, stride in sizes}
     bottom_up = StagedNetwork(stem, stages, shapes, cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.TIMM.FROZEN_NORM)
-    found = FPN(bottom_up, levels, fpn.OUT_CHANNELS, fpn.NORM, fuse_type=fpn.FUSE_TYPE)
+    used = [k for k in range(2, 6) if f"p{k}" in cfg.MODEL.DFM.HEAD.IN_FEATURES]
+    found = FPN(
+        bottom_up, levels[min(used, default=2) - 2 :], fpn.OUT_CHANNELS, fpn.NORM, fuse_type=fpn.FUSE_TYPE
+    )
     return found.to(memory_format=torch.channels_last)  # a fifth less time on a CPU
 
 

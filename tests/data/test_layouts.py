@@ -186,7 +186,8 @@ def test_what_was_found_is_said_and_shown_and_the_rest_is_chosen(tmp_path, caplo
         "0 images without boxes, none with more than 30; cat 2, dog 31",
         "4 x 4 px (7.jpg), 64 x 32 px (1.jpg); 2 problems",
         "gone.txt: has labels of no image",
-        "NUM_PROPOSALS 120, INPUT.MIN_SIZE_TRAIN (32, 32, 64), MIN_SIZE_TEST 32, MAX 64",
+        "NUM_PROPOSALS of MODEL.DFM 120, its SAMPLER 360, INPUT.MIN_SIZE_TRAIN (32, 32, 64), "
+        "MIN_SIZE_TEST 64, MAX 128",
     ):
         assert said in caplog.text
     with Image.open(tmp_path / "out/dataset.png") as sheet:
@@ -207,5 +208,5 @@ def test_sizes_suit_the_smallest_boxes_and_a_rare_class():
         cfg = make_cfg()
         cfg.INPUT.MIN_SIZE_TRAIN, before = (), cfg.MODEL.DFM.NUM_PROPOSALS
         choose(cfg, [entry(sides, classes)])
-        assert cfg.INPUT.MIN_SIZE_TEST == wanted and cfg.INPUT.MIN_SIZE_TRAIN[1] == wanted
+        assert cfg.INPUT.MIN_SIZE_TRAIN == (wanted - 32, wanted, cfg.INPUT.MIN_SIZE_TEST)
         assert cfg.MODEL.DFM.NUM_PROPOSALS == before

@@ -15,8 +15,9 @@ from dfm_d2.framework import CfgNode, DatasetCatalog, MetadataCatalog, comm
 
 logger = logging.getLogger(__name__)
 
-# N is so many times the most boxes in an image, within bounds.
-_PROPOSALS_A_BOX, _LEAST_PROPOSALS, _MOST_PROPOSALS = 4, 40, 300
+# N is so many times the most boxes in an image, within bounds; and that so many times again at inference,
+# where each box has to be found by noise that begins near it.
+_PROPOSALS_A_BOX, _LEAST_PROPOSALS, _MOST_PROPOSALS, _AT_INFERENCE = 4, 40, 300, 3
 # The short side of images is the multiple of _STEP at which nine boxes in ten, and half of every class, have
 # at least the root of the area _SMALL_BOX, in pixels, within bounds. The finest level has a stride of 4.
 _SMALL_BOX, _STEP, _LEAST_SIDE, _MOST_SIDE = 24, 32, 192, 480
@@ -53,7 +54,8 @@ def _sides(annotation: dict) -> tuple[float, float]:
 
 
 def choose(cfg: CfgNode, entries: list[dict]) -> str:
-    """Set, in place, NUM_PROPOSALS where it is 0 and the four sizes of images where MIN_SIZE_TRAIN is empty.
+    """Set, in place, NUM_PROPOSALS where it is 0 (then the SAMPLER's too) and the four sizes of images where
+    MIN_SIZE_TRAIN is empty.
 
     entries: data set dicts. Returns what was set, as text; empty where the config leaves nothing.
     """
@@ -62,7 +64,10 @@ def choose(cfg: CfgNode, entries: list[dict]) -> str:
         most = max((len(entry["annotations"]) for entry in entries), default=0)
         wanted = -(-most * _PROPOSALS_A_BOX // 10) * 10
         dfm.NUM_PROPOSALS = max(min(max(wanted, _LEAST_PROPOSALS), _MOST_PROPOSALS), most)
-        chosen.append(f"MODEL.DFM.NUM_PROPOSALS {dfm.NUM_PROPOSALS}")
+        dfm.SAMPLER.NUM_PROPOSALS = dfm.SAMPLER.NUM_PROPOSALS or _AT_INFERENCE * dfm.NUM_PROPOSALS
+        chosen.append(
+            f"NUM_PROPOSALS of MODEL.DFM {dfm.NUM_PROPOSALS}, its SAMPLER {dfm.SAMPLER.NUM_PROPOSALS}"
+        )
     if not inputs.MIN_SIZE_TRAIN:
         shorts = [min(e["height"], e["width"]) for e in entries] or [_LEAST_SIDE]
         shares = defaultdict(list)  # of the short side, for each class
@@ -73,8 +78,11 @@ def choose(cfg: CfgNode, entries: list[dict]) -> str:
         wanted = np.clip(_SMALL_BOX / small, _LEAST_SIDE, _MOST_SIDE)
         side = int(-(-min(wanted, np.median(shorts)) // _STEP)) * _STEP  # images are not enlarged
         inputs.MIN_SIZE_TRAIN = (max(side - _STEP, _STEP), side, side + _STEP)
-        inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TRAIN, inputs.MAX_SIZE_TEST = side, 2 * side, 2 * side
-        chosen.append(f"INPUT.MIN_SIZE_TRAIN {inputs.MIN_SIZE_TRAIN}, MIN_SIZE_TEST {side}, MAX {2 * side}")
+        # The largest: detectors gain from images a little larger than those of training.
+        inputs.MIN_SIZE_TEST = side + _STEP
+        inputs.MAX_SIZE_TRAIN = inputs.MAX_SIZE_TEST = 2 * inputs.MIN_SIZE_TEST
+        test = f"MIN_SIZE_TEST {inputs.MIN_SIZE_TEST}, MAX {inputs.MAX_SIZE_TEST}"
+        chosen.append(f"INPUT.MIN_SIZE_TRAIN {inputs.MIN_SIZE_TRAIN}, {test}")
     return ", ".join(chosen)
 
 
