@@ -46,6 +46,7 @@ VARIANTS: dict[str, list[str]] = {
     "backprop": ["UPDATE.METHOD", "backprop"],
     # The coarser grid favours the linear head on some backbones.
     "backprop_pool_2": ["UPDATE.METHOD", "backprop", "MODEL.CLASSIFIER.POOL", "2"],
+    "deep_supervision": ["UPDATE.METHOD", "deep_supervision"],
     "forward_forward": ["UPDATE.METHOD", "forward_forward"],
     "no_readout": _NO_READOUT,
     # The control of transport: the velocity's noise is another image's.
@@ -91,8 +92,7 @@ def probabilities(model, loader: Iterable[list[dict]]) -> torch.Tensor:
 def sampled(model, loader: Iterable[list[dict]], samplers: Mapping[str, dict]) -> dict[str, torch.Tensor]:
     """Class probabilities `(n, K)` by samplers {name: changed settings}, in one pass of the backbone."""
     images = [
-        (model.backbone.block_outputs(model.normalised(batch)), [item["image_id"] for item in batch])
-        for batch in loader
+        (model.backbone(model.normalised(batch)), [item["image_id"] for item in batch]) for batch in loader
     ]
     found, usual = {}, model.sampler
     for name, changes in samplers.items():

@@ -97,14 +97,8 @@ def detector(subject: str, device: str, mode: str, count: int) -> tuple:
     """Config, model and a batch of random images."""
     name, number, proposals, height, width = detector_setting(subject, device)
     opts = [*DETECTOR[mode], "MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", 0]
-    opts += [
-        "MODEL.DFM.NUM_CLASSES",
-        20,
-        "MODEL.DFM.NUM_PREDICTORS",
-        count,
-        "MODEL.DFM.NUM_PROPOSALS",
-        proposals,
-    ]
+    opts += ["MODEL.DFM.NUM_CLASSES", 20, "MODEL.DFM.NUM_PREDICTORS", count]
+    opts += ["MODEL.DFM.NUM_PROPOSALS", proposals]
     if subject == "detector":
         opts += ["MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"]
     if device == "simulate":

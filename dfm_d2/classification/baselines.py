@@ -1,4 +1,5 @@
-"""The baselines, on the same backbones: backprop, and Hinton's Forward-Forward (arXiv 2212.13345).
+"""The baselines, on the same backbones: backprop from a head on the last block or on all of them (deep
+supervision, arXiv 1409.5185), and Hinton's Forward-Forward (arXiv 2212.13345).
 
 A block of Forward-Forward learns to answer images with their own label strongly and those with a wrong one
 weakly. Labels are drawn over the whole image as waves (arXiv 2312.14924), which convolutions see everywhere.
@@ -23,12 +24,20 @@ _WAVELENGTHS = (3.0, 6.0)  # of the labels, in pixels, in turns
 
 @META_ARCH_REGISTRY.register()
 class BackpropClassifier(Classifier):
-    """Cross-entropy of a linear layer on the pooled output of the last block, one backward through all."""
+    """Cross-entropy of a linear layer on the pooled output of the last block, one backward through all.
+
+    deep_supervision: other blocks have such layers, too. The other arguments are those of Classifier.
+    """
 
     @configurable
-    def __init__(self, **common):
+    def __init__(self, *, deep_supervision: bool, **common):
         super().__init__(temperature=1.0, **common)
-        self.head = nn.Linear(self.backbone.channels[-1], self.num_classes)
+        supervised = self.backbone.channels if deep_supervision else self.backbone.channels[-1:]
+        self.heads = nn.ModuleList(nn.Linear(channels, self.num_classes) for channels in supervised)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        return super().from_config(cfg) | {"deep_supervision": cfg.UPDATE.METHOD == "deep_supervision"}
 
     def blocks(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """One block, "shared": gradients pass through everything."""
@@ -36,13 +45,20 @@ class BackpropClassifier(Classifier):
 
     def block_losses(self, prepared: PreparedImages, hand_over: HandOver) -> Iterator[BlockLosses]:
         """One item, of everything."""
-        logits = at_least_float32(self.head(self.backbone(prepared.images)))
-        right = (logits.detach().argmax(-1) == prepared.labels).to(logits.dtype).mean()
-        losses = {"loss_readout/head": cross_entropy(logits, prepared.labels), "right/head": right}
+        losses = {}
+        for index, logits in enumerate(self._logits(prepared.images), self.num_blocks - len(self.heads)):
+            name, right = block_name(index), logits.detach().argmax(-1) == prepared.labels
+            losses[f"loss_readout/{name}"] = cross_entropy(logits, prepared.labels)
+            losses[f"right/{name}"] = right.to(logits.dtype).mean()
         yield BlockLosses((SHARED_BLOCK,), losses)
 
+    def _logits(self, images: Tensor) -> list[Tensor]:
+        """`(B, K)` of each head."""
+        pooled = self.backbone(images)[-len(self.heads) :]
+        return [at_least_float32(head(x)) for head, x in zip(self.heads, pooled)]
+
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
-        return self.head(self.backbone(images))[:, None]
+        return self._logits(images)[-1][:, None]
 
 
 @META_ARCH_REGISTRY.register()

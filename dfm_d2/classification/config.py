@@ -8,6 +8,7 @@ from dfm_d2.engine.keys import Key
 METHODS = {
     "flow": "FlowClassifier",
     "backprop": "BackpropClassifier",
+    "deep_supervision": "BackpropClassifier",
     "forward_forward": "ForwardForwardClassifier",
 }
 _STOCHASTIC = "the stochastic Forward-Forward lost everywhere and is gone (docs/classification.md)"
@@ -113,7 +114,7 @@ def choose_method(cfg) -> None:
     method = cfg.UPDATE.METHOD
     if method in METHODS:
         cfg.MODEL.META_ARCHITECTURE = METHODS[method]
-    if method == "backprop":
+    if METHODS.get(method) == "BackpropClassifier":
         cfg.MODEL.DFM.UPDATE = "joint"
         cfg.MODEL.DFM.STEP_IN_BACKWARD = False
 

@@ -186,7 +186,7 @@ class FlowClassifier(Classifier):
 
     def class_logits(self, images: Tensor, image_ids: Sequence[int | str]) -> Tensor:
         """Logits `(B, M, K)`."""
-        return self.pooled_logits(self.backbone.block_outputs(images), image_ids)
+        return self.pooled_logits(self.backbone(images), image_ids)
 
     def pooled_logits(self, pooled: Sequence[Tensor], image_ids: Sequence[int | str]) -> Tensor:
         """Logits `(B, M, K)`: one step from the noise to t = 1 ends at the endpoint.

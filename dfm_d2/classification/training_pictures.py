@@ -60,7 +60,7 @@ def _write_flow(cfg: CfgNode, model: FlowClassifier, class_names: Sequence[str],
         return []
     # Inference takes one step; the picture shows what lies between, of one noise sample.
     x_0 = model.sampler.noise([item["image_id"] for item in items], model.label_space)[:, :1]
-    pooled = model.backbone.block_outputs(model.normalised(items))
+    pooled = model.backbone(model.normalised(items))
     step_function = endpoint_step_function(partial(model.mean_endpoint, pooled))
     trajectory = ODESolver.sample(step_function, x_0, warped_grid(_STEPS), return_intermediates=True)
     states = torch.stack(trajectory.states)[:, :, 0].cpu().numpy()

@@ -259,12 +259,7 @@ class FlowDetector(BoxFlowModel):
         return BlockLosses(tuple(predictor_block(d) for d in range(self.num_predictors)), terms)
 
     def _losses(
-        self,
-        block: str,
-        answer: HeadAnswer,
-        state: State,
-        prepared: Prepared,
-        first: Told | None = None,
+        self, block: str, answer: HeadAnswer, state: State, prepared: Prepared, first: Told | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses and metrics of a block by its answer at a state, and its assignment `(B, N)`.
 

@@ -43,10 +43,7 @@ MEANING = (
     "MODEL.TIMM.NAME",
 )
 # Keys of models' `meaning` that are no keys any more: what all configs mean now.
-FORMER = {
-    "MODEL.DFM.PREDICTION": "endpoint",
-    "MODEL.DFM.TIME": "INTERVALS, and its predictors embed u",
-}
+FORMER = {"MODEL.DFM.PREDICTION": "endpoint", "MODEL.DFM.TIME": "INTERVALS, and its predictors embed u"}
 
 
 class SafeCheckpointer(DetectionCheckpointer):

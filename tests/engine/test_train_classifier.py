@@ -36,7 +36,7 @@ def run(tmp_path):
     return lambda *opts, flags=(): run_command([*start, *flags, *tiny, *opts])
 
 
-@pytest.mark.parametrize("method", ["flow", "backprop", "forward_forward"])
+@pytest.mark.parametrize("method", ["flow", "backprop", "deep_supervision", "forward_forward"])
 def test_train_evaluate_and_draw(run, tmp_path, method, capsys):
     out, options = tmp_path / "out", ["UPDATE.METHOD", method]
     assert run(*options, "SOLVER.MAX_ITER", "3") == 0

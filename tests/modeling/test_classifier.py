@@ -48,8 +48,8 @@ def test_the_blocks_in_a_row_are_the_backbone(opts, size, channels):
         x = model.backbone.forward_block(index, x)
         pooled = model.backbone.pooled(x)
         assert pooled.shape == (2, model.backbone.channels[index])
-        assert torch.equal(model.backbone.block_outputs(images)[index], pooled)
-    assert torch.equal(model.backbone(images), pooled)
+        assert torch.equal(model.backbone(images)[index], pooled)
+    assert len(model.backbone(images)) == model.num_blocks
     if opts[: len(VIT)] == VIT:
         torch.testing.assert_close(x, model.backbone.model.forward_features(images))
     assert list(model.blocks()) == ["shared"]
@@ -99,7 +99,7 @@ def test_inference_answers_the_weighted_mean_endpoint_at_the_noise(weights):
     x_0 = model.sampler.noise(["0", "1"], model.label_space)
     images, t = model.normalised(inputs), torch.zeros(2, 4)
     with torch.no_grad():
-        pooled = enumerate(model.backbone.block_outputs(images))
+        pooled = enumerate(model.backbone(images))
         ends = torch.stack([model._endpoint(d, features, x_0, t) for d, features in pooled])
         found = model.class_logits(images, ["0", "1"])
     w = (model.label_space.logits(ends) / temperature).softmax(-1).amax(-1, keepdim=True)
@@ -251,9 +251,11 @@ def test_sequential_holds_the_activations_of_one_block_at_a_time():
     assert peak("joint", 4) > 1.7 * peak("joint", 2)
 
 
-def test_backprop_trains_everything_jointly():
-    model = make_classifier(method="backprop").train()
+@pytest.mark.parametrize("method, heads", [("backprop", [2]), ("deep_supervision", [0, 1, 2])])
+def test_backprop_trains_everything_jointly(method, heads):
+    model = make_classifier(method=method).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, metrics = train_steps(model, "joint", class_inputs(), steps=3)
-    assert {"loss_readout/head", "right/head", "grad_norm/shared"} == metrics.keys()
+    said = {f"{key}/block{index}" for key in ("loss_readout", "right") for index in heads}
+    assert said | {"grad_norm/shared"} == metrics.keys()
     assert dict(model.named_parameters()).keys() <= moved(model, before)

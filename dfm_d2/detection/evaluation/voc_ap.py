@@ -30,10 +30,7 @@ Truth = tuple[np.ndarray, np.ndarray]
 
 
 def match_detections(
-    truths: dict[Hashable, Truth],
-    image_ids: Sequence[Hashable],
-    scores: np.ndarray,
-    boxes_xyxy: np.ndarray,
+    truths: dict[Hashable, Truth], image_ids: Sequence[Hashable], scores: np.ndarray, boxes_xyxy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each detection, in order of falling score, is a true and whether it is a false positive.
 
