@@ -43,7 +43,7 @@ from dfm_d2.data.catalog import HELD_OUT
 from dfm_d2.engine.metrics import METRICS_FILE, read_metrics
 from dfm_d2.engine.precision import inference_autocast
 from dfm_d2.engine.run import build_trainer, evaluate, load_for_inference
-from dfm_d2.engine.setup import load_config, resolve_classes, run_tool
+from dfm_d2.engine.setup import keep_freed_memory, load_config, resolve_classes, run_tool
 from dfm_d2.errors import exit_status
 
 FLOW = "flow"
@@ -109,6 +109,7 @@ def scores_of(method: str, mode: str, out: Path) -> dict[Key, float]:
 
 def calls_of(out: str, weights: str = "") -> tuple[str, dict[str, Callable]]:
     """The device, a step on a batch of a training ("train 8") and inference ("inference 1", ...)."""
+    keep_freed_memory()  # as trainings do
     opts = ["MODEL.WEIGHTS", weights, "MODEL.DFM.SAMPLER.SCORE_THRESH", _SHOWN]
     cfg = load_config(PEERS, str(Path(out) / "config.yaml"), opts)
     PEERS.register(cfg)

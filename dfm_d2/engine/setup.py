@@ -133,8 +133,8 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError, TypeError):
         c_library = ctypes.CDLL(None)
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            c_library.mallopt(option, 2**31 - 1)
+        for option, value in {-4: 0, -1: 2**31 - 1}.items():  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            c_library.mallopt(option, value)
 
 
 def resolve_classes(cfg) -> list[str]:
