@@ -59,11 +59,7 @@ VARIANTS: dict[str, list[str]] = {
 # Samplers: fields of SamplerSettings. "fresh_noise_4x1" spends what 4 steps spend on passes of one step.
 SAMPLERS: dict[str, dict] = {
     "default": {},
-    "steps_1": {"steps": 1},
-    "steps_2": {"steps": 2},
-    "steps_4": {"steps": 4},
-    "steps_8": {"steps": 8},
-    "steps_16": {"steps": 16},
+    **{f"steps_{k}": {"steps": k, "noise_passes": 1} for k in (1, 2, 4, 8, 16)},
     "fresh_noise_2x1": {"steps": 1, "noise_passes": 2},
     "fresh_noise_4x1": {"steps": 1, "noise_passes": 4},
     "fresh_noise_2x4": {"steps": 4, "noise_passes": 2},

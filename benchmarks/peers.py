@@ -50,14 +50,13 @@ FLOW = "flow"
 METHODS = {FLOW: [], "cascade": VARIANTS["cascade"]}
 for _name, _maker in (("fcos", "FCOS"), ("retinanet", "RetinaNet"), ("faster_rcnn", "FasterRCNN")):
     METHODS[_name] = ["MODEL.META_ARCHITECTURE", f"Torchvision{_maker}", "MODEL.DFM.UPDATE", "joint"]
-METHODS["faster_rcnn"] += [
-    "MODEL.DFM.HEAD.IN_FEATURES",
-    "['p2','p3','p4','p5']",
-]  # backbones make what is used
+    # Backbones have no level that is finer than these.
+    _levels = "['p2','p3','p4','p5']" if _maker == "FasterRCNN" else "['p3','p4','p5']"
+    METHODS[_name] += ["MODEL.DFM.HEAD.IN_FEATURES", _levels]
 
 _DATA = Path(os.environ.get("DFM_SHARED_DATA") or ROOT.parent / "shared" / "data")
 # Name of a config and overrides.
-SETS = {"shapes": ("shapes_flow_lite0", [])}
+SETS = {"shapes": ("shapes_flow_lite0", ["DATASETS.HOLD_OUT", "0"])}
 SETS |= {
     name: ("photos", ["DATASETS.ROOT", str(_DATA / name)]) for name in ("bccd", "cards", "voc2012_subset")
 }

@@ -20,7 +20,7 @@ SMALL = (
 
 def test_the_demo_trains_and_draws_in_the_folder_that_is_asked_for(tmp_path, monkeypatch, capsys):
     demo, out, shapes = load_tool("demo"), tmp_path / "x", tmp_path / "shapes"
-    monkeypatch.setattr(demo, "NUMBERS", "--train 4 --val 2 --size 96".split())
+    monkeypatch.setattr(demo, "NUMBERS", "--train 12 --val 2 --size 96".split())
     monkeypatch.setattr(demo, "OUTPUT", tmp_path / "default")
     words = ["OUTPUT_DIR", str(out), "DATASETS.VOC_ROOT", str(shapes)]
     assert demo.main([*words, "SOLVER.NOTHING", "1"]) == 2

@@ -98,7 +98,7 @@ KEYS = (
     # ---- the sampler, all of it changeable at test time without retraining
     # K, the number of steps; 0: one an interval.
     Key("MODEL.DFM.SAMPLER.STEPS", 0, least=0),
-    Key("MODEL.DFM.SAMPLER.NUM_PROPOSALS", 0, least=0),  # 0: as in training
+    Key("MODEL.DFM.SAMPLER.NUM_PROPOSALS", 0, least=0),  # 0: as in training, or chosen with it
     # Which of the D / S predictors of every interval answer, from 0; empty: all.
     Key("MODEL.DFM.SAMPLER.MEMBERS", [], of=int, least=0),
     Key("MODEL.DFM.SAMPLER.SEED", 0),

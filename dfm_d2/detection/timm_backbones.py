@@ -157,8 +157,8 @@ def _level(channels: int, patch: int, stride: int, out_channels: int) -> nn.Sequ
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The FPN of ``MODEL.FPN`` on the CNN (or Swin) of ``MODEL.TIMM``: strides 4 to 32, none of them finer
-    than all of ``MODEL.DFM.HEAD.IN_FEATURES``."""
+    """The FPN of ``MODEL.FPN`` on the CNN (or Swin) of ``MODEL.TIMM``: from the finest of
+    ``MODEL.DFM.HEAD.IN_FEATURES`` to stride 32."""
     from timm.layers import Conv2dSame, Format
     from timm.models import FeatureListNet
     from torchvision.ops import Permute

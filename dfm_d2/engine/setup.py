@@ -102,9 +102,10 @@ def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
     from dfm_d2.framework import comm, seed_all_rng
 
     limit_bytes(cfg.DATASETS.MAX_BYTES)  # in each of several processes
-    keep_freed_memory()
     resolve_device(cfg, explicit="MODEL.DEVICE" in (args.opts or [])[0::2])
     device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         with kernels(cfg.MODEL.DFM.KERNELS):
             use_triton("MODEL.DFM.KERNELS", torch.empty(0, device=device))
@@ -129,12 +130,12 @@ def setup_run(task: Task, cfg, args: argparse.Namespace) -> list[str]:
 def keep_freed_memory() -> None:
     """Let glibc, where it is the C library, keep what this process frees.
 
-    Large tensors on a CPU come from the system, page by page, in every step: up to a quarter of its time.
+    Else large tensors on a CPU come from the system page by page in every step: up to a quarter of its time.
     """
     with suppress(AttributeError, TypeError):
         c_library = ctypes.CDLL(None)
-        for option, value in {-4: 0, -1: 2**31 - 1}.items():  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            c_library.mallopt(option, value)
+        c_library.mallopt(-4, 0)  # M_MMAP_MAX
+        c_library.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def resolve_classes(cfg) -> list[str]:

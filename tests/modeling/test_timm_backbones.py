@@ -60,6 +60,21 @@ def test_levels_and_stages(case):
     assert shape.channels == case[-1]
 
 
+def test_an_fpn_has_no_level_that_is_finer_than_the_heads():
+    whole, coarse = (
+        seeded(build_backbone, timm_cfg(HEAD__IN_FEATURES=[f"p{k}" for k in levels])).eval()
+        for levels in (range(2, 6), (5, 3))
+    )
+    assert list(coarse.output_shape()) == ["p3", "p4", "p5"] and coarse.size_divisibility == 32
+    assert not [name for name in coarse.state_dict() if "fpn_lateral2" in name or "fpn_output2" in name]
+    missing, unexpected = coarse.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing and all("2" in name for name in unexpected)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        finer, maps = whole(images), coarse(images)
+    assert all(torch.equal(finer[name], maps[name]) for name in maps)
+
+
 def test_the_package_s_weights_answer_what_they_did_in_their_own_network():
     """Of a seeded image, at the end of each stage; EfficientNet-Lite0 as its weights were published with."""
     backbone = build_backbone(timm_cfg(FPN, LITE0, weights=PACKAGE)).eval()

@@ -76,9 +76,9 @@ def choose(cfg: CfgNode, entries: list[dict]) -> str:
         shares = shares or {0: [1.0]}
         small = min(np.quantile(sum(shares.values(), []), 0.1), *map(np.median, shares.values()))
         wanted = np.clip(_SMALL_BOX / small, _LEAST_SIDE, _MOST_SIDE)
-        side = int(-(-min(wanted, np.median(shorts)) // _STEP)) * _STEP  # images are not enlarged
+        side = int(-(-min(wanted, np.median(shorts)) // _STEP)) * _STEP  # most images are not enlarged
         inputs.MIN_SIZE_TRAIN = (max(side - _STEP, _STEP), side, side + _STEP)
-        # The largest: detectors gain from images a little larger than those of training.
+        # The largest of them: small boxes gain more from it than others lose.
         inputs.MIN_SIZE_TEST = side + _STEP
         inputs.MAX_SIZE_TRAIN = inputs.MAX_SIZE_TEST = 2 * inputs.MIN_SIZE_TEST
         test = f"MIN_SIZE_TEST {inputs.MIN_SIZE_TEST}, MAX {inputs.MAX_SIZE_TEST}"
