@@ -78,7 +78,7 @@ def choose(cfg: CfgNode, entries: list[dict]) -> str:
         wanted = np.clip(_SMALL_BOX / small, _LEAST_SIDE, _MOST_SIDE)
         side = int(-(-min(wanted, np.median(shorts)) // _STEP)) * _STEP  # most images are not enlarged
         inputs.MIN_SIZE_TRAIN = (max(side - _STEP, _STEP), side, side + _STEP)
-        # The largest of them: small boxes gain more from it than others lose.
+        # The largest of them: what it gives to small boxes was seen on photographs that were not trained on.
         inputs.MIN_SIZE_TEST = side + _STEP
         inputs.MAX_SIZE_TRAIN = inputs.MAX_SIZE_TEST = 2 * inputs.MIN_SIZE_TEST
         test = f"MIN_SIZE_TEST {inputs.MIN_SIZE_TEST}, MAX {inputs.MAX_SIZE_TEST}"
